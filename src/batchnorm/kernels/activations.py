@@ -1,0 +1,213 @@
+"""The activations inside the kernels: value and gradient at `z`, compiled into the loop that calls them.
+
+`code` is a constant in the calling kernel, so that LLVM keeps one branch. A call to the C library would keep a loop from being
+vectorized, so in float32 the exponential is a polynomial on the bits. The coefficients are minimax fits, good to 4e-9
+relative to the largest value before they are rounded. float64 calls the library.
+"""
+
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from batchnorm.definition import ACTIVATIONS
+
+__all__ = ["CODES", "activate", "activate_grad"]
+
+SOURCE = zlib.crc32(Path(__file__).read_bytes())
+
+CODES = {name: SOURCE * len(ACTIVATIONS) + number for number, name in enumerate(ACTIVATIONS)}
+"""The number by which kernels know each activation of `definition.ACTIVATIONS`.
+
+Numba's disk cache looks at the file of the kernel, not at this one. With this file in the number, a change here is seen too.
+"""
+
+NONE, RELU, RELU6, LEAKY_RELU = (CODES[name] for name in ("none", "relu", "relu6", "leaky_relu"))
+SILU, HARDSWISH, ELU = (CODES[name] for name in ("silu", "hardswish", "elu"))
+SIGMOID, TANH, GELU = (CODES[name] for name in ("sigmoid", "tanh", "gelu"))
+
+f32 = np.float32
+i32 = np.int32
+
+# --- exp, expm1, tanh and the normal distribution's tail -------------------------------------------------------------
+# Every argument is negative or zero, which is all that the activations need: e^-|z| cannot overflow. Its error is
+# |z| e^-|z| * 6e-8 at most, from the rounding of z/ln 2: absolute accuracy, as good as float32 outputs can show.
+
+HALF, ONE, TWO = f32(0.5), f32(1.0), f32(2.0)
+LOG2_E = f32(1 / math.log(2))
+LOWEST = f32(-87.0)  # below, e^z is no longer a normal number: 0
+ROUND = f32(1.5 * 2**23)  # the last bits of t + ROUND are the integer next to t
+ROUND_BITS = i32(ROUND.view(np.int32))
+MANTISSA = i32(23)
+# 2^f for f in [-1/2, 1/2]
+P0, P1, P2, P3 = f32(1.0), f32(0.69314718), f32(0.24022646), f32(0.055503286)
+P4, P5, P6 = f32(0.0096184891), f32(0.0013399931), f32(0.00015345808)
+# (e^z - 1 - z) / z^2 for z in [-1/2, 0]
+M0, M1, M2, M3, M4 = (f32(c) for c in (0.49999985, 0.16666289, 0.041632049, 0.0081932945, 0.0011259221))
+# (tanh z - z) / z^3 as a function of z^2 for |z| < 5/8
+T0, T1, T2, T3, T4 = (f32(c) for c in (-0.33333284, 0.13331491, -0.053743497, 0.020650579, -0.0057170370))
+TANH_SMALL = f32(0.625)
+# (1 - Phi(t)) e^(t^2/2) / u as a function of u = 1/(1 + 0.3t) for t >= 0, where Phi is the normal distribution function
+N0, N1, N2, N3 = f32(0.12522987), f32(0.068547539), f32(0.30701691), f32(-0.32459638)
+N4, N5, N6 = f32(0.53686672), f32(-0.25193587), f32(0.038871210)
+TAIL_RATE = f32(0.3)
+PDF_0 = f32(1 / math.sqrt(2 * math.pi))
+
+
+def exp(z: Any) -> Any:
+    """`e^z` for `z <= 0`."""
+    raise AssertionError("only inside a kernel")
+
+
+def expm1(z: Any) -> Any:
+    """`e^z - 1` for `z <= 0`."""
+    raise AssertionError("only inside a kernel")
+
+
+def tanh(z: Any) -> Any:
+    """The hyperbolic tangent."""
+    raise AssertionError("only inside a kernel")
+
+
+def normal(z: Any) -> Any:
+    """The normal distribution's function `Phi(z)` and density `phi(z)`."""
+    raise AssertionError("only inside a kernel")
+
+
+@overload(exp, inline="always")
+def _exp(z: Any) -> Any:
+    def single(z: Any) -> Any:
+        t = z * LOG2_E
+        bits = np.float32(t + ROUND).view(np.int32)
+        n = bits - ROUND_BITS
+        # Through an integer: written as (t + ROUND) - ROUND, reassociation would make it t.
+        f = t - f32(n)
+        p = P0 + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * (P5 + f * P6)))))
+        power = np.int32(np.float32(p).view(np.int32) + (n << MANTISSA)).view(np.float32)
+        # A NaN is not below LOWEST; its bits are spoilt by n, so it comes from z itself.
+        return f32(0.0) if z < LOWEST else (power if z == z else z)
+
+    def double(z: Any) -> Any:
+        return math.exp(z)
+
+    return single if z == types.float32 else double
+
+
+@overload(expm1, inline="always")
+def _expm1(z: Any) -> Any:
+    def single(z: Any) -> Any:
+        return z + z * z * (M0 + z * (M1 + z * (M2 + z * (M3 + z * M4)))) if z > -HALF else exp(z) - ONE
+
+    def double(z: Any) -> Any:
+        return math.expm1(z)
+
+    return single if z == types.float32 else double
+
+
+@overload(tanh, inline="always")
+def _tanh(z: Any) -> Any:
+    def single(z: Any) -> Any:
+        size = abs(z)
+        square = z * z
+        e = exp(-TWO * size)
+        large = math.copysign((ONE - e) / (ONE + e), z)
+        small = z + z * square * (T0 + square * (T1 + square * (T2 + square * (T3 + square * T4))))
+        return small if size < TANH_SMALL else large
+
+    def double(z: Any) -> Any:
+        return math.tanh(z)
+
+    return single if z == types.float32 else double
+
+
+@overload(normal, inline="always")
+def _normal(z: Any) -> Any:
+    def single(z: Any) -> Any:
+        e = exp(-HALF * z * z)
+        u = ONE / (ONE + TAIL_RATE * abs(z))
+        tail = e * u * (N0 + u * (N1 + u * (N2 + u * (N3 + u * (N4 + u * (N5 + u * N6))))))
+        return (ONE - tail if z > f32(0.0) else tail), PDF_0 * e
+
+    def double(z: Any) -> Any:
+        return 0.5 * math.erfc(-z * math.sqrt(0.5)), math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
+    return single if z == types.float32 else double
+
+
+# --- Value and gradient ----------------------------------------------------------------------------------------------
+# A literal is float64 and would make the arithmetic so: T(1) has the type of z. Comparisons are written so that a NaN
+# comes out as NaN.
+
+
+@njit(inline="always")
+def _sigmoid(z: Any) -> Any:
+    """`sigmoid(z)` and `1 - sigmoid(z)`, each as exact as the other."""
+    T = type(z)
+    e = exp(-abs(z))
+    large = T(1) / (T(1) + e)
+    small = e * large
+    return (large, small) if z >= T(0) else (small, large)
+
+
+@njit(inline="always")
+def _relu6(z: Any) -> Any:
+    T = type(z)
+    return T(0) if z <= T(0) else (T(6) if z >= T(6) else z)
+
+
+@njit(inline="always")
+def activate(code: int, parameter: Any, z: Any) -> Any:
+    """`act(z)`, where `code` is one of `CODES` and `parameter` (of the type of `z`) belongs to leaky_relu or elu."""
+    T = type(z)
+    if code == RELU:
+        return T(0) if z <= T(0) else z
+    if code == RELU6:
+        return _relu6(z)
+    if code == LEAKY_RELU:
+        return z if z > T(0) else parameter * z
+    if code == SILU:
+        return z * _sigmoid(z)[0]
+    if code == HARDSWISH:
+        return z * _relu6(z + T(3)) * T(1 / 6)
+    if code == ELU:
+        return z if z > T(0) else parameter * expm1(z)
+    if code == SIGMOID:
+        return _sigmoid(z)[0]
+    if code == TANH:
+        return tanh(z)
+    if code == GELU:
+        return z * normal(z)[0]
+    return z
+
+
+@njit(inline="always")
+def activate_grad(code: int, parameter: Any, z: Any, dy: Any) -> Any:
+    """`dz = dy * act'(z)`; where the derivative is 0 over a range it is 0 whatever `dy` is, infinity included."""
+    T = type(z)
+    if code == RELU:
+        return T(0) if z <= T(0) else dy
+    if code == RELU6:
+        return T(0) if z <= T(0) or z >= T(6) else dy
+    if code == LEAKY_RELU:
+        return dy if z > T(0) else dy * parameter
+    if code == SILU:
+        s, complement = _sigmoid(z)
+        return dy * s * (T(1) + z * complement)
+    if code == HARDSWISH:
+        return T(0) if z <= T(-3) else (dy if z >= T(3) else dy * (z * T(1 / 3) + T(0.5)))
+    if code == ELU:
+        return dy if z > T(0) else dy * parameter * exp(z)
+    if code == SIGMOID:
+        s, complement = _sigmoid(z)
+        return dy * s * complement
+    if code == TANH:
+        t = tanh(z)
+        return dy * (T(1) - t * t)
+    if code == GELU:
+        cdf, pdf = normal(z)
+        return dy * (cdf + z * pdf)
+    return dy

@@ -1,0 +1,849 @@
+"""The five stages of batch normalization on the CPU, compiled by Numba.
+
+Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, positions per sample. Channels-last data, `(R, C)`, is the same with
+`L = 1`: `(R, C, 1)`. So there is one set of stages, and two orders to walk through a tile of samples x channels:
+
+- *by channel*, for long runs of positions: the innermost loop goes along `L`, with the channel's numbers in registers;
+- *by row*, for short ones (7 x 7 images, and `L = 1`): the innermost loop goes along the `channels * L` adjacent values of one sample, with
+  the channels' numbers in tables that stay in the L1 cache. It is as fast for `L = 1` as for `L = 49`.
+
+`forward` and `backward` do all stages of one block of channels before the next, while it is in the L2 cache, so that memory is read once. Where
+even the narrowest block would not fit, they run stage after stage over tiles of samples.
+
+Statistics are float64 whatever the data are. Sums run in the data's type over `BLOCK` values, then in float64; every value is taken relative to a
+`pivot` near the mean, so a mean of a million standard deviations costs no accuracy. How the work is cut depends on shapes alone: results have the
+same bits for any number of threads.
+
+Nothing is compiled at import. A kernel is compiled when it is first called (about a second) and cached on disk.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.kernels import threads
+from batchnorm.kernels.activations import CODES, activate, activate_grad
+
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
+
+Array = NDArray[Any]
+Kernel = Callable[..., None]
+
+BLOCK = 2048
+"""Values summed in the data's own type before float64 takes over, and read twice: they fit the L1 cache."""
+
+BY_CHANNEL_FROM = 160
+"""The shortest run of positions that is walked by channel."""
+
+ROW_WIDTH = 512
+"""Adjacent values of a sample that a block of channels has, at most, when walked by row: 2 KB, which prefetching likes."""
+
+CACHE = 1 << 20
+"""Bytes that a block may take to stay in the L2 cache between two stages: half of what today's server cores have."""
+
+SERIAL = 1 << 15
+"""Values below which one thread is faster than waking the others (a few microseconds)."""
+
+FAST = {"reassoc", "contract", "nsz", "arcp", "afn"}
+"""What lets LLVM vectorize sums. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is among them."""
+
+
+# --- How a tensor is cut into tiles ----------------------------------------------------------------------------------
+
+
+class Tiling(NamedTuple):
+    """A tile has `rows` samples and `width` channels, and is walked `by_channel` or by row."""
+
+    by_channel: bool
+    rows: int
+    width: int
+
+    def fused(self, x: Array) -> bool:
+        """Whether tiles have all samples, so that a channel's statistics are complete within one."""
+        return self.rows >= x.shape[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def tiling(shape: tuple[int, int, int], itemsize: int, arrays: int) -> Tiling:
+    """Cut `(N, C, L)` for stages that read `arrays` tensors twice: blocks of channels that fit the cache, else tiles of samples."""
+    n, c, l = shape
+    sample = l * itemsize * arrays
+    if l >= BY_CHANNEL_FROM:
+        # One channel at a time. Few long channels (a big image, three colours) cannot keep all threads busy: tiles of samples then.
+        fits = n * sample <= CACHE or c >= 16
+        return Tiling(True, n if fits else max(1, CACHE // sample), 1)
+    width = max(1, min(c, ROW_WIDTH // l))
+    line = max(1, 64 // (l * itemsize))  # narrower than a cache line, two blocks would read the same lines
+    while width > line and n * width * sample > CACHE:
+        width = max(line, width // 2)
+    if n * width * sample <= CACHE:
+        return Tiling(False, n, width)
+    width = max(1, min(c, 2048 // l))
+    return Tiling(False, max(1, CACHE // (width * sample)), width)
+
+
+# --- A channel's numbers ---------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
+    """`center, scale, shift`, of type `T`, with `z = (x - center)*scale + shift`.
+
+    `center` is the mean rounded to `T`; what the rounding took is in `shift`. Near the mean `x - center` is exact.
+    """
+    center = T(mean)
+    scale = rstd * weight
+    return center, T(scale), T(bias - (mean - center) * scale)
+
+
+@njit(inline="always")
+def _through_moments(T: Any, mean: float, rstd: float, weight: Any, sum_dz: float, sum_dz_xhat: float, count: float) -> Any:
+    """`slope, level`, of type `T`, with `dx = scale*dz - ((x - center)*slope + level)`."""
+    center = T(mean)
+    scale = rstd * weight
+    slope = scale * rstd * sum_dz_xhat / count
+    return T(slope), T(scale * sum_dz / count - (mean - center) * slope)
+
+
+@njit(inline="always")
+def _merge(count: float, mean: float, squares: float, count_b: float, mean_b: float, squares_b: float) -> Any:
+    """`definition.merge_moments` for one channel, on sums of squares (`count * var`) in place of variances."""
+    total = count + count_b
+    delta = mean_b - mean
+    share = count_b / total
+    return total, mean + delta * share, squares + squares_b + delta * delta * count * share
+
+
+@njit(inline="always")
+def _uncenter(count: float, center: Any, sum_d: Any, sum_d2: Any) -> Any:
+    """Mean and squares about it, from the sums of `d = x - center` and of `d^2`.
+
+    Subtracting is safe where `center` is the mean of at least as many values before: then `sum d^2` is at most twice the squares that
+    the merge will give. A block that has no such predecessor is first walked once for a center of its own.
+    """
+    return center + sum_d / count, sum_d2 - (sum_d / count) * sum_d
+
+
+@njit(inline="always")
+def _first_kept(mask: Any, n0: int, n1: int, l0: int, l1: int) -> Any:
+    """The first position that the mask keeps, `(-1, -1)` if there is none: a value to measure the others from."""
+    for n in range(n0, n1):
+        for i in range(l0, l1):
+            if mask[n, i] > 0:
+                return n, i
+    return -1, -1
+
+
+# --- The stages, walking by channel ----------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _moments_by_channel(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
+    T = x.dtype.type
+    L = x.shape[2]
+    rows, run = max(1, BLOCK // L), min(BLOCK, L)
+    count = 0.0
+    for c in range(c0, c1):
+        count, mean_c, squares_c = 0.0, 0.0, 0.0
+        for g0 in range(n0, n1, rows):
+            g1 = min(g0 + rows, n1)
+            for l0 in range(0, L, run):
+                l1 = min(l0 + run, L)
+                size = float((g1 - g0) * (l1 - l0))
+                kept_n, kept_i = g0, l0
+                if MASKED:
+                    size = 0.0
+                    for n in range(g0, g1):
+                        for i in range(l0, l1):
+                            size += mask[n, i]
+                    if size == 0.0:
+                        continue
+                    kept_n, kept_i = _first_kept(mask, g0, g1, l0, l1)
+                center = x[kept_n, c, kept_i] if count == 0.0 else T(mean_c)
+                if count < size:
+                    total = T(0)
+                    for n in range(g0, g1):
+                        for i in range(l0, l1):
+                            if MASKED:
+                                total += mask[n, i] * (x[n, c, i] - center) if mask[n, i] > 0 else T(0)
+                            else:
+                                total += x[n, c, i] - center
+                    center = T(center + total / size)
+                total, total_d2 = T(0), T(0)
+                for n in range(g0, g1):
+                    for i in range(l0, l1):
+                        d = x[n, c, i] - center
+                        if MASKED:
+                            total += mask[n, i] * d if mask[n, i] > 0 else T(0)
+                            total_d2 += mask[n, i] * d * d if mask[n, i] > 0 else T(0)
+                        else:
+                            total += d
+                            total_d2 += d * d
+                mean_b, squares_b = _uncenter(size, center, total, total_d2)
+                count, mean_c, squares_c = _merge(count, mean_c, squares_c, size, mean_b, squares_b)
+        mean[c] = mean_c
+        squares[c] = squares_c
+    return count
+
+
+@njit(inline="always")
+def _normalize_by_channel(
+    ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+    n0: int, n1: int, c0: int, c1: int, y: Any,
+) -> None:  # fmt: skip
+    T = x.dtype.type
+    for c in range(c0, c1):
+        center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
+        for n in range(n0, n1):
+            for i in range(x.shape[2]):
+                z = (x[n, c, i] - center) * scale + shift
+                if RESIDUAL:
+                    z += residual[n, c, i]
+                y[n, c, i] = activate(ACT, parameter, z)
+
+
+@njit(inline="always")
+def _grad_sums_by_channel(
+    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+    n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
+) -> None:  # fmt: skip
+    T = x.dtype.type
+    L = x.shape[2]
+    rows, run = max(1, BLOCK // L), min(BLOCK, L)
+    for c in range(c0, c1):
+        center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
+        total, total_x = 0.0, 0.0
+        for g0 in range(n0, n1, rows):
+            g1 = min(g0 + rows, n1)
+            for l0 in range(0, L, run):
+                l1 = min(l0 + run, L)
+                block, block_x = T(0), T(0)
+                for n in range(g0, g1):
+                    for i in range(l0, l1):
+                        d = x[n, c, i] - center
+                        z = d * scale + shift
+                        if RESIDUAL:
+                            z += residual[n, c, i]
+                        dz = activate_grad(ACT, parameter, z, dy[n, c, i])
+                        block += dz
+                        block_x += dz * d
+                total += block
+                total_x += block_x
+        sum_dz[c] = total
+        sum_dz_xhat[c] = rstd[c] * (total_x - (mean[c] - center) * total)
+
+
+@njit(inline="always")
+def _grad_input_by_channel(
+    ACT: int, RESIDUAL: int, MASKED: int, dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+    sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
+    n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
+) -> None:  # fmt: skip
+    T = x.dtype.type
+    for c in range(c0, c1):
+        center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
+        slope, level = _through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
+        for n in range(n0, n1):
+            for i in range(x.shape[2]):
+                d = x[n, c, i] - center
+                z = d * scale + shift
+                if RESIDUAL:
+                    z += residual[n, c, i]
+                dz = activate_grad(ACT, parameter, z, dy[n, c, i])
+                if MASKED:
+                    dx[n, c, i] = scale * dz - (mask[n, i] * (d * slope + level) if mask[n, i] > 0 else T(0))
+                else:
+                    dx[n, c, i] = scale * dz - (d * slope + level)
+                if RESIDUAL:
+                    d_residual[n, c, i] = dz
+
+
+# --- The stages, walking by row --------------------------------------------------------------------------------------
+# A row is the `width * L` adjacent values that the tile has of one sample. `table[j]` holds, for each value of a row, its channel's number.
+
+
+@njit(inline="always")
+def _fill_mask(mask: Any, n: int, table: Any) -> None:
+    L = mask.shape[1]
+    for j in range(0, table.size, L):
+        for i in range(L):
+            table[j + i] = mask[n, i]
+
+
+@njit(inline="always")
+def _fill_affine(mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int, L: int, center: Any, scale: Any, shift: Any) -> None:
+    T = center.dtype.type
+    for c in range(c0, c1):
+        center_c, scale_c, shift_c = _affine(T, mean[c], rstd[c], weight[c], bias[c])
+        for j in range((c - c0) * L, (c - c0 + 1) * L):
+            center[j] = center_c
+            scale[j] = scale_c
+            shift[j] = shift_c
+
+
+@njit(inline="always")
+def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
+    T = x.dtype.type
+    L = x.shape[2]
+    row = x.reshape((x.shape[0], x.shape[1] * L))
+    j0, width = c0 * L, (c1 - c0) * L
+    rows = max(1, 4 * BLOCK // width)
+    center, kept = np.empty(width, x.dtype), np.empty(width, x.dtype)
+    total, total_d2 = np.empty(width, x.dtype), np.empty(width, x.dtype)
+    count = 0.0
+    for c in range(c0, c1):
+        mean[c] = 0.0
+        squares[c] = 0.0
+    for g0 in range(n0, n1, rows):
+        g1 = min(g0 + rows, n1)
+        size = float((g1 - g0) * L)
+        kept_n, kept_i = g0, 0
+        if MASKED:
+            size = 0.0
+            for n in range(g0, g1):
+                for i in range(L):
+                    size += mask[n, i]
+            if size == 0.0:
+                continue
+            kept_n, kept_i = _first_kept(mask, g0, g1, 0, L)
+        for c in range(c0, c1):
+            value = x[kept_n, c, kept_i] if count == 0.0 else T(mean[c])
+            for j in range((c - c0) * L, (c - c0 + 1) * L):
+                center[j] = value
+                total[j] = T(0)
+                total_d2[j] = T(0)
+        if count < size:
+            for n in range(g0, g1):
+                if MASKED:
+                    _fill_mask(mask, n, kept)
+                for j in range(width):
+                    if MASKED:
+                        total[j] += kept[j] * (row[n, j0 + j] - center[j]) if kept[j] > 0 else T(0)
+                    else:
+                        total[j] += row[n, j0 + j] - center[j]
+            for c in range(c1 - c0):
+                sum_c = 0.0
+                for j in range(c * L, (c + 1) * L):
+                    sum_c += total[j]
+                value = T(center[c * L] + sum_c / size)
+                for j in range(c * L, (c + 1) * L):
+                    center[j] = value
+                    total[j] = T(0)
+        for n in range(g0, g1):
+            if MASKED:
+                _fill_mask(mask, n, kept)
+            for j in range(width):
+                d = row[n, j0 + j] - center[j]
+                if MASKED:
+                    total[j] += kept[j] * d if kept[j] > 0 else T(0)
+                    total_d2[j] += kept[j] * d * d if kept[j] > 0 else T(0)
+                else:
+                    total[j] += d
+                    total_d2[j] += d * d
+        for c in range(c0, c1):
+            sum_c, sum_d2 = 0.0, 0.0
+            for j in range((c - c0) * L, (c - c0 + 1) * L):
+                sum_c += total[j]
+                sum_d2 += total_d2[j]
+            mean_b, squares_b = _uncenter(size, center[(c - c0) * L], sum_c, sum_d2)
+            _, mean[c], squares[c] = _merge(count, mean[c], squares[c], size, mean_b, squares_b)
+        count += size
+    return count
+
+
+@njit(inline="always")
+def _normalize_by_row(
+    ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+    n0: int, n1: int, c0: int, c1: int, y: Any,
+) -> None:  # fmt: skip
+    N, C, L = x.shape
+    row, residual_row, y_row = x.reshape((N, C * L)), residual.reshape((residual.shape[0], C * L)), y.reshape((N, C * L))
+    j0, width = c0 * L, (c1 - c0) * L
+    center, scale, shift = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    _fill_affine(mean, rstd, weight, bias, c0, c1, L, center, scale, shift)
+    for n in range(n0, n1):
+        for j in range(width):
+            z = (row[n, j0 + j] - center[j]) * scale[j] + shift[j]
+            if RESIDUAL:
+                z += residual_row[n, j0 + j]
+            y_row[n, j0 + j] = activate(ACT, parameter, z)
+
+
+@njit(inline="always")
+def _grad_sums_by_row(
+    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+    n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
+) -> None:  # fmt: skip
+    T = x.dtype.type
+    N, C, L = x.shape
+    row, residual_row, dy_row = x.reshape((N, C * L)), residual.reshape((residual.shape[0], C * L)), dy.reshape((N, C * L))
+    j0, width = c0 * L, (c1 - c0) * L
+    rows = max(1, 4 * BLOCK // width)
+    center, scale, shift = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    total, total_x = np.empty(width, x.dtype), np.empty(width, x.dtype)
+    _fill_affine(mean, rstd, weight, bias, c0, c1, L, center, scale, shift)
+    for c in range(c0, c1):
+        sum_dz[c] = 0.0
+        sum_dz_xhat[c] = 0.0
+    for g0 in range(n0, n1, rows):
+        for j in range(width):
+            total[j] = T(0)
+            total_x[j] = T(0)
+        for n in range(g0, min(g0 + rows, n1)):
+            for j in range(width):
+                d = row[n, j0 + j] - center[j]
+                z = d * scale[j] + shift[j]
+                if RESIDUAL:
+                    z += residual_row[n, j0 + j]
+                dz = activate_grad(ACT, parameter, z, dy_row[n, j0 + j])
+                total[j] += dz
+                total_x[j] += dz * d
+        for c in range(c0, c1):
+            for j in range((c - c0) * L, (c - c0 + 1) * L):
+                sum_dz[c] += total[j]
+                sum_dz_xhat[c] += total_x[j]
+    for c in range(c0, c1):
+        sum_dz_xhat[c] = rstd[c] * (sum_dz_xhat[c] - (mean[c] - center[(c - c0) * L]) * sum_dz[c])
+
+
+@njit(inline="always")
+def _grad_input_by_row(
+    ACT: int, RESIDUAL: int, MASKED: int, dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+    sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
+    n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
+) -> None:  # fmt: skip
+    T = x.dtype.type
+    N, C, L = x.shape
+    row, residual_row, dy_row = x.reshape((N, C * L)), residual.reshape((residual.shape[0], C * L)), dy.reshape((N, C * L))
+    dx_row, d_residual_row = dx.reshape((N, C * L)), d_residual.reshape((d_residual.shape[0], C * L))
+    j0, width = c0 * L, (c1 - c0) * L
+    center, scale, shift = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    slope, level, kept = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
+    _fill_affine(mean, rstd, weight, bias, c0, c1, L, center, scale, shift)
+    for c in range(c0, c1):
+        slope_c, level_c = _through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
+        for j in range((c - c0) * L, (c - c0 + 1) * L):
+            slope[j] = slope_c
+            level[j] = level_c
+    for n in range(n0, n1):
+        if MASKED:
+            _fill_mask(mask, n, kept)
+        for j in range(width):
+            d = row[n, j0 + j] - center[j]
+            z = d * scale[j] + shift[j]
+            if RESIDUAL:
+                z += residual_row[n, j0 + j]
+            dz = activate_grad(ACT, parameter, z, dy_row[n, j0 + j])
+            if MASKED:
+                dx_row[n, j0 + j] = scale[j] * dz - (kept[j] * (d * slope[j] + level[j]) if kept[j] > 0 else T(0))
+            else:
+                dx_row[n, j0 + j] = scale[j] * dz - (d * slope[j] + level[j])
+            if RESIDUAL:
+                d_residual_row[n, j0 + j] = dz
+
+
+# --- Kernels: the stages over all tiles ------------------------------------------------------------------------------
+# Each factory's arguments are constants to LLVM, and branches on them vanish. A kernel may close over integers only: if it closed
+# over another compiled function, it would be compiled again in every process.
+
+
+def _compile(parallel: bool) -> Callable[[Kernel], Kernel]:
+    compiled: Callable[[Kernel], Kernel] = njit(
+        parallel=parallel, fastmath=FAST, error_model="numpy", nogil=True, cache=True
+    )
+    return compiled
+
+
+@functools.cache
+def _moments_kernel(BY_CHANNEL: int, MASKED: int, parallel: bool) -> Kernel:
+    @_compile(parallel)
+    def moments(x: Any, mask: Any, rows: int, width: int, mean: Any, var: Any) -> None:
+        N, C, _ = x.shape
+        parts, blocks = -(-N // rows), -(-C // width)
+        counts = np.empty((parts, blocks))
+        means, squares = np.empty((parts, C)), np.empty((parts, C))
+        for tile in prange(parts * blocks):
+            part, block = tile // blocks, tile % blocks
+            n0, n1, c0, c1 = part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
+            if BY_CHANNEL:
+                counts[part, block] = _moments_by_channel(MASKED, x, mask, n0, n1, c0, c1, means[part], squares[part])
+            else:
+                counts[part, block] = _moments_by_row(MASKED, x, mask, n0, n1, c0, c1, means[part], squares[part])
+        for c in range(C):
+            count, mean_c, squares_c = 0.0, 0.0, 0.0
+            for part in range(parts):
+                size = counts[part, c // width]
+                if size > 0.0:
+                    count, mean_c, squares_c = _merge(
+                        count, mean_c, squares_c, size, means[part, c], squares[part, c]
+                    )
+            mean[c] = mean_c
+            var[c] = squares_c / count if count > 0.0 else 0.0
+
+    return moments
+
+
+@functools.cache
+def _normalize_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, parallel: bool) -> Kernel:
+    @_compile(parallel)
+    def normalize(
+        x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int, y: Any
+    ) -> None:
+        N, C, _ = x.shape
+        parts, blocks = -(-N // rows), -(-C // width)
+        for tile in prange(parts * blocks):
+            part, block = tile // blocks, tile % blocks
+            n0, n1, c0, c1 = part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
+            if BY_CHANNEL:
+                _normalize_by_channel(
+                    ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y
+                )
+            else:
+                _normalize_by_row(
+                    ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y
+                )
+
+    return normalize
+
+
+@functools.cache
+def _grad_sums_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, parallel: bool) -> Kernel:
+    @_compile(parallel)
+    def grad_sums(
+        dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+        rows: int, width: int, sum_dz: Any, sum_dz_xhat: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        parts, blocks = -(-N // rows), -(-C // width)
+        sums, sums_xhat = np.empty((parts, C)), np.empty((parts, C))
+        for tile in prange(parts * blocks):
+            part, block = tile // blocks, tile % blocks
+            n0, n1, c0, c1 = part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
+            if BY_CHANNEL:
+                _grad_sums_by_channel(
+                    ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
+                    sums[part], sums_xhat[part],
+                )  # fmt: skip
+            else:
+                _grad_sums_by_row(
+                    ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
+                    sums[part], sums_xhat[part],
+                )  # fmt: skip
+        for c in range(C):
+            sum_dz[c] = 0.0
+            sum_dz_xhat[c] = 0.0
+            for part in range(parts):
+                sum_dz[c] += sums[part, c]
+                sum_dz_xhat[c] += sums_xhat[part, c]
+
+    return grad_sums
+
+
+@functools.cache
+def _grad_input_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, parallel: bool) -> Kernel:
+    @_compile(parallel)
+    def grad_input(
+        dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any, sum_dz: Any,
+        sum_dz_xhat: Any, count: float, parameter: Any, rows: int, width: int, dx: Any, d_residual: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        parts, blocks = -(-N // rows), -(-C // width)
+        for tile in prange(parts * blocks):
+            part, block = tile // blocks, tile % blocks
+            n0, n1, c0, c1 = part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
+            if BY_CHANNEL:
+                _grad_input_by_channel(
+                    ACT, RESIDUAL, MASKED, dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
+                    count, parameter, n0, n1, c0, c1, dx, d_residual,
+                )  # fmt: skip
+            else:
+                _grad_input_by_row(
+                    ACT, RESIDUAL, MASKED, dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
+                    count, parameter, n0, n1, c0, c1, dx, d_residual,
+                )  # fmt: skip
+
+    return grad_input
+
+
+@functools.cache
+def _forward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, parallel: bool) -> Kernel:
+    @_compile(parallel)
+    def forward(
+        x: Any, residual: Any, mask: Any, weight: Any, bias: Any, eps: float, parameter: Any, width: int,
+        y: Any, mean: Any, var: Any, rstd: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        for block in prange(-(-C // width)):
+            c0, c1 = block * width, min((block + 1) * width, C)
+            if BY_CHANNEL:
+                count = _moments_by_channel(MASKED, x, mask, 0, N, c0, c1, mean, var)
+            else:
+                count = _moments_by_row(MASKED, x, mask, 0, N, c0, c1, mean, var)
+            for c in range(c0, c1):
+                var[c] = var[c] / count if count > 0.0 else 0.0
+                rstd[c] = 1.0 / math.sqrt(var[c] + eps)
+            if BY_CHANNEL:
+                _normalize_by_channel(
+                    ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1, y
+                )
+            else:
+                _normalize_by_row(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1, y)
+
+    return forward
+
+
+@functools.cache
+def _backward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, parallel: bool) -> Kernel:
+    @_compile(parallel)
+    def backward(
+        dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any, count: float,
+        parameter: Any, width: int, sum_dz: Any, sum_dz_xhat: Any, dx: Any, d_residual: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        for block in prange(-(-C // width)):
+            c0, c1 = block * width, min((block + 1) * width, C)
+            if BY_CHANNEL:
+                _grad_sums_by_channel(
+                    ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1,
+                    sum_dz, sum_dz_xhat,
+                )  # fmt: skip
+                _grad_input_by_channel(
+                    ACT, RESIDUAL, MASKED, dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
+                    count, parameter, 0, N, c0, c1, dx, d_residual,
+                )  # fmt: skip
+            else:
+                _grad_sums_by_row(
+                    ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1,
+                    sum_dz, sum_dz_xhat,
+                )  # fmt: skip
+                _grad_input_by_row(
+                    ACT, RESIDUAL, MASKED, dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
+                    count, parameter, 0, N, c0, c1, dx, d_residual,
+                )  # fmt: skip
+
+    return backward
+
+
+# --- What the rest of the package calls ------------------------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    """An activation as kernels take it: its code, a constant of the kernel, and its parameter."""
+
+    code: int
+    parameter: Any
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(activation: ActivationSpec, dtype: np.dtype[Any]) -> Compiled:
+    name, parameter = parse_activation(activation)
+    return Compiled(CODES[name], dtype.type(parameter))
+
+
+@functools.lru_cache(maxsize=256)
+def _ones(channels: int, dtype: np.dtype[Any]) -> Array:
+    return np.ones(channels, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(channels: int, dtype: np.dtype[Any]) -> Array:
+    return np.zeros(channels, dtype)
+
+
+@functools.cache
+def _no_mask(dtype: np.dtype[Any]) -> Array:
+    return np.empty((0, 0), dtype)
+
+
+def _parallel(x: Array) -> bool:
+    return x.size >= SERIAL and threads.available() > 1
+
+
+def moments(x: Array, mask: Array | None, mean: Array, var: Array) -> None:
+    """Write the mean and the biased variance of each channel into `mean` and `var`, `(C,)` of float64.
+
+    Args:
+        x: `(N, C, L)`, contiguous, float32 or float64.
+        mask: `(N, L)`, contiguous, of the type of `x`: what each value counts for; None if they all count.
+        mean, var: Written. 0 where the mask leaves nothing.
+    """
+    cut = tiling(x.shape, x.itemsize, 1)
+    kernel = _moments_kernel(cut.by_channel, mask is not None, _parallel(x))
+    threads.run(kernel, x, _no_mask(x.dtype) if mask is None else mask, cut.rows, cut.width, mean, var)
+
+
+def normalize(
+    x: Array,
+    residual: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    y: Array,
+) -> None:
+    """Write `act((x - mean) * rstd * weight + bias + residual)` into `y`.
+
+    Args:
+        x, residual, y: `(N, C, L)`, contiguous, of one type.
+        mean, rstd: `(C,)`, float64.
+        weight, bias: `(C,)`, of the type of `x`; 1 and 0 if None.
+        activation: As in `definition.normalize`.
+    """
+    act = _compiled(activation, x.dtype)
+    cut = tiling(x.shape, x.itemsize, 1)
+    kernel = _normalize_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
+    c, dtype = x.shape[1], x.dtype
+    threads.run(
+        kernel, x, x if residual is None else residual, mean, rstd,
+        _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
+        act.parameter, cut.rows, cut.width, y,
+    )  # fmt: skip
+
+
+def grad_sums(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    sum_dz: Array,
+    sum_dz_xhat: Array,
+) -> None:
+    """Write `sum dz` and `sum dz*xhat` of each channel, `(C,)` of float64; `dz = dy * act'(z)`, with `z` recomputed from `x`.
+
+    Args:
+        dy, x, residual, mean, rstd, weight, bias, activation: As in `normalize`; `dy` like `x`.
+        sum_dz, sum_dz_xhat: Written.
+    """
+    act = _compiled(activation, x.dtype)
+    cut = tiling(x.shape, x.itemsize, 2)
+    kernel = _grad_sums_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
+    c, dtype = x.shape[1], x.dtype
+    threads.run(
+        kernel, dy, x, x if residual is None else residual, mean, rstd,
+        _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
+        act.parameter, cut.rows, cut.width, sum_dz, sum_dz_xhat,
+    )  # fmt: skip
+
+
+def grad_input(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    sum_dz: Array,
+    sum_dz_xhat: Array,
+    count: float,
+    activation: ActivationSpec,
+    dx: Array,
+    d_residual: Array | None,
+) -> None:
+    """Write the gradient of `x` into `dx`, and `dz` into `d_residual`.
+
+    Args:
+        dy, x, residual, mean, rstd, weight, bias, activation: As in `grad_sums`.
+        mask: As in `moments`.
+        sum_dz, sum_dz_xhat: `(C,)`, float64, over all the values behind `mean` and `rstd`.
+        count: How many these are; `inf` if `mean` and `rstd` are constants.
+        dx: `(N, C, L)`, contiguous. Written.
+        d_residual: Like `dx`; None if and only if `residual` is. Written.
+    """
+    act = _compiled(activation, x.dtype)
+    cut = tiling(x.shape, x.itemsize, 2)
+    kernel = _grad_input_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
+    c, dtype = x.shape[1], x.dtype
+    threads.run(
+        kernel, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
+        _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
+        sum_dz, sum_dz_xhat, count, act.parameter, cut.rows, cut.width, dx, dx if d_residual is None else d_residual,
+    )  # fmt: skip
+
+
+def forward(
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    activation: ActivationSpec,
+    y: Array,
+    mean: Array,
+    var: Array,
+    rstd: Array,
+) -> None:
+    """`moments`, then `normalize`, block by block while a block is in the cache.
+
+    Args:
+        x, residual, mask, weight, bias, activation: As in `moments` and `normalize`.
+        eps: Added to the variance.
+        y: `(N, C, L)`, contiguous. Written.
+        mean, var, rstd: `(C,)`, float64. Written.
+    """
+    cut = tiling(x.shape, x.itemsize, 1)
+    if not cut.fused(x):
+        moments(x, mask, mean, var)
+        np.divide(1.0, np.sqrt(var + eps), out=rstd)
+        return normalize(x, residual, mean, rstd, weight, bias, activation, y)
+    act = _compiled(activation, x.dtype)
+    kernel = _forward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
+    c, dtype = x.shape[1], x.dtype
+    threads.run(
+        kernel, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask,
+        _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
+        eps, act.parameter, cut.width, y, mean, var, rstd,
+    )  # fmt: skip
+    return None
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mask: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    count: float,
+    activation: ActivationSpec,
+    sum_dz: Array,
+    sum_dz_xhat: Array,
+    dx: Array,
+    d_residual: Array | None,
+) -> None:
+    """`grad_sums`, then `grad_input`, block by block while a block is in the cache.
+
+    Args:
+        dy, x, residual, mask, mean, rstd, weight, bias, count, activation, dx, d_residual: As in `grad_input`.
+        sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
+    """
+    cut = tiling(x.shape, x.itemsize, 2)
+    if not cut.fused(x):
+        grad_sums(dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat)
+        return grad_input(
+            dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual
+        )
+    act = _compiled(activation, x.dtype)
+    kernel = _backward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
+    c, dtype = x.shape[1], x.dtype
+    threads.run(
+        kernel, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
+        _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
+        count, act.parameter, cut.width, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
+    )  # fmt: skip
+    return None
