@@ -30,6 +30,12 @@ NONE, RELU, RELU6, LEAKY_RELU = (CODES[name] for name in ("none", "relu", "relu6
 SILU, HARDSWISH, ELU = (CODES[name] for name in ("silu", "hardswish", "elu"))
 SIGMOID, TANH, GELU = (CODES[name] for name in ("sigmoid", "tanh", "gelu"))
 
+FAST = {"reassoc", "contract", "nsz", "arcp", "afn"}
+"""What lets LLVM vectorize sums. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is among them."""
+
+INLINED = {"forceinline": True, "fastmath": FAST, "error_model": "numpy"}
+_inlined = njit(**INLINED)
+
 f32 = np.float32
 i32 = np.int32
 
@@ -78,7 +84,7 @@ def normal(z: Any) -> Any:
     raise AssertionError("only inside a kernel")
 
 
-@overload(exp, inline="always")
+@overload(exp, jit_options=INLINED)
 def _exp(z: Any) -> Any:
     def single(z: Any) -> Any:
         t = z * LOG2_E
@@ -97,7 +103,7 @@ def _exp(z: Any) -> Any:
     return single if z == types.float32 else double
 
 
-@overload(expm1, inline="always")
+@overload(expm1, jit_options=INLINED)
 def _expm1(z: Any) -> Any:
     def single(z: Any) -> Any:
         return z + z * z * (M0 + z * (M1 + z * (M2 + z * (M3 + z * M4)))) if z > -HALF else exp(z) - ONE
@@ -108,7 +114,7 @@ def _expm1(z: Any) -> Any:
     return single if z == types.float32 else double
 
 
-@overload(tanh, inline="always")
+@overload(tanh, jit_options=INLINED)
 def _tanh(z: Any) -> Any:
     def single(z: Any) -> Any:
         size = abs(z)
@@ -124,7 +130,7 @@ def _tanh(z: Any) -> Any:
     return single if z == types.float32 else double
 
 
-@overload(normal, inline="always")
+@overload(normal, jit_options=INLINED)
 def _normal(z: Any) -> Any:
     def single(z: Any) -> Any:
         e = exp(-HALF * z * z)
@@ -143,7 +149,7 @@ def _normal(z: Any) -> Any:
 # comes out as NaN.
 
 
-@njit(inline="always")
+@_inlined
 def _sigmoid(z: Any) -> Any:
     """`sigmoid(z)` and `1 - sigmoid(z)`, each as exact as the other."""
     T = type(z)
@@ -153,13 +159,13 @@ def _sigmoid(z: Any) -> Any:
     return (large, small) if z >= T(0) else (small, large)
 
 
-@njit(inline="always")
+@_inlined
 def _relu6(z: Any) -> Any:
     T = type(z)
     return T(0) if z <= T(0) else (T(6) if z >= T(6) else z)
 
 
-@njit(inline="always")
+@_inlined
 def activate(code: int, parameter: Any, z: Any) -> Any:
     """`act(z)`, where `code` is one of `CODES` and `parameter` (of the type of `z`) belongs to leaky_relu or elu."""
     T = type(z)
@@ -184,7 +190,7 @@ def activate(code: int, parameter: Any, z: Any) -> Any:
     return z
 
 
-@njit(inline="always")
+@_inlined
 def activate_grad(code: int, parameter: Any, z: Any, dy: Any) -> Any:
     """`dz = dy * act'(z)`; where the derivative is 0 over a range it is 0 whatever `dy` is, infinity included."""
     T = type(z)

@@ -44,6 +44,12 @@ BY_CHANNEL_FROM = 160
 ROW_WIDTH = 512
 """Adjacent values of a sample that a block of channels has, at most, when walked by row: 2 KB, which prefetching likes."""
 
+ROW_BLOCK = 8192
+"""The same when walking by row, where every channel has its own sum."""
+
+TABLES, TABLE = 6, 2048 + 16
+"""Tables of a stage, and their length: not a multiple of 4 KB, or reading one would wait for writing another."""
+
 CACHE = 1 << 20
 """Bytes that a block may take to stay in the L2 cache between two stages: half of what today's server cores have."""
 
@@ -52,6 +58,8 @@ SERIAL = 1 << 15
 
 FAST = {"reassoc", "contract", "nsz", "arcp", "afn"}
 """What lets LLVM vectorize sums. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is among them."""
+
+_inlined = njit(forceinline=True, fastmath=FAST, error_model="numpy")
 
 
 # --- How a tensor is cut into tiles ----------------------------------------------------------------------------------
@@ -91,7 +99,7 @@ def tiling(shape: tuple[int, int, int], itemsize: int, arrays: int) -> Tiling:
 # --- A channel's numbers ---------------------------------------------------------------------------------------------
 
 
-@njit(inline="always")
+@_inlined
 def _affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
     """`center, scale, shift`, of type `T`, with `z = (x - center)*scale + shift`.
 
@@ -102,16 +110,18 @@ def _affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
     return center, T(scale), T(bias - (mean - center) * scale)
 
 
-@njit(inline="always")
+@_inlined
 def _through_moments(T: Any, mean: float, rstd: float, weight: Any, sum_dz: float, sum_dz_xhat: float, count: float) -> Any:
-    """`slope, level`, of type `T`, with `dx = scale*dz - ((x - center)*slope + level)`."""
+    """`slope, level`, of type `T`, with `dx = scale*dz - ((x - center)*slope + level)`; 0 for constant moments, `count = inf`."""
+    if math.isinf(count):
+        return T(0), T(0)
     center = T(mean)
     scale = rstd * weight
     slope = scale * rstd * sum_dz_xhat / count
     return T(slope), T(scale * sum_dz / count - (mean - center) * slope)
 
 
-@njit(inline="always")
+@_inlined
 def _merge(count: float, mean: float, squares: float, count_b: float, mean_b: float, squares_b: float) -> Any:
     """`definition.merge_moments` for one channel, on sums of squares (`count * var`) in place of variances."""
     total = count + count_b
@@ -120,7 +130,7 @@ def _merge(count: float, mean: float, squares: float, count_b: float, mean_b: fl
     return total, mean + delta * share, squares + squares_b + delta * delta * count * share
 
 
-@njit(inline="always")
+@_inlined
 def _uncenter(count: float, center: Any, sum_d: Any, sum_d2: Any) -> Any:
     """Mean and squares about it, from the sums of `d = x - center` and of `d^2`.
 
@@ -130,7 +140,7 @@ def _uncenter(count: float, center: Any, sum_d: Any, sum_d2: Any) -> Any:
     return center + sum_d / count, sum_d2 - (sum_d / count) * sum_d
 
 
-@njit(inline="always")
+@_inlined
 def _first_kept(mask: Any, n0: int, n1: int, l0: int, l1: int) -> Any:
     """The first position that the mask keeps, `(-1, -1)` if there is none: a value to measure the others from."""
     for n in range(n0, n1):
@@ -265,37 +275,75 @@ def _grad_input_by_channel(
 
 
 # --- The stages, walking by row --------------------------------------------------------------------------------------
-# A row is the `width * L` adjacent values that the tile has of one sample. `table[j]` holds, for each value of a row, its channel's number.
+# A row is the `width * L` adjacent values that the tile has of one sample. A table holds, for each value of a row, its channel's number.
 
 
-@njit(inline="always")
-def _fill_mask(mask: Any, n: int, table: Any) -> None:
+@_inlined
+def _scratch(dtype: Any) -> Any:
+    """Room for all tables of a stage. One array: LLVM gives up on a loop in which too many arrays might overlap."""
+    return np.empty(TABLES * TABLE, dtype)
+
+
+@_inlined
+def _table(scratch: Any, number: int, width: int) -> Any:
+    return scratch[number * TABLE : number * TABLE + width]
+
+
+@_inlined
+def _rows(x: Any) -> Any:
+    return x.reshape((x.shape[0], x.shape[1] * x.shape[2]))
+
+
+@_inlined
+def _spread(value: Any, c: int, L: int, table: Any) -> None:
+    """Write one channel's number at all its positions of a row; `c` counts from the tile's first channel."""
+    for j in range(c * L, (c + 1) * L):
+        table[j] = value
+
+
+@_inlined
+def _collect(c: int, L: int, table: Any) -> float:
+    """Sum, in float64, what the positions of one channel have gathered, and clear it."""
+    total = 0.0
+    for j in range(c * L, (c + 1) * L):
+        total += table[j]
+        table[j] = 0
+    return total
+
+
+@_inlined
+def _spread_mask(mask: Any, n: int, table: Any) -> None:
     L = mask.shape[1]
     for j in range(0, table.size, L):
         for i in range(L):
             table[j + i] = mask[n, i]
 
 
-@njit(inline="always")
-def _fill_affine(mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int, L: int, center: Any, scale: Any, shift: Any) -> None:
-    T = center.dtype.type
-    for c in range(c0, c1):
-        center_c, scale_c, shift_c = _affine(T, mean[c], rstd[c], weight[c], bias[c])
-        for j in range((c - c0) * L, (c - c0 + 1) * L):
-            center[j] = center_c
-            scale[j] = scale_c
-            shift[j] = shift_c
+@_inlined
+def _spread_affine(mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int, L: int, scratch: Any) -> None:
+    """Tables 0, 1, 2: center, scale, shift."""
+    width = (c1 - c0) * L
+    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+    for c in range(c1 - c0):
+        center_c, scale_c, shift_c = _affine(
+            scratch.dtype.type, mean[c0 + c], rstd[c0 + c], weight[c0 + c], bias[c0 + c]
+        )
+        _spread(center_c, c, L, center)
+        _spread(scale_c, c, L, scale)
+        _spread(shift_c, c, L, shift)
 
 
 @njit(inline="always")
 def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
     T = x.dtype.type
     L = x.shape[2]
-    row = x.reshape((x.shape[0], x.shape[1] * L))
-    j0, width = c0 * L, (c1 - c0) * L
-    rows = max(1, 4 * BLOCK // width)
-    center, kept = np.empty(width, x.dtype), np.empty(width, x.dtype)
-    total, total_d2 = np.empty(width, x.dtype), np.empty(width, x.dtype)
+    channels, width = c1 - c0, (c1 - c0) * L
+    rows = max(1, ROW_BLOCK // width)
+    x_rows, scratch = _rows(x), _scratch(x.dtype)
+    center, kept = _table(scratch, 0, width), _table(scratch, 1, width)
+    total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
+    total[:] = T(0)
+    total_d2[:] = T(0)
     count = 0.0
     for c in range(c0, c1):
         mean[c] = 0.0
@@ -312,47 +360,38 @@ def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c
             if size == 0.0:
                 continue
             kept_n, kept_i = _first_kept(mask, g0, g1, 0, L)
-        for c in range(c0, c1):
-            value = x[kept_n, c, kept_i] if count == 0.0 else T(mean[c])
-            for j in range((c - c0) * L, (c - c0 + 1) * L):
-                center[j] = value
-                total[j] = T(0)
-                total_d2[j] = T(0)
+        for c in range(channels):
+            _spread(x[kept_n, c0 + c, kept_i] if count == 0.0 else T(mean[c0 + c]), c, L, center)
         if count < size:
             for n in range(g0, g1):
+                row = x_rows[n, c0 * L : c1 * L]
                 if MASKED:
-                    _fill_mask(mask, n, kept)
-                for j in range(width):
-                    if MASKED:
-                        total[j] += kept[j] * (row[n, j0 + j] - center[j]) if kept[j] > 0 else T(0)
-                    else:
-                        total[j] += row[n, j0 + j] - center[j]
-            for c in range(c1 - c0):
-                sum_c = 0.0
-                for j in range(c * L, (c + 1) * L):
-                    sum_c += total[j]
-                value = T(center[c * L] + sum_c / size)
-                for j in range(c * L, (c + 1) * L):
-                    center[j] = value
-                    total[j] = T(0)
+                    _spread_mask(mask, n, kept)
+                    for j in range(width):
+                        total[j] += kept[j] * (row[j] - center[j]) if kept[j] > 0 else T(0)
+                else:
+                    for j in range(width):
+                        total[j] += row[j] - center[j]
+            for c in range(channels):
+                _spread(T(center[c * L] + _collect(c, L, total) / size), c, L, center)
         for n in range(g0, g1):
+            row = x_rows[n, c0 * L : c1 * L]
             if MASKED:
-                _fill_mask(mask, n, kept)
-            for j in range(width):
-                d = row[n, j0 + j] - center[j]
-                if MASKED:
+                _spread_mask(mask, n, kept)
+                for j in range(width):
+                    d = row[j] - center[j]
                     total[j] += kept[j] * d if kept[j] > 0 else T(0)
                     total_d2[j] += kept[j] * d * d if kept[j] > 0 else T(0)
-                else:
+            else:
+                for j in range(width):
+                    d = row[j] - center[j]
                     total[j] += d
                     total_d2[j] += d * d
-        for c in range(c0, c1):
-            sum_c, sum_d2 = 0.0, 0.0
-            for j in range((c - c0) * L, (c - c0 + 1) * L):
-                sum_c += total[j]
-                sum_d2 += total_d2[j]
-            mean_b, squares_b = _uncenter(size, center[(c - c0) * L], sum_c, sum_d2)
-            _, mean[c], squares[c] = _merge(count, mean[c], squares[c], size, mean_b, squares_b)
+        for c in range(channels):
+            mean_b, squares_b = _uncenter(size, center[c * L], _collect(c, L, total), _collect(c, L, total_d2))
+            _, mean[c0 + c], squares[c0 + c] = _merge(
+                count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b
+            )
         count += size
     return count
 
@@ -362,17 +401,19 @@ def _normalize_by_row(
     ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, y: Any,
 ) -> None:  # fmt: skip
-    N, C, L = x.shape
-    row, residual_row, y_row = x.reshape((N, C * L)), residual.reshape((residual.shape[0], C * L)), y.reshape((N, C * L))
-    j0, width = c0 * L, (c1 - c0) * L
-    center, scale, shift = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    _fill_affine(mean, rstd, weight, bias, c0, c1, L, center, scale, shift)
+    L = x.shape[2]
+    width = (c1 - c0) * L
+    x_rows, residual_rows, y_rows = _rows(x), _rows(residual), _rows(y)
+    scratch = _scratch(x.dtype)
+    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+    _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
     for n in range(n0, n1):
+        row, residual_row, y_row = x_rows[n, c0 * L : c1 * L], residual_rows[n, c0 * L : c1 * L], y_rows[n, c0 * L : c1 * L]
         for j in range(width):
-            z = (row[n, j0 + j] - center[j]) * scale[j] + shift[j]
+            z = (row[j] - center[j]) * scale[j] + shift[j]
             if RESIDUAL:
-                z += residual_row[n, j0 + j]
-            y_row[n, j0 + j] = activate(ACT, parameter, z)
+                z += residual_row[j]
+            y_row[j] = activate(ACT, parameter, z)
 
 
 @njit(inline="always")
@@ -381,33 +422,33 @@ def _grad_sums_by_row(
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
     T = x.dtype.type
-    N, C, L = x.shape
-    row, residual_row, dy_row = x.reshape((N, C * L)), residual.reshape((residual.shape[0], C * L)), dy.reshape((N, C * L))
-    j0, width = c0 * L, (c1 - c0) * L
-    rows = max(1, 4 * BLOCK // width)
-    center, scale, shift = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    total, total_x = np.empty(width, x.dtype), np.empty(width, x.dtype)
-    _fill_affine(mean, rstd, weight, bias, c0, c1, L, center, scale, shift)
+    L = x.shape[2]
+    channels, width = c1 - c0, (c1 - c0) * L
+    rows = max(1, ROW_BLOCK // width)
+    dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
+    scratch = _scratch(x.dtype)
+    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+    total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
+    _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
+    total[:] = T(0)
+    total_d[:] = T(0)
     for c in range(c0, c1):
         sum_dz[c] = 0.0
         sum_dz_xhat[c] = 0.0
     for g0 in range(n0, n1, rows):
-        for j in range(width):
-            total[j] = T(0)
-            total_x[j] = T(0)
         for n in range(g0, min(g0 + rows, n1)):
+            dy_row, row, residual_row = dy_rows[n, c0 * L : c1 * L], x_rows[n, c0 * L : c1 * L], residual_rows[n, c0 * L : c1 * L]
             for j in range(width):
-                d = row[n, j0 + j] - center[j]
+                d = row[j] - center[j]
                 z = d * scale[j] + shift[j]
                 if RESIDUAL:
-                    z += residual_row[n, j0 + j]
-                dz = activate_grad(ACT, parameter, z, dy_row[n, j0 + j])
+                    z += residual_row[j]
+                dz = activate_grad(ACT, parameter, z, dy_row[j])
                 total[j] += dz
-                total_x[j] += dz * d
-        for c in range(c0, c1):
-            for j in range((c - c0) * L, (c - c0 + 1) * L):
-                sum_dz[c] += total[j]
-                sum_dz_xhat[c] += total_x[j]
+                total_d[j] += dz * d
+        for c in range(channels):
+            sum_dz[c0 + c] += _collect(c, L, total)
+            sum_dz_xhat[c0 + c] += _collect(c, L, total_d)
     for c in range(c0, c1):
         sum_dz_xhat[c] = rstd[c] * (sum_dz_xhat[c] - (mean[c] - center[(c - c0) * L]) * sum_dz[c])
 
@@ -419,33 +460,35 @@ def _grad_input_by_row(
     n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
 ) -> None:  # fmt: skip
     T = x.dtype.type
-    N, C, L = x.shape
-    row, residual_row, dy_row = x.reshape((N, C * L)), residual.reshape((residual.shape[0], C * L)), dy.reshape((N, C * L))
-    dx_row, d_residual_row = dx.reshape((N, C * L)), d_residual.reshape((d_residual.shape[0], C * L))
-    j0, width = c0 * L, (c1 - c0) * L
-    center, scale, shift = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    slope, level, kept = np.empty(width, x.dtype), np.empty(width, x.dtype), np.empty(width, x.dtype)
-    _fill_affine(mean, rstd, weight, bias, c0, c1, L, center, scale, shift)
+    L = x.shape[2]
+    width = (c1 - c0) * L
+    dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
+    dx_rows, d_residual_rows = _rows(dx), _rows(d_residual)
+    scratch = _scratch(x.dtype)
+    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+    slope, level, kept = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
+    _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
     for c in range(c0, c1):
         slope_c, level_c = _through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
-        for j in range((c - c0) * L, (c - c0 + 1) * L):
-            slope[j] = slope_c
-            level[j] = level_c
+        _spread(slope_c, c - c0, L, slope)
+        _spread(level_c, c - c0, L, level)
     for n in range(n0, n1):
+        dy_row, row, residual_row = dy_rows[n, c0 * L : c1 * L], x_rows[n, c0 * L : c1 * L], residual_rows[n, c0 * L : c1 * L]
+        dx_row, d_residual_row = dx_rows[n, c0 * L : c1 * L], d_residual_rows[n, c0 * L : c1 * L]
         if MASKED:
-            _fill_mask(mask, n, kept)
+            _spread_mask(mask, n, kept)
         for j in range(width):
-            d = row[n, j0 + j] - center[j]
+            d = row[j] - center[j]
             z = d * scale[j] + shift[j]
             if RESIDUAL:
-                z += residual_row[n, j0 + j]
-            dz = activate_grad(ACT, parameter, z, dy_row[n, j0 + j])
+                z += residual_row[j]
+            dz = activate_grad(ACT, parameter, z, dy_row[j])
             if MASKED:
-                dx_row[n, j0 + j] = scale[j] * dz - (kept[j] * (d * slope[j] + level[j]) if kept[j] > 0 else T(0))
+                dx_row[j] = scale[j] * dz - (kept[j] * (d * slope[j] + level[j]) if kept[j] > 0 else T(0))
             else:
-                dx_row[n, j0 + j] = scale[j] * dz - (d * slope[j] + level[j])
+                dx_row[j] = scale[j] * dz - (d * slope[j] + level[j])
             if RESIDUAL:
-                d_residual_row[n, j0 + j] = dz
+                d_residual_row[j] = dz
 
 
 # --- Kernels: the stages over all tiles ------------------------------------------------------------------------------
@@ -454,10 +497,17 @@ def _grad_input_by_row(
 
 
 def _compile(parallel: bool) -> Callable[[Kernel], Kernel]:
-    compiled: Callable[[Kernel], Kernel] = njit(
-        parallel=parallel, fastmath=FAST, error_model="numpy", nogil=True, cache=True
-    )
-    return compiled
+    """Compile at the first call, for one thread or for several, and keep the result on disk."""
+
+    def decorate(function: Kernel) -> Kernel:
+        # The disk cache knows a kernel by its name and by what it closes over, not by its options.
+        function.__qualname__ += "_parallel" if parallel else "_serial"
+        kernel: Kernel = njit(
+            parallel=parallel, fastmath=FAST, error_model="numpy", nogil=True, cache=True
+        )(function)
+        return kernel
+
+    return decorate
 
 
 @functools.cache

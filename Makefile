@@ -1,0 +1,39 @@
+# Every target makes its own virtual environment on first use; later it is there and costs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: study test lint bench clean
+
+study: $(VENV)/study.stamp  ## train on real digits, write study-report/report.html
+	$(BIN)/batchnorm study $(ARGS)
+
+test: $(VENV)/test.stamp  ## everything that must hold
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/test.stamp  ## what `test` checks without running anything, and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+bench: $(VENV)/study.stamp  ## time the layers against PyTorch's on this machine
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) study-report
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/study.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[study]"
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[study,test,lint]"
+	touch $@ $(VENV)/study.stamp

@@ -1,0 +1,464 @@
+"""`batch_norm`: checks, choice of the path, automatic differentiation.
+
+Two paths lead to the same answers. On the CPU the kernels run, inside one autograd function. Everything else (other devices, other types of data,
+`torch.compile`, `torch.func`, forward-mode and higher derivatives) is composed of PyTorch's own operations, each differentiable in any way.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.kernels import cpu as kernels
+from batchnorm.kernels import threads
+from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
+
+__all__ = ["batch_norm"]
+
+threads.follow(torch.get_num_threads)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationSpec = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """Batch normalization, with what usually follows it in the same pass over memory.
+
+    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are those of the batch in training and the running
+    ones otherwise. In training the running ones move: `running += momentum * (batch - running)`, with the unbiased variance.
+
+    Args:
+        x: `(N, C, *spatial)`, of any strides.
+        running_mean, running_var: `(C,)`; updated in place in training. Needed in evaluation. A batch whose statistics are not finite
+            leaves them as they are.
+        weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
+        training: Whether to use the batch's statistics.
+        momentum: The weight of the new batch in the running statistics.
+        eps: Added to the variance, in the square of the units of `x`.
+        activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu (alpha), sigmoid, tanh, gelu.
+        residual: Of the shape of `x`, added before the activation.
+        mask: `(N, *spatial)` or its first axes: booleans that say which positions count in the statistics, or non-negative weights (a weight of 2
+            counts a position twice). All positions are normalized. Without effect in evaluation.
+        statistics: Where the statistics come from in training; `BatchStatistics()` if None.
+
+    Returns:
+        `y`, of the shape and type of `x`, in the memory format that `torch.nn.functional.batch_norm` gives.
+
+    Raises:
+        ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value per channel in
+            training; if a mask is negative or keeps fewer than two values; if the activation is unknown.
+        RuntimeError: If `weight`, `bias`, or a running statistic does not have `C` elements, or another floating-point type than `x` where
+            `x` is float32 or float64; if the running statistics are missing in evaluation.
+        NotImplementedError: If `x` is not of a floating-point type.
+
+    Differs from `torch.nn.functional.batch_norm`:
+        1. `activation`, `residual`, `mask` and `statistics`.
+        2. A batch whose statistics are not finite leaves the running statistics as they are.
+        3. Statistics are float64 inside, and `x - mean` is taken before anything is multiplied: the error does not grow with `mean / std`.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1.
+    """
+    return normalize(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, mask, statistics
+    ).y
+
+
+class Normalized(NamedTuple):
+    """`y`, and whether the batch's statistics were finite and went into the running ones (None: the batch was not asked)."""
+
+    y: Tensor
+    updated: bool | Tensor | None
+
+
+def normalize(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: ActivationSpec,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Statistics | None,
+) -> Normalized:
+    """What `batch_norm` does; it also says what became of the running statistics. For layers."""
+    _check(x, running_mean, running_var, weight, bias, residual)
+    activation = parse_activation(activation)
+    if not isinstance(statistics, Statistics | None):
+        raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
+    running = not training or isinstance(statistics, RunningStatistics)
+    if running and (running_mean is None or running_var is None):
+        raise RuntimeError(
+            "running_mean and running_var must be defined in evaluation mode, and with RunningStatistics(): "
+            "pass both, or training=True"
+        )
+    weights = None if running or mask is None else _expand_mask(mask, x)
+    count = float("inf") if running else _count(x, weights)
+    takes_kernels = _takes_kernels(x, residual, running_mean, weight, bias)
+    if takes_kernels:
+        batch = _Batch(count, running_mean if running else None, running_var if running else None, eps)
+        y = _with_kernels(x, weight, bias, residual, weights, batch, activation)
+        mean, var = batch.mean, batch.var
+    else:
+        y, mean, var = _composed(
+            x, weight, bias, residual, weights, running_mean if running else None, running_var if running else None,
+            eps, activation,
+        )  # fmt: skip
+    if running:
+        return Normalized(y, None)
+    if running_mean is None or running_var is None:
+        return Normalized(y, True)
+    return Normalized(y, _update_running(running_mean, running_var, count, mean, var, momentum))
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise NotImplementedError(f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    exact = x.dtype is torch.float32 or x.dtype is torch.float64
+    for name, value in (
+        ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
+    ):  # fmt: skip
+        if value is None:
+            continue
+        if value.numel() != x.shape[1]:
+            raise RuntimeError(
+                f"{name} should contain {x.shape[1]} elements not {value.numel()}: "
+                f"x has shape {tuple(x.shape)}, and its second axis is the channels"
+            )
+        if exact and value.dtype is not x.dtype:
+            raise RuntimeError(
+                f"mixed dtype: x is {x.dtype} and {name} is {value.dtype}; convert one of them, e.g. with .to(x.dtype)"
+            )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
+def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as weights of shape `(N, *spatial)`, of the type of `x` (float32 for half precision)."""
+    positions = (x.shape[0], *x.shape[2:])
+    fits = 1 <= mask.dim() <= len(positions) and all(
+        m in (1, size) for m, size in zip(mask.shape, positions, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit x of shape {tuple(x.shape)}: "
+            f"it must have the shape {positions}, without channels, or its first axes"
+        )
+    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    weights = mask.detach().to(x.device, dtype)
+    return weights.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)
+
+
+def _count(x: Tensor, weights: Tensor | None) -> float:
+    """How many values each channel has, which must be two at least."""
+    values = x.numel() // max(1, x.shape[1])
+    if weights is not None:
+        if not bool(((weights >= 0) & weights.isfinite()).all()):
+            raise ValueError("mask must hold booleans, or weights that are finite and not negative")
+        values = int((weights > 0).sum())
+        if values == 0:
+            raise ValueError(
+                f"mask leaves nothing of x of shape {tuple(x.shape)}: skip this batch, or normalize with training=False"
+            )
+    if values == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.size()}"
+            f"{'' if weights is None else ' of which the mask keeps one'}. The variance of one value is 0. Drop the last, "
+            "incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval(), training=False)"
+        )
+    return float(values) if weights is None else float(weights.sum(dtype=torch.float64))
+
+
+# --- The running statistics ------------------------------------------------------------------------------------------
+
+
+def _update_running(
+    running_mean: Tensor, running_var: Tensor, count: float, mean: Any, var: Any, momentum: float | Tensor
+) -> bool | Tensor:
+    """`definition.update_running`, in place; a batch whose statistics are not finite, or that is empty, is left out."""
+    if count == 0:
+        return False
+    correction = count / (count - 1) if count > 1 else 1.0
+    with torch.no_grad():
+        if isinstance(var, np.ndarray):
+            if not np.isfinite(var.sum()):
+                return False
+            for running, batch in ((running_mean, mean), (running_var, var * correction)):
+                running.lerp_(torch.from_numpy(batch).to(running.dtype), momentum)
+            return True
+        finite = var.isfinite().all() & mean.isfinite().all()
+        for running, batch in ((running_mean, mean), (running_var, var * correction)):
+            moved = running + momentum * (batch.to(running.dtype) - running)
+            running.copy_(torch.where(finite, moved, running))
+        return finite
+
+
+# --- The path of the kernels -----------------------------------------------------------------------------------------
+
+
+def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
+    """Whether the kernels can compute this: ordinary CPU tensors of float32 or float64, outside of any transformation."""
+    if x.device.type != "cpu" or (x.dtype is not torch.float32 and x.dtype is not torch.float64) or x.numel() == 0:
+        return False
+    if residual is not None and (residual.dtype is not x.dtype or residual.device != x.device):
+        return False
+    for tensor in (x, residual, *parameters):
+        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+class _Batch:
+    """The statistics of one call: taken from the running ones, or filled in by the forward pass. Arrays of float64, `(C,)`."""
+
+    __slots__ = ("count", "eps", "mean", "rstd", "var")
+
+    def __init__(self, count: float, running_mean: Tensor | None, running_var: Tensor | None, eps: float) -> None:
+        self.count = count
+        self.eps = eps
+        self.mean: Any = None
+        self.var: Any = None
+        self.rstd: Any = None
+        if running_mean is not None and running_var is not None:
+            # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
+            self.mean = running_mean.detach().numpy().astype(np.float64)
+            self.rstd = 1.0 / np.sqrt(running_var.detach().numpy().astype(np.float64) + self.eps)
+
+
+def _with_kernels(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    batch: _Batch,
+    activation: tuple[str, float],
+) -> Tensor:
+    y: Tensor = _BatchNorm.apply(x, weight, bias, residual, weights, batch, activation)
+    return y
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The format of PyTorch's output: channels last if the strides of `x` say so, even with gaps; else contiguous."""
+    if x.is_contiguous() or x.dim() not in (4, 5):
+        return torch.contiguous_format
+    span = 0
+    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(axis) < span or x.stride(axis) == 0:
+            return torch.contiguous_format
+        span = x.stride(axis) * x.shape[axis]
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def _array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
+    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last. Copied only if its strides differ."""
+    if x is None:
+        return None
+    x = x.detach().contiguous(memory_format=memory_format)
+    if memory_format is torch.contiguous_format:
+        return x.numpy().reshape(x.shape[0], x.shape[1], -1)
+    return x.movedim(1, -1).numpy().reshape(-1, x.shape[1], 1)
+
+
+def _mask_array(weights: Tensor | None, memory_format: torch.memory_format) -> Any:
+    if weights is None:
+        return None
+    rows = weights.shape[0] if memory_format is torch.contiguous_format else weights.numel()
+    return weights.contiguous().numpy().reshape(rows, -1)
+
+
+def _numbers(values: Tensor | None) -> Any:
+    return None if values is None else values.detach().contiguous().numpy()
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Forward and backward by the kernels. Kept between the two: `x`, `weight`, `bias`, `residual`, and the statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        weights: Tensor | None,
+        batch: _Batch,
+        activation: tuple[str, float],
+    ) -> Tensor:
+        memory_format = _memory_format(x)
+        y = torch.empty_like(x, memory_format=memory_format)
+        x_array, y_array, residual_array = (_array(t, memory_format) for t in (x, y, residual))
+        if batch.mean is None:
+            batch.mean, batch.var, batch.rstd = np.empty((3, x.shape[1]))
+            kernels.forward(
+                x_array, residual_array, _mask_array(weights, memory_format), _numbers(weight), _numbers(bias),
+                batch.eps, activation, y_array, batch.mean, batch.var, batch.rstd,
+            )  # fmt: skip
+        else:
+            kernels.normalize(
+                x_array, residual_array, batch.mean, batch.rstd, _numbers(weight), _numbers(bias), activation, y_array
+            )
+        # Without an activation dz = dy, whatever the residual is.
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight, bias, residual if activation[0] != "none" else None, weights)
+        ctx.batch, ctx.activation, ctx.memory_format = batch, activation, memory_format
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, bias, residual, weights = ctx.saved_tensors
+        batch, activation, memory_format = ctx.batch, ctx.activation, ctx.memory_format
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return (*_differentiable_backward(ctx, dy, x, weight, bias, residual, weights), None, None, None)
+
+        dx = torch.empty_like(x, memory_format=memory_format) if needs_x else None
+        d_residual = None
+        if needs_residual:
+            d_residual = dy if residual is None else torch.empty_like(x, memory_format=memory_format)
+        x_array, dy_array, dx_array, residual_array = (_array(t, memory_format) for t in (x, dy, dx, residual))
+        d_residual_array = None if residual is None else _array(d_residual, memory_format)
+        numbers = batch.mean, batch.rstd, _numbers(weight), _numbers(bias)
+        mask = _mask_array(weights, memory_format)
+        sum_dz, sum_dz_xhat = np.empty((2, x.shape[1]))
+        if dx_array is None and d_residual_array is None:
+            kernels.grad_sums(dy_array, x_array, residual_array, *numbers, activation, sum_dz, sum_dz_xhat)
+        else:
+            if dx_array is None:
+                dx_array = np.empty_like(x_array)
+            if residual_array is not None and d_residual_array is None:
+                d_residual_array = np.empty_like(x_array)
+            kernels.backward(
+                dy_array, x_array, residual_array, mask, *numbers, batch.count, activation,
+                sum_dz, sum_dz_xhat, dx_array, d_residual_array,
+            )  # fmt: skip
+        d_weight = torch.from_numpy(sum_dz_xhat).to(weight.dtype) if needs_weight else None
+        d_bias = torch.from_numpy(sum_dz).to(bias.dtype) if needs_bias else None
+        return dx, d_weight, d_bias, d_residual, None, None, None
+
+
+def _differentiable_backward(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients as a graph of their own, for derivatives of a higher order."""
+    batch: _Batch = ctx.batch
+    # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own share.
+    inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+    x_, weight_, bias_, residual_ = inputs
+    mean, var = None, None
+    if np.isinf(batch.count):
+        mean = torch.from_numpy(batch.mean).to(x.dtype)
+        var = torch.from_numpy(batch.rstd**-2.0 - batch.eps).to(x.dtype)
+    assert x_ is not None
+    y, _, _ = _composed(x_, weight_, bias_, residual_, weights, mean, var, batch.eps, ctx.activation)
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    result = [
+        next(found) if needed and t is not None else None
+        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+    ]
+    if ctx.has_residual and residual is None and ctx.needs_input_grad[3]:
+        result[3] = dy
+    return result
+
+
+# --- The path of PyTorch's own operations ----------------------------------------------------------------------------
+
+_ACTIVATIONS: dict[str, Any] = {
+    "none": lambda z, _: z,
+    "relu": lambda z, _: F.relu(z),
+    "relu6": lambda z, _: F.relu6(z),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda z, _: F.silu(z),
+    "hardswish": lambda z, _: F.hardswish(z),
+    "elu": F.elu,
+    "sigmoid": lambda z, _: torch.sigmoid(z),
+    "tanh": lambda z, _: torch.tanh(z),
+    "gelu": lambda z, _: F.gelu(z),
+}
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    activation: tuple[str, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y`, and the statistics, `(C,)`: those given as `mean` and `var`, else the batch's. Half precision is computed in float32."""
+    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    axes = (0, *range(2, x.dim()))
+
+    def per_channel(values: Tensor) -> Tensor:
+        return values.to(dtype).reshape((1, -1) + (1,) * (x.dim() - 2))
+
+    z = x.to(dtype)
+    if mean is None or var is None:
+        if weights is None:
+            var, mean = torch.var_mean(z, axes, correction=0)
+        else:
+            weights = weights.unsqueeze(1)
+            total = weights.sum()
+            kept = weights > 0
+            mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
+            var = (weights * torch.where(kept, z - per_channel(mean), 0) ** 2).sum(axes) / total
+    else:
+        mean, var = mean.detach().clone(), var.detach().clone()
+    scale = per_channel(torch.rsqrt(var.to(dtype) + eps))
+    if weight is not None:
+        scale = scale * per_channel(weight)
+    z = (z - per_channel(mean)) * scale
+    if bias is not None:
+        z = z + per_channel(bias)
+    if residual is not None:
+        z = z + residual
+    name, parameter = activation
+    return _ACTIVATIONS[name](z, parameter).to(x.dtype), mean, var

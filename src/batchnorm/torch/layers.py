@@ -1,0 +1,157 @@
+"""The layers: PyTorch's own, with the kernels under them and the activation inside.
+
+Each is a subclass of the class of the same name in `torch.nn`: the same constructor, parameters, buffers, state dict and checks of the input.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch.functional import normalize
+from batchnorm.torch.statistics import Statistics
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+]
+
+if TYPE_CHECKING:
+    _Base = nn.modules.batchnorm._BatchNorm
+else:
+    _Base = object
+
+
+class _Layer(_Base):
+    """What our layers have in common; the class beside it in the bases is PyTorch's.
+
+    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`
+
+    Args:
+        *args: PyTorch's: `num_features` (not for lazy layers), `eps`, `momentum`, `affine`, `track_running_stats`, `device`, `dtype`.
+        activation: What follows, computed in the same pass: a name or `(name, parameter)`, as in `batch_norm`.
+        statistics: Where the statistics come from in training; the batch if None.
+        **kwargs: PyTorch's, by name.
+
+    Attributes:
+        num_batches_skipped: How many batches in training left the running statistics as they were, because their own were not finite (an
+            overflow under mixed precision, most often). `num_batches_tracked` does not count them.
+
+    Raises:
+        ValueError: If the activation is unknown.
+
+    Differs from the class in `torch.nn`:
+        1. `activation` and `statistics` here, `residual` and `mask` in `forward`.
+        2. One batch with an infinity or a NaN does not spoil the running statistics for good.
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
+    """
+
+    num_batches_skipped: Tensor
+
+    def __init__(
+        self, *args: Any, activation: ActivationSpec = None, statistics: Statistics | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        parse_activation(activation)  # an unknown one is an error here, not at the first batch
+        self.activation = activation
+        self.statistics = statistics
+        self.register_buffer(
+            "num_batches_skipped", torch.zeros((), dtype=torch.long, device=kwargs.get("device")), persistent=False
+        )
+
+    def reset_running_stats(self) -> None:
+        """PyTorch's, and no batch skipped."""
+        super().reset_running_stats()
+        if "num_batches_skipped" in self._buffers:  # not yet, when PyTorch's constructor calls
+            self.num_batches_skipped.zero_()
+
+    def forward(self, x: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalize `x`, and in training update the running statistics.
+
+        Args:
+            x: `(N, C, *spatial)`.
+            residual: Like `x`, added before the activation.
+            mask: `(N, *spatial)` or its first axes: what counts in the statistics, as in `batch_norm`.
+
+        Returns:
+            `y`, like `x`.
+
+        Raises:
+            ValueError: If the shape of `x`, `residual` or `mask` is wrong, or if training has one value per channel.
+            RuntimeError: If the number of channels or the floating-point types do not fit.
+        """
+        self._check_input_dim(x)
+        tracks = self.training and self.track_running_stats
+        use_running = tracks or not self.training
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if tracks and self.momentum is None and self.num_batches_tracked is not None:
+            batches = self.num_batches_tracked + 1  # the average of all batches: the k-th counts 1/k
+            momentum = 1.0 / (batches if torch.compiler.is_compiling() else float(batches))
+        y, updated = normalize(
+            x,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            self.activation,
+            residual,
+            mask,
+            self.statistics,
+        )
+        if tracks and updated is not None and self.num_batches_tracked is not None:
+            if updated is True:
+                self.num_batches_tracked.add_(1)
+            elif updated is False:
+                self.num_batches_skipped.add_(1)
+            else:
+                self.num_batches_tracked.add_(updated)
+                self.num_batches_skipped.add_(~updated)
+        return y
+
+    def extra_repr(self) -> str:
+        """PyTorch's, and what this layer adds where it adds something."""
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.statistics is not None:
+            text += f", statistics={self.statistics!r}"
+        return text
+
+
+class BatchNorm1d(_Layer, nn.BatchNorm1d):
+    """Batch normalization of `(N, C)` or `(N, C, L)`, with its activation. See `torch.nn.BatchNorm1d` and `batch_norm`."""
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):
+    """Batch normalization of `(N, C, H, W)`, with its activation. See `torch.nn.BatchNorm2d` and `batch_norm`."""
+
+
+class BatchNorm3d(_Layer, nn.BatchNorm3d):
+    """Batch normalization of `(N, C, D, H, W)`, with its activation. See `torch.nn.BatchNorm3d` and `batch_norm`."""
+
+
+class LazyBatchNorm1d(_Layer, nn.LazyBatchNorm1d):
+    """A `BatchNorm1d` that takes the number of channels from its first input."""
+
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+
+
+class LazyBatchNorm2d(_Layer, nn.LazyBatchNorm2d):
+    """A `BatchNorm2d` that takes the number of channels from its first input."""
+
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+
+
+class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
+    """A `BatchNorm3d` that takes the number of channels from its first input."""
+
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]

@@ -1,0 +1,266 @@
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from cases import ACTIVATIONS, DTYPES, KERNEL_SHAPES, Problem, problem, relative_error, tolerance
+
+from batchnorm import definition
+from batchnorm.kernels import cpu, threads
+
+FLAGS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def unwritten(*shapes: Any, dtype: Any = np.float64) -> list[Any]:
+    """Outputs filled with NaN: what a kernel forgets to write is seen."""
+    return [np.full(shape, np.nan, dtype) for shape in shapes]
+
+
+def run(p: Problem, activation: Any, eps: float = 1e-5) -> dict[str, Any]:
+    """Forward and backward by the fused kernels."""
+    channels = p.x.shape[1]
+    mean, var, rstd, sum_dz, sum_dz_xhat = unwritten(*[channels] * 5)
+    y, dx = unwritten(p.x.shape, p.x.shape, dtype=p.x.dtype)
+    d_residual = None if p.residual is None else unwritten(p.x.shape, dtype=p.x.dtype)[0]
+    cpu.forward(p.x, p.residual, p.mask, p.weight, p.bias, eps, activation, y, mean, var, rstd)
+    cpu.backward(
+        p.dy, p.x, p.residual, p.mask, mean, rstd, p.weight, p.bias, p.count, activation,
+        sum_dz, sum_dz_xhat, dx, d_residual,
+    )  # fmt: skip
+    outputs = {"y": y, "mean": mean, "var": var, "dx": dx, "d_weight": sum_dz_xhat, "d_bias": sum_dz}
+    return outputs if d_residual is None else outputs | {"d_residual": d_residual}
+
+
+def exact(p: Problem, activation: Any, eps: float = 1e-5) -> dict[str, Any]:
+    y, batch = definition.forward(p.x, p.weight, p.bias, p.residual, activation, p.mask, eps)
+    dx, d_weight, d_bias, d_residual = definition.backward(
+        p.dy, p.x, p.weight, p.bias, p.residual, activation, p.mask, eps
+    )
+    outputs = {"y": y, "mean": batch.mean, "var": batch.var, "dx": dx, "d_weight": d_weight, "d_bias": d_bias}
+    return outputs if p.residual is None else outputs | {"d_residual": d_residual}
+
+
+def assert_exact(p: Problem, activation: Any) -> None:
+    got, want = run(p, activation), exact(p, activation)
+    terms = p.x.size // p.x.shape[1]
+    gain = max(1.0, float(np.max(definition.reciprocal_std(want["var"]) * p.weight)))
+    for name, value in got.items():
+        error = relative_error(value, want[name])
+        # Moments are summed in float64: in float32 nothing is seen of that sum's own rounding.
+        summed = name.startswith("d_") or p.x.dtype == np.float64
+        assert error < gain * tolerance(p.x.dtype, terms if summed else 1), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_every_shape(shape: Any, dtype: Any) -> None:
+    for residual, mask in FLAGS:
+        assert_exact(problem(shape, dtype, residual=residual, mask=mask), "relu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_every_activation(activation: Any, shape: Any, dtype: Any) -> None:
+    assert_exact(problem(shape, dtype, residual=True, mask=True), activation)
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cache of 2 KB: nothing fits, and the stages run one after the other over tiles."""
+    monkeypatch.setattr(cpu, "CACHE", 1 << 11)
+    cpu.tiling.cache_clear()
+    yield
+    cpu.tiling.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 20, 9), (30, 5, 160), (300, 40, 1)])
+@pytest.mark.usefixtures("small_cache")
+def test_stage_by_stage(shape: Any, dtype: Any) -> None:
+    for residual, mask in FLAGS:
+        p = problem(shape, dtype, residual=residual, mask=mask)
+        assert not cpu.tiling(shape, p.x.itemsize, 1).fused(p.x)
+        assert_exact(p, "relu")
+
+
+@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+def test_single_stages(shape: Any) -> None:
+    p = problem(shape, np.float64, residual=True, mask=True)
+    want = exact(p, "silu")
+    rstd = definition.reciprocal_std(want["var"])
+    mean, var, sum_dz, sum_dz_xhat = unwritten(*[shape[1]] * 4)
+    y, dx, d_residual = unwritten(*[shape] * 3)
+    cpu.moments(p.x, p.mask, mean, var)
+    cpu.normalize(p.x, p.residual, want["mean"], rstd, p.weight, p.bias, "silu", y)
+    cpu.grad_sums(p.dy, p.x, p.residual, want["mean"], rstd, p.weight, p.bias, "silu", sum_dz, sum_dz_xhat)
+    cpu.grad_input(
+        p.dy, p.x, p.residual, p.mask, want["mean"], rstd, p.weight, p.bias, want["d_bias"], want["d_weight"],
+        p.count, "silu", dx, d_residual,
+    )  # fmt: skip
+    got = dict(y=y, mean=mean, var=var, dx=dx, d_weight=sum_dz_xhat, d_bias=sum_dz, d_residual=d_residual)
+    for name, value in got.items():
+        assert relative_error(value, want[name]) < tolerance(np.float64, p.x[:, 0].size), name
+
+
+@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+def test_constant_statistics_take_nothing_from_the_gradient(shape: Any) -> None:
+    p = problem(shape, np.float64)
+    mean, rstd = np.zeros(shape[1]), np.ones(shape[1])
+    infinite = np.full(shape[1], np.inf)
+    (dx,) = unwritten(shape)
+    cpu.grad_input(p.dy, p.x, None, None, mean, rstd, None, None, infinite, infinite, np.inf, None, dx, None)
+    np.testing.assert_array_equal(dx, p.dy)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("shape", [(32, 8, 1), (32, 8, 49), (8, 4, 3136), (20000, 4, 1)])
+def test_a_distant_mean_costs_no_accuracy(shape: Any, ratio: float) -> None:
+    p = problem(shape, np.float32, offset=ratio)
+    got, want = run(p, None, eps=0.0), exact(p, None, eps=0.0)
+    np.testing.assert_allclose(got["var"], want["var"], rtol=tolerance(np.float32))
+    for name in ("y", "dx"):
+        assert relative_error(got[name], want[name]) < tolerance(np.float32)
+
+
+def test_a_far_first_value_costs_no_accuracy() -> None:
+    # The first value is what a block is measured from before its mean is known.
+    x = np.random.default_rng(0).normal(size=(4, 3, 6000)).astype(np.float32)
+    x[0, :, 0] = 1e4
+    mean, var = unwritten(3, 3)
+    cpu.moments(x, None, mean, var)
+    want = definition.moments(x)
+    np.testing.assert_allclose(var, want.var, rtol=tolerance(np.float32))
+    np.testing.assert_allclose(mean, want.mean, atol=tolerance(np.float32) * np.sqrt(want.var.max()))
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 20), (4, 3, 200)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_nan_and_infinity_go_through(activation: Any, dtype: Any, shape: Any) -> None:
+    x = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = np.nan, np.inf, -np.inf
+    (y,) = unwritten(shape, dtype=dtype)
+    cpu.normalize(x, None, np.zeros(3), np.ones(3), None, None, activation, y)
+    with np.errstate(all="ignore"):
+        want = definition.activate(x, activation)
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
+    np.testing.assert_array_equal(np.isinf(y), np.isinf(want))
+    mean, var = unwritten(3, 3)
+    cpu.moments(x, None, mean, var)
+    assert not np.isfinite(var).any()
+
+
+def test_what_the_mask_leaves_out_may_be_nan() -> None:
+    for shape in [(40, 3, 20), (4, 3, 200)]:
+        p = problem(shape, np.float32, mask=True)
+        assert p.mask is not None
+        want = exact(p, None)
+        p.x[np.broadcast_to(p.mask[:, None] == 0, shape)] = np.nan
+        got = run(p, None)
+        np.testing.assert_allclose(got["mean"], want["mean"], atol=tolerance(np.float32))
+        np.testing.assert_allclose(got["var"], want["var"], rtol=tolerance(np.float32))
+
+
+def test_float32_activations_are_as_exact_as_float32() -> None:
+    z = np.concatenate([np.linspace(-100, 100, 200_001), np.linspace(-1, 1, 200_001)]).astype(np.float32)
+    x = z.reshape(1, 1, -1)
+    unit = np.ones(1)
+    eps = np.finfo(np.float32).eps
+    for activation in ACTIVATIONS:
+        (y,) = unwritten(x.shape, dtype=np.float32)
+        cpu.normalize(x, None, 0 * unit, unit, None, None, activation, y)
+        error = np.abs(y - definition.activate(x, activation))
+        # Relative to the value, or absolute below 1: one rounding each for the exponential, a quotient, a product.
+        assert np.max(error / np.maximum(np.abs(x), 1)) < 3 * eps, activation
+        dx = np.empty_like(x)
+        cpu.grad_input(
+            np.ones_like(x), x, None, None, 0 * unit, unit, None, None, unit, unit, np.inf, activation, dx, None
+        )
+        smooth = np.min([np.abs(x - kink) for kink in (-3, 0, 3, 6)], axis=0) > 1e-6
+        error = np.abs(dx - definition.activate_grad(x, activation))[smooth]
+        assert np.max(error / np.maximum(np.abs(x[smooth]), 1)) < 4 * eps, activation
+
+
+@pytest.mark.parametrize("shape", [(9, 80, 49), (3, 50, 300), (30000, 4, 1)])
+def test_the_same_bits_for_any_number_of_threads(shape: Any) -> None:
+    p = problem(shape, np.float32, residual=True)
+    assert p.x.size >= cpu.SERIAL
+    before = threads._count
+    results = []
+    try:
+        for count in (1, 2):
+            threads.follow(lambda count=count: count)  # type: ignore[misc]
+            assert threads.available() == min(count, numba.config.NUMBA_NUM_THREADS)
+            results.append(run(p, "silu"))
+    finally:
+        threads.follow(before)
+    for name in results[0]:
+        np.testing.assert_array_equal(results[0][name], results[1][name], err_msg=name)
+
+
+def in_new_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, env=os.environ | environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CALL = """
+import numpy as np
+from batchnorm.kernels import cpu
+x = np.random.default_rng(0).normal(size={shape}).astype(np.float32)
+y, mean, var, rstd = np.empty_like(x), *np.empty((3, x.shape[1]))
+def call():
+    cpu.forward(x, None, None, None, None, 1e-5, "relu", y, mean, var, rstd)
+    return float(y.sum())
+"""
+
+
+def test_compiled_lazily_and_cached_on_disk(tmp_path: Any) -> None:
+    code = CALL.format(shape=(2, 3, 4)) + (
+        "kernel = cpu._forward_kernel(False, cpu.CODES['relu'], False, False, False)\n"
+        "assert not kernel.signatures\n"
+        "call()\n"
+        "print(sum(kernel.stats.cache_hits.values()))"
+    )
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert in_new_process(code, **environment) == "0\n"
+    assert in_new_process(code, **environment) == "1\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_computes_the_same() -> None:
+    code = CALL.format(shape=(8, 64, 300)) + (
+        "import os, warnings\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)\n"
+        "before = call()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if call() == before else 1)\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "assert status == 0, status\n"
+        "assert call() == before"
+    )
+    in_new_process(code)
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_eight_threads_at_once(layer: str) -> None:
+    code = CALL.format(shape=(8, 64, 300)) + (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "want = call()\n"
+        "def mine(_):\n"
+        "    y, mean, var, rstd = np.empty_like(x), *np.empty((3, x.shape[1]))\n"
+        "    cpu.forward(x, None, None, None, None, 1e-5, 'relu', y, mean, var, rstd)\n"
+        "    return float(y.sum())\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    assert set(pool.map(mine, range(200))) == {want}"
+    )
+    in_new_process(code, NUMBA_THREADING_LAYER=layer)
+
