@@ -60,7 +60,7 @@ class Problem:
 def problem(
     shape: tuple[int, int, int], dtype: Any, *, residual: bool = False, mask: bool = False, offset: float = 0.0
 ) -> Problem:
-    """A seeded batch of normal values about `offset`. `dy` is 0 near a kink, where rounding decides on which side `z` falls."""
+    """A seeded batch about `offset`. `dy` is 0 near a kink, where rounding decides on which side `z` falls."""
     rng = np.random.default_rng([*shape, residual, mask])
     n, channels, positions = shape
     weights = None
@@ -81,7 +81,8 @@ def problem(
 def tolerance(dtype: Any, terms: int = 1) -> float:
     """What rounding may do to a value of size 1 that is a sum of `terms`: eps * (8 + sqrt(terms)).
 
-    Eight roundings stand between `x` and `y`, or between `dy` and `dx`; a sum's own roundings are independent and add up as their square root.
+    Eight roundings stand between `x` and `y`, or between `dy` and `dx`; a sum's own roundings are independent and add
+    up as their square root.
     """
     return float(np.finfo(dtype).eps) * (8 + terms**0.5)
 

@@ -263,4 +263,3 @@ def test_eight_threads_at_once(layer: str) -> None:
         "    assert set(pool.map(mine, range(200))) == {want}"
     )
     in_new_process(code, NUMBA_THREADING_LAYER=layer)
-

@@ -1,8 +1,8 @@
 """The activations inside the kernels: value and gradient at `z`, compiled into the loop that calls them.
 
-`code` is a constant in the calling kernel, so that LLVM keeps one branch. A call to the C library would keep a loop from being
-vectorized, so in float32 the exponential is a polynomial on the bits. The coefficients are minimax fits, good to 4e-9
-relative to the largest value before they are rounded. float64 calls the library.
+`code` is a constant in the calling kernel, so that LLVM keeps one branch. A call to the C library would keep a loop
+from being vectorized, so in float32 the exponential is a polynomial on the bits. The coefficients are minimax fits,
+good to 4e-9 relative to the largest value before they are rounded. float64 calls the library.
 """
 
 import math
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from batchnorm.definition import ACTIVATIONS
+from batchnorm.kernels.compilation import INLINED, inlined
 
 __all__ = ["CODES", "activate", "activate_grad"]
 
@@ -23,18 +24,13 @@ SOURCE = zlib.crc32(Path(__file__).read_bytes())
 CODES = {name: SOURCE * len(ACTIVATIONS) + number for number, name in enumerate(ACTIVATIONS)}
 """The number by which kernels know each activation of `definition.ACTIVATIONS`.
 
-Numba's disk cache looks at the file of the kernel, not at this one. With this file in the number, a change here is seen too.
+Numba's disk cache looks at the file of the kernel, not at this one. With this file in the number, a change here is
+seen too.
 """
 
 NONE, RELU, RELU6, LEAKY_RELU = (CODES[name] for name in ("none", "relu", "relu6", "leaky_relu"))
 SILU, HARDSWISH, ELU = (CODES[name] for name in ("silu", "hardswish", "elu"))
 SIGMOID, TANH, GELU = (CODES[name] for name in ("sigmoid", "tanh", "gelu"))
-
-FAST = {"reassoc", "contract", "nsz", "arcp", "afn"}
-"""What lets LLVM vectorize sums. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is among them."""
-
-INLINED = {"forceinline": True, "fastmath": FAST, "error_model": "numpy"}
-_inlined = njit(**INLINED)
 
 f32 = np.float32
 i32 = np.int32
@@ -149,7 +145,7 @@ def _normal(z: Any) -> Any:
 # comes out as NaN.
 
 
-@_inlined
+@inlined
 def _sigmoid(z: Any) -> Any:
     """`sigmoid(z)` and `1 - sigmoid(z)`, each as exact as the other."""
     T = type(z)
@@ -159,13 +155,13 @@ def _sigmoid(z: Any) -> Any:
     return (large, small) if z >= T(0) else (small, large)
 
 
-@_inlined
+@inlined
 def _relu6(z: Any) -> Any:
     T = type(z)
     return T(0) if z <= T(0) else (T(6) if z >= T(6) else z)
 
 
-@_inlined
+@inlined
 def activate(code: int, parameter: Any, z: Any) -> Any:
     """`act(z)`, where `code` is one of `CODES` and `parameter` (of the type of `z`) belongs to leaky_relu or elu."""
     T = type(z)
@@ -190,7 +186,7 @@ def activate(code: int, parameter: Any, z: Any) -> Any:
     return z
 
 
-@_inlined
+@inlined
 def activate_grad(code: int, parameter: Any, z: Any, dy: Any) -> Any:
     """`dz = dy * act'(z)`; where the derivative is 0 over a range it is 0 whatever `dy` is, infinity included."""
     T = type(z)

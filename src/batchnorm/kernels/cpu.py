@@ -1,39 +1,39 @@
 """The five stages of batch normalization on the CPU, compiled by Numba.
 
-Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, positions per sample. Channels-last data, `(R, C)`, is the same with
-`L = 1`: `(R, C, 1)`. So there is one set of stages, and two orders to walk through a tile of samples x channels:
+Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, positions per sample. Channels-last data,
+`(R, C)`, is the same with `L = 1`: `(R, C, 1)`. So there is one set of stages, and two orders to walk through a tile of
+samples x channels:
 
 - *by channel*, for long runs of positions: the innermost loop goes along `L`, with the channel's numbers in registers;
-- *by row*, for short ones (7 x 7 images, and `L = 1`): the innermost loop goes along the `channels * L` adjacent values of one sample, with
-  the channels' numbers in tables that stay in the L1 cache. It is as fast for `L = 1` as for `L = 49`.
+- *by row*, for short ones (7 x 7 images, and `L = 1`): the innermost loop goes along the `channels * L` adjacent values
+  of one sample, with the channels' numbers in tables that stay in the L1 cache. `L = 1` is no special case of it.
 
-`forward` and `backward` do all stages of one block of channels before the next, while it is in the L2 cache, so that memory is read once. Where
-even the narrowest block would not fit, they run stage after stage over tiles of samples.
+`forward` and `backward` do all stages of one block of channels before the next, while it is in the L2 cache, so that
+memory is read once. Where blocks would not fit, they run stage after stage over tiles of samples.
 
-Statistics are float64 whatever the data are. Sums run in the data's type over `BLOCK` values, then in float64; every value is taken relative to a
-`pivot` near the mean, so a mean of a million standard deviations costs no accuracy. How the work is cut depends on shapes alone: results have the
-same bits for any number of threads.
+Statistics are float64 whatever the data are. Sums run in the data's type over a few thousand values, then in float64.
+Every value is taken relative to a `center` near the mean, so that a mean of a million standard deviations costs no
+accuracy. How the work is cut depends on shapes alone: results have the same bits for any number of threads.
 
-Nothing is compiled at import. A kernel is compiled when it is first called (about a second) and cached on disk.
+Nothing is compiled at import.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import threads
 from batchnorm.kernels.activations import CODES, activate, activate_grad
+from batchnorm.kernels.compilation import Kernel, inlined, kernel, stage
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
 
 Array = NDArray[Any]
-Kernel = Callable[..., None]
 
 BLOCK = 2048
 """Values summed in the data's own type before float64 takes over, and read twice: they fit the L1 cache."""
@@ -42,24 +42,21 @@ BY_CHANNEL_FROM = 256
 """The shortest run of positions that is walked by channel."""
 
 ROW_WIDTH = 512
-"""Adjacent values of a sample that a block of channels has, at most, when walked by row: 2 KB, which prefetching likes."""
+"""Adjacent values of a sample that a block of channels has, at most, when walked by row: 2 KB, which prefetching
+likes."""
 
 ROW_BLOCK = 8192
 """The same when walking by row, where every channel has its own sum."""
 
 TABLES, TABLE_LENGTH, TABLE_STRIDE = 6, 512, 512 + 16
-"""Tables of a stage, their length, and their distance: not a multiple of 4 KB, or reading one would wait for writing another."""
+"""Tables of a stage, their length, and their distance: not a multiple of 4 KB, or reading one would wait for writing
+another."""
 
 CACHE = 1 << 20
 """Bytes that a block may take to stay in the L2 cache between two stages: half of what today's server cores have."""
 
 SERIAL = 1 << 15
 """Values below which one thread is faster than waking the others (a few microseconds)."""
-
-FAST = {"reassoc", "contract", "nsz", "arcp", "afn"}
-"""What lets LLVM vectorize sums. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is among them."""
-
-_inlined = njit(forceinline=True, fastmath=FAST, error_model="numpy")
 
 
 # --- How a tensor is cut into tiles ----------------------------------------------------------------------------------
@@ -74,27 +71,29 @@ class Tiling(NamedTuple):
 
     def fused(self, x: Array) -> bool:
         """Whether tiles have all samples, so that a channel's statistics are complete within one."""
-        return self.rows >= x.shape[0]
+        return bool(self.rows >= x.shape[0])
 
 
 @functools.lru_cache(maxsize=1024)
 def tiling(shape: tuple[int, int, int], itemsize: int, arrays: int) -> Tiling:
-    """Cut `(N, C, L)` for stages that read `arrays` tensors twice: blocks of channels if they fit the cache, else tiles of samples.
+    """Cut `(N, C, L)` for stages that read `arrays` tensors twice.
 
-    The limits are the fastest found for fused forward + backward with ReLU in float32 on two cores of a Sapphire Rapids server.
+    Blocks of channels if they fit the cache, else tiles of samples. The limits are the fastest found, for forward +
+    backward with ReLU in float32 on two cores of a Sapphire Rapids server.
     """
-    n, c, l = shape
-    if l >= BY_CHANNEL_FROM:
-        # One channel at a time. Few long channels (big images, three colours) would leave threads idle: tiles of samples.
-        rows = n if c >= 16 or n * l * itemsize * arrays <= CACHE else _even_share(n, c * l * itemsize)
+    n, c, length = shape
+    if length >= BY_CHANNEL_FROM:
+        # One channel at a time. Few long channels (big images, three colours) would leave threads idle: tiles of
+        # samples.
+        rows = n if c >= 16 or n * length * itemsize * arrays <= CACHE else _even_share(n, c * length * itemsize)
         return Tiling(True, rows, 1)
-    width = max(1, min(c, ROW_WIDTH // l))
+    width = max(1, min(c, ROW_WIDTH // length))
     # Narrow columns of a channels-last matrix cost more than a second read of it, unless it is small.
-    fits = n * width * l * itemsize * arrays <= CACHE and (l > 1 or n <= ROW_WIDTH)
+    fits = n * width * length * itemsize * arrays <= CACHE and (length > 1 or n <= ROW_WIDTH)
     if fits:
         return Tiling(False, n, max(1, width // 2) if width == c else width)
-    width = max(1, min(c, TABLE_LENGTH // l))
-    return Tiling(False, _even_share(n, width * l * itemsize), width)
+    width = max(1, min(c, TABLE_LENGTH // length))
+    return Tiling(False, _even_share(n, width * length * itemsize), width)
 
 
 def _even_share(n: int, sample: int) -> int:
@@ -108,7 +107,7 @@ def _even_share(n: int, sample: int) -> int:
 # --- A channel's numbers ---------------------------------------------------------------------------------------------
 
 
-@_inlined
+@inlined
 def _affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
     """`center, scale, shift`, of type `T`, with `z = (x - center)*scale + shift`.
 
@@ -119,9 +118,11 @@ def _affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
     return center, T(scale), T(bias - (mean - center) * scale)
 
 
-@_inlined
-def _through_moments(T: Any, mean: float, rstd: float, weight: Any, sum_dz: float, sum_dz_xhat: float, count: float) -> Any:
-    """`slope, level`, of type `T`, with `dx = scale*dz - ((x - center)*slope + level)`; 0 for constant moments, `count = inf`."""
+@inlined
+def _through_moments(
+    T: Any, mean: float, rstd: float, weight: Any, sum_dz: float, sum_dz_xhat: float, count: float
+) -> Any:
+    """`slope, level`, of type `T`, with `dx = scale*dz - ((x - center)*slope + level)`; 0 if `count = inf`."""
     if math.isinf(count):
         return T(0), T(0)
     center = T(mean)
@@ -130,7 +131,7 @@ def _through_moments(T: Any, mean: float, rstd: float, weight: Any, sum_dz: floa
     return T(slope), T(scale * sum_dz / count - (mean - center) * slope)
 
 
-@_inlined
+@inlined
 def _merge(count: float, mean: float, squares: float, count_b: float, mean_b: float, squares_b: float) -> Any:
     """`definition.merge_moments` for one channel, on sums of squares (`count * var`) in place of variances."""
     total = count + count_b
@@ -139,17 +140,18 @@ def _merge(count: float, mean: float, squares: float, count_b: float, mean_b: fl
     return total, mean + delta * share, squares + squares_b + delta * delta * count * share
 
 
-@_inlined
+@inlined
 def _uncenter(count: float, center: Any, sum_d: Any, sum_d2: Any) -> Any:
     """Mean and squares about it, from the sums of `d = x - center` and of `d^2`.
 
-    Subtracting is safe where `center` is the mean of at least as many values before: then `sum d^2` is at most twice the squares that
-    the merge will give. A block that has no such predecessor is first walked once for a center of its own.
+    Subtracting is safe where `center` is the mean of at least as many values before: then `sum d^2` is at most twice
+    the squares that the merge will give. A block that has no such predecessor is first walked once for a center of its
+    own.
     """
     return center + sum_d / count, sum_d2 - (sum_d / count) * sum_d
 
 
-@_inlined
+@inlined
 def _first_kept(mask: Any, n0: int, n1: int, l0: int, l1: int) -> Any:
     """The first position that the mask keeps, `(-1, -1)` if there is none: a value to measure the others from."""
     for n in range(n0, n1):
@@ -162,8 +164,10 @@ def _first_kept(mask: Any, n0: int, n1: int, l0: int, l1: int) -> Any:
 # --- The stages, walking by channel ----------------------------------------------------------------------------------
 
 
-@njit(inline="always")
-def _moments_by_channel(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
+@stage
+def _moments_by_channel(
+    MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any
+) -> float:
     T = x.dtype.type
     L = x.shape[2]
     rows, run = max(1, BLOCK // L), min(BLOCK, L)
@@ -219,7 +223,7 @@ def _moments_by_channel(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: in
     return count
 
 
-@njit(inline="always")
+@stage
 def _normalize_by_channel(
     ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, y: Any,
@@ -236,9 +240,10 @@ def _normalize_by_channel(
                 y_row[i] = activate(ACT, parameter, z)
 
 
-@njit(inline="always")
+@stage
 def _grad_sums_by_channel(
-    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any,
+    mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
     T = x.dtype.type
@@ -268,9 +273,10 @@ def _grad_sums_by_channel(
         sum_dz_xhat[c] = rstd[c] * (total_d - (mean[c] - center) * total)
 
 
-@njit(inline="always")
+@stage
 def _grad_input_by_channel(
-    ACT: int, RESIDUAL: int, MASKED: int, dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+    ACT: int, RESIDUAL: int, MASKED: int, dy: Any, x: Any, residual: Any, mask: Any,
+    mean: Any, rstd: Any, weight: Any, bias: Any,
     sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
 ) -> None:  # fmt: skip
@@ -279,9 +285,9 @@ def _grad_input_by_channel(
         center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
         slope, level = _through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
         for n in range(n0, n1):
-            dy_row, row, residual_row, dx_row, d_residual_row = dy[n, c], x[n, c], residual[n, c], dx[n, c], d_residual[n, c]
-            if MASKED:
-                kept = mask[n]
+            dy_row, row, residual_row = dy[n, c], x[n, c], residual[n, c]
+            dx_row, d_residual_row = dx[n, c], d_residual[n, c]
+            kept = mask[n] if MASKED else row
             for i in range(row.size):
                 d = row[i] - center
                 z = d * scale + shift
@@ -297,33 +303,34 @@ def _grad_input_by_channel(
 
 
 # --- The stages, walking by row --------------------------------------------------------------------------------------
-# A row is the `width * L` adjacent values that the tile has of one sample. A table holds, for each value of a row, its channel's number.
+# A row is the `width * L` adjacent values that the tile has of one sample. A table holds, for each value of a row, its
+# channel's number.
 
 
-@_inlined
+@inlined
 def _scratch(dtype: Any) -> Any:
     """Room for all tables of a stage. One array: LLVM gives up on a loop in which too many arrays might overlap."""
     return np.empty(TABLES * TABLE_STRIDE, dtype)
 
 
-@_inlined
+@inlined
 def _table(scratch: Any, number: int, width: int) -> Any:
     return scratch[number * TABLE_STRIDE : number * TABLE_STRIDE + width]
 
 
-@_inlined
+@inlined
 def _rows(x: Any) -> Any:
     return x.reshape((x.shape[0], x.shape[1] * x.shape[2]))
 
 
-@_inlined
+@inlined
 def _spread(value: Any, c: int, L: int, table: Any) -> None:
     """Write one channel's number at all its positions of a row; `c` counts from the tile's first channel."""
     for j in range(c * L, (c + 1) * L):
         table[j] = value
 
 
-@_inlined
+@inlined
 def _collect(c: int, L: int, table: Any) -> float:
     """Sum, in float64, what the positions of one channel have gathered, and clear it."""
     total = 0.0
@@ -333,7 +340,7 @@ def _collect(c: int, L: int, table: Any) -> float:
     return total
 
 
-@_inlined
+@inlined
 def _spread_mask(mask: Any, n: int, table: Any) -> None:
     L = mask.shape[1]
     for j in range(0, table.size, L):
@@ -341,7 +348,7 @@ def _spread_mask(mask: Any, n: int, table: Any) -> None:
             table[j + i] = mask[n, i]
 
 
-@_inlined
+@inlined
 def _spread_affine(mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int, L: int, scratch: Any) -> None:
     """Tables 0, 1, 2: center, scale, shift."""
     width = (c1 - c0) * L
@@ -355,11 +362,13 @@ def _spread_affine(mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: in
         _spread(shift_c, c, L, shift)
 
 
-@njit(inline="always")
-def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
+@stage
+def _moments_by_row(
+    MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any
+) -> float:
     T = x.dtype.type
     L = x.shape[2]
-    channels, width = c1 - c0, (c1 - c0) * L
+    channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
     rows = max(1, ROW_BLOCK // width)
     x_rows, scratch = _rows(x), _scratch(x.dtype)
     center, kept = _table(scratch, 0, width), _table(scratch, 1, width)
@@ -386,7 +395,7 @@ def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c
             _spread(x[kept_n, c0 + c, kept_i] if count == 0.0 else T(mean[c0 + c]), c, L, center)
         if count < size:
             for n in range(g0, g1):
-                row = x_rows[n, c0 * L : c1 * L]
+                row = x_rows[n, j0:j1]
                 if MASKED:
                     _spread_mask(mask, n, kept)
                     for j in range(width):
@@ -397,7 +406,7 @@ def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c
             for c in range(channels):
                 _spread(T(center[c * L] + _collect(c, L, total) / size), c, L, center)
         for n in range(g0, g1):
-            row = x_rows[n, c0 * L : c1 * L]
+            row = x_rows[n, j0:j1]
             if MASKED:
                 _spread_mask(mask, n, kept)
                 for j in range(width):
@@ -411,26 +420,24 @@ def _moments_by_row(MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c
                     total_d2[j] += d * d
         for c in range(channels):
             mean_b, squares_b = _uncenter(size, center[c * L], _collect(c, L, total), _collect(c, L, total_d2))
-            _, mean[c0 + c], squares[c0 + c] = _merge(
-                count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b
-            )
+            _, mean[c0 + c], squares[c0 + c] = _merge(count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b)
         count += size
     return count
 
 
-@njit(inline="always")
+@stage
 def _normalize_by_row(
     ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, y: Any,
 ) -> None:  # fmt: skip
     L = x.shape[2]
-    width = (c1 - c0) * L
+    j0, j1, width = c0 * L, c1 * L, (c1 - c0) * L
     x_rows, residual_rows, y_rows = _rows(x), _rows(residual), _rows(y)
     scratch = _scratch(x.dtype)
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
     _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
     for n in range(n0, n1):
-        row, residual_row, y_row = x_rows[n, c0 * L : c1 * L], residual_rows[n, c0 * L : c1 * L], y_rows[n, c0 * L : c1 * L]
+        row, residual_row, y_row = x_rows[n, j0:j1], residual_rows[n, j0:j1], y_rows[n, j0:j1]
         for j in range(width):
             z = (row[j] - center[j]) * scale[j] + shift[j]
             if RESIDUAL:
@@ -438,14 +445,15 @@ def _normalize_by_row(
             y_row[j] = activate(ACT, parameter, z)
 
 
-@njit(inline="always")
+@stage
 def _grad_sums_by_row(
-    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
+    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any,
+    mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
     T = x.dtype.type
     L = x.shape[2]
-    channels, width = c1 - c0, (c1 - c0) * L
+    channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
     rows = max(1, ROW_BLOCK // width)
     dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
     scratch = _scratch(x.dtype)
@@ -459,7 +467,7 @@ def _grad_sums_by_row(
         sum_dz_xhat[c] = 0.0
     for g0 in range(n0, n1, rows):
         for n in range(g0, min(g0 + rows, n1)):
-            dy_row, row, residual_row = dy_rows[n, c0 * L : c1 * L], x_rows[n, c0 * L : c1 * L], residual_rows[n, c0 * L : c1 * L]
+            dy_row, row, residual_row = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
             for j in range(width):
                 d = row[j] - center[j]
                 z = d * scale[j] + shift[j]
@@ -475,15 +483,16 @@ def _grad_sums_by_row(
         sum_dz_xhat[c] = rstd[c] * (sum_dz_xhat[c] - (mean[c] - center[(c - c0) * L]) * sum_dz[c])
 
 
-@njit(inline="always")
+@stage
 def _grad_input_by_row(
-    ACT: int, RESIDUAL: int, MASKED: int, dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any,
+    ACT: int, RESIDUAL: int, MASKED: int, dy: Any, x: Any, residual: Any, mask: Any,
+    mean: Any, rstd: Any, weight: Any, bias: Any,
     sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
 ) -> None:  # fmt: skip
     T = x.dtype.type
     L = x.shape[2]
-    width = (c1 - c0) * L
+    j0, j1, width = c0 * L, c1 * L, (c1 - c0) * L
     dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
     dx_rows, d_residual_rows = _rows(dx), _rows(d_residual)
     scratch = _scratch(x.dtype)
@@ -495,8 +504,8 @@ def _grad_input_by_row(
         _spread(slope_c, c - c0, L, slope)
         _spread(level_c, c - c0, L, level)
     for n in range(n0, n1):
-        dy_row, row, residual_row = dy_rows[n, c0 * L : c1 * L], x_rows[n, c0 * L : c1 * L], residual_rows[n, c0 * L : c1 * L]
-        dx_row, d_residual_row = dx_rows[n, c0 * L : c1 * L], d_residual_rows[n, c0 * L : c1 * L]
+        dy_row, row, residual_row = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
+        dx_row, d_residual_row = dx_rows[n, j0:j1], d_residual_rows[n, j0:j1]
         if MASKED:
             _spread_mask(mask, n, kept)
         for j in range(width):
@@ -514,27 +523,12 @@ def _grad_input_by_row(
 
 
 # --- Kernels: the stages over all tiles ------------------------------------------------------------------------------
-# Each factory's arguments are constants to LLVM, and branches on them vanish. A kernel may close over integers only: if it closed
-# over another compiled function, it would be compiled again in every process.
-
-
-def _compile(parallel: bool) -> Callable[[Kernel], Kernel]:
-    """Compile at the first call, for one thread or for several, and keep the result on disk."""
-
-    def decorate(function: Kernel) -> Kernel:
-        # The disk cache knows a kernel by its name and by what it closes over, not by its options.
-        function.__qualname__ += "_parallel" if parallel else "_serial"
-        kernel: Kernel = njit(
-            parallel=parallel, fastmath=FAST, error_model="numpy", nogil=True, cache=True
-        )(function)
-        return kernel
-
-    return decorate
+# Each factory's arguments are constants of the kernel it makes.
 
 
 @functools.cache
 def _moments_kernel(BY_CHANNEL: int, MASKED: int, parallel: bool) -> Kernel:
-    @_compile(parallel)
+    @kernel(parallel)
     def moments(x: Any, mask: Any, rows: int, width: int, mean: Any, var: Any) -> None:
         N, C, _ = x.shape
         parts, blocks = -(-N // rows), -(-C // width)
@@ -552,9 +546,7 @@ def _moments_kernel(BY_CHANNEL: int, MASKED: int, parallel: bool) -> Kernel:
             for part in range(parts):
                 size = counts[part, c // width]
                 if size > 0.0:
-                    count, mean_c, squares_c = _merge(
-                        count, mean_c, squares_c, size, means[part, c], squares[part, c]
-                    )
+                    count, mean_c, squares_c = _merge(count, mean_c, squares_c, size, means[part, c], squares[part, c])
             mean[c] = mean_c
             var[c] = squares_c / count if count > 0.0 else 0.0
 
@@ -563,9 +555,18 @@ def _moments_kernel(BY_CHANNEL: int, MASKED: int, parallel: bool) -> Kernel:
 
 @functools.cache
 def _normalize_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, parallel: bool) -> Kernel:
-    @_compile(parallel)
+    @kernel(parallel)
     def normalize(
-        x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int, y: Any
+        x: Any,
+        residual: Any,
+        mean: Any,
+        rstd: Any,
+        weight: Any,
+        bias: Any,
+        parameter: Any,
+        rows: int,
+        width: int,
+        y: Any,
     ) -> None:
         N, C, _ = x.shape
         parts, blocks = -(-N // rows), -(-C // width)
@@ -577,16 +578,14 @@ def _normalize_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, parallel: bool) 
                     ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y
                 )
             else:
-                _normalize_by_row(
-                    ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y
-                )
+                _normalize_by_row(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y)
 
     return normalize
 
 
 @functools.cache
 def _grad_sums_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, parallel: bool) -> Kernel:
-    @_compile(parallel)
+    @kernel(parallel)
     def grad_sums(
         dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
         rows: int, width: int, sum_dz: Any, sum_dz_xhat: Any,
@@ -619,7 +618,7 @@ def _grad_sums_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, parallel: bool) 
 
 @functools.cache
 def _grad_input_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, parallel: bool) -> Kernel:
-    @_compile(parallel)
+    @kernel(parallel)
     def grad_input(
         dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any, sum_dz: Any,
         sum_dz_xhat: Any, count: float, parameter: Any, rows: int, width: int, dx: Any, d_residual: Any,
@@ -645,7 +644,7 @@ def _grad_input_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, pa
 
 @functools.cache
 def _forward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, parallel: bool) -> Kernel:
-    @_compile(parallel)
+    @kernel(parallel)
     def forward(
         x: Any, residual: Any, mask: Any, weight: Any, bias: Any, eps: float, parameter: Any, width: int,
         y: Any, mean: Any, var: Any, rstd: Any,
@@ -661,9 +660,7 @@ def _forward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, paral
                 var[c] = var[c] / count if count > 0.0 else 0.0
                 rstd[c] = 1.0 / math.sqrt(var[c] + eps)
             if BY_CHANNEL:
-                _normalize_by_channel(
-                    ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1, y
-                )
+                _normalize_by_channel(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1, y)
             else:
                 _normalize_by_row(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, 0, N, c0, c1, y)
 
@@ -672,7 +669,7 @@ def _forward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, paral
 
 @functools.cache
 def _backward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, parallel: bool) -> Kernel:
-    @_compile(parallel)
+    @kernel(parallel)
     def backward(
         dy: Any, x: Any, residual: Any, mask: Any, mean: Any, rstd: Any, weight: Any, bias: Any, count: float,
         parameter: Any, width: int, sum_dz: Any, sum_dz_xhat: Any, dx: Any, d_residual: Any,
@@ -746,8 +743,8 @@ def moments(x: Array, mask: Array | None, mean: Array, var: Array) -> None:
         mean, var: Written. 0 where the mask leaves nothing.
     """
     cut = tiling(x.shape, x.itemsize, 1)
-    kernel = _moments_kernel(cut.by_channel, mask is not None, _parallel(x))
-    threads.run(kernel, x, _no_mask(x.dtype) if mask is None else mask, cut.rows, cut.width, mean, var)
+    run = _moments_kernel(cut.by_channel, mask is not None, _parallel(x))
+    threads.run(run, x, _no_mask(x.dtype) if mask is None else mask, cut.rows, cut.width, mean, var)
 
 
 def normalize(
@@ -770,10 +767,10 @@ def normalize(
     """
     act = _compiled(activation, x.dtype)
     cut = tiling(x.shape, x.itemsize, 1)
-    kernel = _normalize_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
+    run = _normalize_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
     c, dtype = x.shape[1], x.dtype
     threads.run(
-        kernel, x, x if residual is None else residual, mean, rstd,
+        run, x, x if residual is None else residual, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
         act.parameter, cut.rows, cut.width, y,
     )  # fmt: skip
@@ -791,18 +788,18 @@ def grad_sums(
     sum_dz: Array,
     sum_dz_xhat: Array,
 ) -> None:
-    """Write `sum dz` and `sum dz*xhat` of each channel, `(C,)` of float64; `dz = dy * act'(z)`, with `z` recomputed from `x`.
+    """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)`, with `z` recomputed from `x`.
 
     Args:
         dy, x, residual, mean, rstd, weight, bias, activation: As in `normalize`; `dy` like `x`.
-        sum_dz, sum_dz_xhat: Written.
+        sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
     """
     act = _compiled(activation, x.dtype)
     cut = tiling(x.shape, x.itemsize, 2)
-    kernel = _grad_sums_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
+    run = _grad_sums_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
     c, dtype = x.shape[1], x.dtype
     threads.run(
-        kernel, dy, x, x if residual is None else residual, mean, rstd,
+        run, dy, x, x if residual is None else residual, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
         act.parameter, cut.rows, cut.width, sum_dz, sum_dz_xhat,
     )  # fmt: skip
@@ -836,10 +833,10 @@ def grad_input(
     """
     act = _compiled(activation, x.dtype)
     cut = tiling(x.shape, x.itemsize, 2)
-    kernel = _grad_input_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
+    run = _grad_input_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
     c, dtype = x.shape[1], x.dtype
     threads.run(
-        kernel, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
+        run, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
         sum_dz, sum_dz_xhat, count, act.parameter, cut.rows, cut.width, dx, dx if d_residual is None else d_residual,
     )  # fmt: skip
@@ -872,10 +869,10 @@ def forward(
         np.divide(1.0, np.sqrt(var + eps), out=rstd)
         return normalize(x, residual, mean, rstd, weight, bias, activation, y)
     act = _compiled(activation, x.dtype)
-    kernel = _forward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
+    run = _forward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
     c, dtype = x.shape[1], x.dtype
     threads.run(
-        kernel, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask,
+        run, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
         eps, act.parameter, cut.width, y, mean, var, rstd,
     )  # fmt: skip
@@ -911,10 +908,10 @@ def backward(
             dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual
         )
     act = _compiled(activation, x.dtype)
-    kernel = _backward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
+    run = _backward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
     c, dtype = x.shape[1], x.dtype
     threads.run(
-        kernel, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
+        run, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
         count, act.parameter, cut.width, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
     )  # fmt: skip

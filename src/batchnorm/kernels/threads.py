@@ -1,8 +1,9 @@
 """How many threads a kernel runs on, and when it must not run on several.
 
-Numba starts its threads at the first parallel kernel. Its OpenMP layer loads the same library as PyTorch, so that both share one pool. Two of
-its habits end the process, and are kept from happening here: a forked child that enters a parallel kernel after its parent did (GNU OpenMP), and
-two threads that enter one at once (the workqueue layer, where neither OpenMP nor TBB is installed).
+Numba starts its threads at the first parallel kernel. Its OpenMP layer loads the same library as PyTorch, so that both
+share one pool. Two of its habits end the process, and are kept from happening here: a forked child that enters a
+parallel kernel after its parent did (GNU OpenMP), and two threads that enter one at once (the workqueue layer, where
+neither OpenMP nor TBB is installed).
 """
 
 import os
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.np.ufunc.parallel import get_num_threads, set_num_threads, threading_layer
 
 __all__ = ["available", "follow", "run"]
 
-_count: Callable[[], int] = numba.get_num_threads
+_count: Callable[[], int] = get_num_threads
+_STARTED: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _one_at_a_time = threading.Lock()
 _layer = ""
 _in_child_of_user = False
@@ -28,7 +31,7 @@ def follow(count: Callable[[], int]) -> None:
 
 def available() -> int:
     """How many threads a kernel may use here and now."""
-    return 1 if _in_child_of_user else min(_count(), numba.config.NUMBA_NUM_THREADS)
+    return 1 if _in_child_of_user else min(_count(), _STARTED)
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
@@ -37,19 +40,19 @@ def run(kernel: Callable[..., None], *arguments: Any) -> None:
     if not kernel.targetoptions["parallel"]:  # type: ignore[attr-defined]
         kernel(*arguments)
         return
-    numba.set_num_threads(available())
+    set_num_threads(available())
     if _layer in ("omp", "tbb"):
         kernel(*arguments)
         return
     with _one_at_a_time:
         kernel(*arguments)
-        _layer = numba.threading_layer()
+        _layer = threading_layer()
 
 
 def _before_fork() -> None:
     global _parent_used_threads
     try:
-        numba.threading_layer()
+        threading_layer()
     except ValueError:  # not started
         _parent_used_threads = False
     else:

@@ -1,7 +1,8 @@
 """`batch_norm`: checks, choice of the path, automatic differentiation.
 
-Two paths lead to the same answers. On the CPU the kernels run, inside one autograd function. Everything else (other devices, other types of data,
-`torch.compile`, `torch.func`, forward-mode and higher derivatives) is composed of PyTorch's own operations, each differentiable in any way.
+Two paths lead to the same answers. On the CPU the kernels run, inside one autograd function. Everything else (other
+devices, other types of data, `torch.compile`, `torch.func`, forward-mode and higher derivatives) is composed of
+PyTorch's own operations, each differentiable in any way.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
-from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
+from batchnorm.torch.statistics import RunningStatistics, Statistics
 
 __all__ = ["batch_norm"]
 
@@ -38,37 +39,41 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalization, with what usually follows it in the same pass over memory.
 
-    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are those of the batch in training and the running
-    ones otherwise. In training the running ones move: `running += momentum * (batch - running)`, with the unbiased variance.
+    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are those of the batch
+    in training and the running ones otherwise. In training the running ones move: `running += momentum * (batch -
+    running)`, with the unbiased variance.
 
     Args:
         x: `(N, C, *spatial)`, of any strides.
-        running_mean, running_var: `(C,)`; updated in place in training. Needed in evaluation. A batch whose statistics are not finite
-            leaves them as they are.
+        running_mean, running_var: `(C,)`; updated in place in training. Needed in evaluation. A batch whose statistics
+            are not finite leaves them as they are.
         weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
         training: Whether to use the batch's statistics.
         momentum: The weight of the new batch in the running statistics.
         eps: Added to the variance, in the square of the units of `x`.
-        activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu (alpha), sigmoid, tanh, gelu.
+        activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu
+            (alpha), sigmoid, tanh, gelu.
         residual: Of the shape of `x`, added before the activation.
-        mask: `(N, *spatial)` or its first axes: booleans that say which positions count in the statistics, or non-negative weights (a weight of 2
-            counts a position twice). All positions are normalized. Without effect in evaluation.
+        mask: `(N, *spatial)` or its first axes: booleans that say which positions count in the statistics, or
+            non-negative weights (a weight of 2 counts a position twice). All positions are normalized. Without effect
+            in evaluation.
         statistics: Where the statistics come from in training; `BatchStatistics()` if None.
 
     Returns:
         `y`, of the shape and type of `x`, in the memory format that `torch.nn.functional.batch_norm` gives.
 
     Raises:
-        ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value per channel in
-            training; if a mask is negative or keeps fewer than two values; if the activation is unknown.
-        RuntimeError: If `weight`, `bias`, or a running statistic does not have `C` elements, or another floating-point type than `x` where
-            `x` is float32 or float64; if the running statistics are missing in evaluation.
+        ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
+            per channel in training; if a mask is negative or keeps fewer than two values; if the activation is unknown.
+        RuntimeError: If `weight`, `bias`, or a running statistic does not have `C` elements, or another floating-point
+            type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation.
         NotImplementedError: If `x` is not of a floating-point type.
 
     Differs from `torch.nn.functional.batch_norm`:
         1. `activation`, `residual`, `mask` and `statistics`.
         2. A batch whose statistics are not finite leaves the running statistics as they are.
-        3. Statistics are float64 inside, and `x - mean` is taken before anything is multiplied: the error does not grow with `mean / std`.
+        3. Statistics are float64 inside, and `x - mean` is taken before anything is multiplied: the error does not
+        grow with `mean / std`.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
@@ -78,7 +83,7 @@ def batch_norm(
 
 
 class Normalized(NamedTuple):
-    """`y`, and whether the batch's statistics were finite and went into the running ones (None: the batch was not asked)."""
+    """`y`, and whether the batch went into the running statistics; None if it was not asked."""
 
     y: Tensor
     updated: bool | Tensor | None
@@ -194,8 +199,8 @@ def _count(x: Tensor, weights: Tensor | None) -> float:
     if values == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.size()}"
-            f"{'' if weights is None else ' of which the mask keeps one'}. The variance of one value is 0. Drop the last, "
-            "incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval(), training=False)"
+            f"{'' if weights is None else ' of which the mask keeps one'}. The variance of one value is 0. "
+            "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
     return float(values) if weights is None else float(weights.sum(dtype=torch.float64))
 
@@ -217,7 +222,7 @@ def _update_running(
             for running, batch in ((running_mean, mean), (running_var, var * correction)):
                 running.lerp_(torch.from_numpy(batch).to(running.dtype), momentum)
             return True
-        finite = var.isfinite().all() & mean.isfinite().all()
+        finite: Tensor = var.isfinite().all() & mean.isfinite().all()
         for running, batch in ((running_mean, mean), (running_var, var * correction)):
             moved = running + momentum * (batch.to(running.dtype) - running)
             running.copy_(torch.where(finite, moved, running))
@@ -228,7 +233,7 @@ def _update_running(
 
 
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
-    """Whether the kernels can compute this: ordinary CPU tensors of float32 or float64, outside of any transformation."""
+    """Whether the kernels can compute this: ordinary CPU tensors of float32 or float64, outside of transformations."""
     if x.device.type != "cpu" or (x.dtype is not torch.float32 and x.dtype is not torch.float64) or x.numel() == 0:
         return False
     if residual is not None and (residual.dtype is not x.dtype or residual.device != x.device):
@@ -238,7 +243,7 @@ def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | Non
             return False
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
@@ -246,7 +251,7 @@ def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | Non
 
 
 class _Batch:
-    """The statistics of one call: taken from the running ones, or filled in by the forward pass. Arrays of float64, `(C,)`."""
+    """The statistics of one call, arrays of `(C,)`: from the running ones, or filled in by the forward pass."""
 
     __slots__ = ("count", "eps", "mean", "rstd", "var")
 
@@ -288,7 +293,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
-    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last. Copied only if its strides differ."""
+    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last; copied if need be."""
     if x is None:
         return None
     x = x.detach().contiguous(memory_format=memory_format)
@@ -309,7 +314,7 @@ def _numbers(values: Tensor | None) -> Any:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Forward and backward by the kernels. Kept between the two: `x`, `weight`, `bias`, `residual`, and the statistics."""
+    """Forward and backward by the kernels. Between the two it keeps its inputs and the statistics."""
 
     @staticmethod
     def forward(
@@ -386,7 +391,8 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The gradients as a graph of their own, for derivatives of a higher order."""
     batch: _Batch = ctx.batch
-    # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own share.
+    # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
+    # share.
     inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
     x_, weight_, bias_, residual_ = inputs
     mean, var = None, None
@@ -433,7 +439,7 @@ def _composed(
     eps: float,
     activation: tuple[str, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`y`, and the statistics, `(C,)`: those given as `mean` and `var`, else the batch's. Half precision is computed in float32."""
+    """`y`, and the statistics: `mean` and `var` if given, else the batch's. Half precision is computed in float32."""
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
     axes = (0, *range(2, x.dim()))
 

@@ -1,6 +1,7 @@
 """The layers: PyTorch's own, with the kernels under them and the activation inside.
 
-Each is a subclass of the class of the same name in `torch.nn`: the same constructor, parameters, buffers, state dict and checks of the input.
+Each is a subclass of the class of the same name in `torch.nn`: the same constructor, parameters, buffers, state dict
+and checks of the input.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -33,14 +34,15 @@ class _Layer(_Base):
     `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`
 
     Args:
-        *args: PyTorch's: `num_features` (not for lazy layers), `eps`, `momentum`, `affine`, `track_running_stats`, `device`, `dtype`.
+        *args: PyTorch's: `num_features` (not for lazy layers), `eps`, `momentum`, `affine`, `track_running_stats`,
+        `device`, `dtype`.
         activation: What follows, computed in the same pass: a name or `(name, parameter)`, as in `batch_norm`.
         statistics: Where the statistics come from in training; the batch if None.
         **kwargs: PyTorch's, by name.
 
     Attributes:
-        num_batches_skipped: How many batches in training left the running statistics as they were, because their own were not finite (an
-            overflow under mixed precision, most often). `num_batches_tracked` does not count them.
+        num_batches_skipped: How many batches in training left the running statistics as they were, because their own
+            were not finite (an overflow under mixed precision, most often). `num_batches_tracked` does not count them.
 
     Raises:
         ValueError: If the activation is unknown.
@@ -71,11 +73,11 @@ class _Layer(_Base):
         if "num_batches_skipped" in self._buffers:  # not yet, when PyTorch's constructor calls
             self.num_batches_skipped.zero_()
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalize `x`, and in training update the running statistics.
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Normalize `input`, and in training update the running statistics.
 
         Args:
-            x: `(N, C, *spatial)`.
+            input: `x`, `(N, C, *spatial)`; named as in the base class.
             residual: Like `x`, added before the activation.
             mask: `(N, *spatial)` or its first axes: what counts in the statistics, as in `batch_norm`.
 
@@ -86,7 +88,7 @@ class _Layer(_Base):
             ValueError: If the shape of `x`, `residual` or `mask` is wrong, or if training has one value per channel.
             RuntimeError: If the number of channels or the floating-point types do not fit.
         """
-        self._check_input_dim(x)
+        self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
         use_running = tracks or not self.training
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
@@ -94,7 +96,7 @@ class _Layer(_Base):
             batches = self.num_batches_tracked + 1  # the average of all batches: the k-th counts 1/k
             momentum = 1.0 / (batches if torch.compiler.is_compiling() else float(batches))
         y, updated = normalize(
-            x,
+            input,
             self.running_mean if use_running else None,
             self.running_var if use_running else None,
             self.weight,
@@ -119,7 +121,7 @@ class _Layer(_Base):
 
     def extra_repr(self) -> str:
         """PyTorch's, and what this layer adds where it adds something."""
-        text = super().extra_repr()
+        text: str = super().extra_repr()
         if self.activation is not None:
             text += f", activation={self.activation!r}"
         if self.statistics is not None:
@@ -128,30 +130,30 @@ class _Layer(_Base):
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
-    """Batch normalization of `(N, C)` or `(N, C, L)`, with its activation. See `torch.nn.BatchNorm1d` and `batch_norm`."""
+    """Batch normalization of `(N, C)` or `(N, C, L)` and its activation. See `torch.nn.BatchNorm1d`, `batch_norm`."""
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """Batch normalization of `(N, C, H, W)`, with its activation. See `torch.nn.BatchNorm2d` and `batch_norm`."""
+    """Batch normalization of `(N, C, H, W)` and its activation. See `torch.nn.BatchNorm2d`, `batch_norm`."""
 
 
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
-    """Batch normalization of `(N, C, D, H, W)`, with its activation. See `torch.nn.BatchNorm3d` and `batch_norm`."""
+    """Batch normalization of `(N, C, D, H, W)` and its activation. See `torch.nn.BatchNorm3d`, `batch_norm`."""
 
 
 class LazyBatchNorm1d(_Layer, nn.LazyBatchNorm1d):
     """A `BatchNorm1d` that takes the number of channels from its first input."""
 
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_Layer, nn.LazyBatchNorm2d):
     """A `BatchNorm2d` that takes the number of channels from its first input."""
 
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
     """A `BatchNorm3d` that takes the number of channels from its first input."""
 
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become = BatchNorm3d

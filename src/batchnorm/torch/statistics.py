@@ -1,7 +1,7 @@
 """Where the statistics of a normalization come from.
 
-The stages of batch normalization are the same for every variant; an object of this module, given as `statistics=` to a layer or to
-`batch_norm`, says which numbers they work with in training. Evaluation always uses the running statistics.
+The stages of batch normalization are the same for every variant; an object of this module, given as `statistics=` to a
+layer or to `batch_norm`, says which numbers they work with in training. Evaluation always uses the running statistics.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class BatchStatistics:
 
 @dataclass(frozen=True)
 class RunningStatistics:
-    """The running ones, in training as in evaluation, and they stay as they are: a frozen layer. Its weight and bias may go on learning."""
+    """The running ones, in training too, and they stay as they are: a frozen layer. Weight and bias may still learn."""
 
 
 Statistics = BatchStatistics | RunningStatistics
