@@ -31,7 +31,7 @@ from batchnorm.kernels import threads
 from batchnorm.kernels.activations import CODES, activate, activate_grad
 from batchnorm.kernels.compilation import Kernel, inlined, kernel, stage
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "update_running"]
 
 Array = NDArray[Any]
 
@@ -699,6 +699,24 @@ def _backward_kernel(BY_CHANNEL: int, ACT: int, RESIDUAL: int, MASKED: int, para
     return backward
 
 
+@functools.cache
+def _update_running_kernel() -> Kernel:
+    @kernel(parallel=False)
+    def update_running(
+        mean: Any, var: Any, correction: float, update_rate: float, running_mean: Any, running_var: Any, updated: Any
+    ) -> None:
+        updated[0] = True
+        for c in range(mean.size):
+            if not (math.isfinite(mean[c]) and math.isfinite(var[c])):
+                updated[0] = False
+        if updated[0]:
+            for c in range(mean.size):
+                running_mean[c] += update_rate * (mean[c] - running_mean[c])
+                running_var[c] += update_rate * (correction * var[c] - running_var[c])
+
+    return update_running
+
+
 # --- What the rest of the package calls ------------------------------------------------------------------------------
 
 
@@ -916,3 +934,19 @@ def backward(
         count, act.parameter, cut.width, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
     )  # fmt: skip
     return None
+
+
+def update_running(
+    mean: Array, var: Array, count: float, update_rate: float, running_mean: Array, running_var: Array, updated: Array
+) -> None:
+    """Move the running statistics towards those of a batch, unless one of these is not finite.
+
+    Args:
+        mean, var: `(C,)`, float64; the variance is biased.
+        count: How many values each channel has; the running variance takes `var * count / (count - 1)`.
+        update_rate: The weight of the new batch.
+        running_mean, running_var: `(C,)`. Changed in place.
+        updated: `(1,)`, boolean: whether they were. Written.
+    """
+    correction = count / (count - 1) if count > 1 else 1.0
+    threads.run(_update_running_kernel(), mean, var, correction, update_rate, running_mean, running_var, updated)

@@ -214,14 +214,15 @@ def _update_running(
     """`definition.update_running`, in place; a batch whose statistics are not finite, or that is empty, is left out."""
     if count == 0:
         return False
-    correction = count / (count - 1) if count > 1 else 1.0
+    if isinstance(mean, np.ndarray):
+        updated = np.empty(1, np.bool_)
+        kernels.update_running(
+            mean, var, count, float(momentum), running_mean.detach().numpy(), running_var.detach().numpy(), updated
+        )
+        torch.autograd.graph.increment_version((running_mean, running_var))
+        return bool(updated[0])
     with torch.no_grad():
-        if isinstance(var, np.ndarray):
-            if not np.isfinite(var.sum()):
-                return False
-            for running, batch in ((running_mean, mean), (running_var, var * correction)):
-                running.lerp_(torch.from_numpy(batch).to(running.dtype), momentum)
-            return True
+        correction = count / (count - 1) if count > 1 else 1.0
         finite: Tensor = var.isfinite().all() & mean.isfinite().all()
         for running, batch in ((running_mean, mean), (running_var, var * correction)):
             moved = running + momentum * (batch.to(running.dtype) - running)
