@@ -15,7 +15,7 @@ from torch import Tensor
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
-from batchnorm.torch.statistics import RunningStatistics, Statistics
+from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
 
 __all__ = ["batch_norm"]
 
@@ -106,7 +106,7 @@ def normalize(
     """What `batch_norm` does; it also says what became of the running statistics. For layers."""
     _check(x, running_mean, running_var, weight, bias, residual)
     activation = parse_activation(activation)
-    if not isinstance(statistics, Statistics | None):
+    if statistics is not None and not isinstance(statistics, BatchStatistics | RunningStatistics):
         raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
     running = not training or isinstance(statistics, RunningStatistics)
     if running and (running_mean is None or running_var is None):
@@ -265,7 +265,8 @@ class _Batch:
         if running_mean is not None and running_var is not None:
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
             self.mean = running_mean.detach().numpy().astype(np.float64)
-            self.rstd = 1.0 / np.sqrt(running_var.detach().numpy().astype(np.float64) + self.eps)
+            self.var = running_var.detach().numpy().astype(np.float64)
+            self.rstd = 1.0 / np.sqrt(self.var + self.eps)
 
 
 def _with_kernels(
@@ -297,7 +298,9 @@ def _array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
     """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last; copied if need be."""
     if x is None:
         return None
-    x = x.detach().contiguous(memory_format=memory_format)
+    if x.requires_grad:
+        x = x.detach()
+    x = x.contiguous(memory_format=memory_format)
     if memory_format is torch.contiguous_format:
         return x.numpy().reshape(x.shape[0], x.shape[1], -1)
     return x.movedim(1, -1).numpy().reshape(-1, x.shape[1], 1)
@@ -329,22 +332,21 @@ class _BatchNorm(torch.autograd.Function):
         activation: tuple[str, float],
     ) -> Tensor:
         memory_format = _memory_format(x)
+        numbers = _numbers(weight), _numbers(bias)
         y = torch.empty_like(x, memory_format=memory_format)
         x_array, y_array, residual_array = (_array(t, memory_format) for t in (x, y, residual))
         if batch.mean is None:
             batch.mean, batch.var, batch.rstd = np.empty((3, x.shape[1]))
             kernels.forward(
-                x_array, residual_array, _mask_array(weights, memory_format), _numbers(weight), _numbers(bias),
+                x_array, residual_array, _mask_array(weights, memory_format), *numbers,
                 batch.eps, activation, y_array, batch.mean, batch.var, batch.rstd,
             )  # fmt: skip
         else:
-            kernels.normalize(
-                x_array, residual_array, batch.mean, batch.rstd, _numbers(weight), _numbers(bias), activation, y_array
-            )
+            kernels.normalize(x_array, residual_array, batch.mean, batch.rstd, *numbers, activation, y_array)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, weight, bias, residual if activation[0] != "none" else None, weights)
-        ctx.batch, ctx.activation, ctx.memory_format = batch, activation, memory_format
+        ctx.batch, ctx.numbers, ctx.activation, ctx.memory_format = batch, numbers, activation, memory_format
         return y
 
     @staticmethod
@@ -362,7 +364,7 @@ class _BatchNorm(torch.autograd.Function):
             d_residual = dy if residual is None else torch.empty_like(x, memory_format=memory_format)
         x_array, dy_array, dx_array, residual_array = (_array(t, memory_format) for t in (x, dy, dx, residual))
         d_residual_array = None if residual is None else _array(d_residual, memory_format)
-        numbers = batch.mean, batch.rstd, _numbers(weight), _numbers(bias)
+        numbers: tuple[Any, Any, Any, Any] = batch.mean, batch.rstd, *ctx.numbers
         mask = _mask_array(weights, memory_format)
         sum_dz, sum_dz_xhat = np.empty((2, x.shape[1]))
         if dx_array is None and d_residual_array is None:
@@ -376,8 +378,8 @@ class _BatchNorm(torch.autograd.Function):
                 dy_array, x_array, residual_array, mask, *numbers, batch.count, activation,
                 sum_dz, sum_dz_xhat, dx_array, d_residual_array,
             )  # fmt: skip
-        d_weight = torch.from_numpy(sum_dz_xhat).to(weight.dtype) if needs_weight else None
-        d_bias = torch.from_numpy(sum_dz).to(bias.dtype) if needs_bias else None
+        d_weight = torch.from_numpy(sum_dz_xhat.astype(x_array.dtype)) if needs_weight else None
+        d_bias = torch.from_numpy(sum_dz.astype(x_array.dtype)) if needs_bias else None
         return dx, d_weight, d_bias, d_residual, None, None, None
 
 
@@ -399,7 +401,7 @@ def _differentiable_backward(
     mean, var = None, None
     if np.isinf(batch.count):
         mean = torch.from_numpy(batch.mean).to(x.dtype)
-        var = torch.from_numpy(batch.rstd**-2.0 - batch.eps).to(x.dtype)
+        var = torch.from_numpy(batch.var).to(x.dtype)
     assert x_ is not None
     y, _, _ = _composed(x_, weight_, bias_, residual_, weights, mean, var, batch.eps, ctx.activation)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]

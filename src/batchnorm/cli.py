@@ -1,0 +1,102 @@
+"""The command line: parsing only. What a command does is imported when it is called, so that `--help` is quick."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import batchnorm
+from batchnorm.study import InputError
+
+EXTRA = 'pip install "batchnorm[study]"'
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    if error.name != "typer":
+        raise
+    sys.exit(f"batchnorm: the command line needs typer; {EXTRA} brings it.")
+
+__all__ = ["app", "main"]
+
+STUDY_NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich")
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Say what the user can mend in one sentence on stderr. Anything else is a bug, and its traceback belongs to it."""
+    try:
+        yield
+    except InputError as error:
+        _stop(str(error), 2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in STUDY_NEEDS:
+            raise
+        _stop(f"the study needs {error.name}, which is not installed; {EXTRA} brings it.", 2)
+    except KeyboardInterrupt:
+        _stop("interrupted.", 130)
+
+
+def _stop(sentence: str, code: int) -> None:
+    typer.echo(f"batchnorm: {sentence}", err=True)
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"batchnorm {batchnorm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _batchnorm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Batch normalization, whole: fast layers, tools for whole models, and a study of what it does."""
+
+
+@app.command()
+def study(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where results.json and report.html go; made if need be.")
+    ] = Path("study-report"),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Other images: a folder with MNIST's IDX files, gzipped or not, or an .npz file with x_train, "
+            "y_train, x_test, y_test (or x, y, which are split). [default: scikit-learn's digits]",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="How often everything is repeated.")] = 8,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Passes through the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = 32,
+    target: Annotated[
+        float, typer.Option(metavar="ACCURACY", help="The test accuracy, from 0 to 1, that steps are counted to.")
+    ] = 0.95,
+) -> None:
+    """Check what is said of batch normalization, by training.
+
+    One network is trained with batch normalization and without it, at many learning rates and from several seeds. The
+    study prints what came of it, claim by claim, and writes a report to look at and the numbers behind it. The default
+    takes about a minute.
+    """
+    with _one_sentence():
+        from batchnorm.study.experiments import Settings
+        from batchnorm.study.terminal import study
+
+        study(Settings(seeds, epochs, batch_size, target), out, data)
+
+
+def main() -> None:
+    """Run the command line. To be terminated is to be interrupted: worker processes do not outlive the command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app()

@@ -1,0 +1,52 @@
+"""Write the study's files: all of them or none, and never half of one."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from batchnorm.study import InputError
+
+__all__ = ["check_writable", "write"]
+
+
+def check_writable(folder: Path, names: tuple[str, ...]) -> None:
+    """See, before hours of training, that `folder` can be made and the files written into it. Leaves nothing behind.
+
+    Raises:
+        InputError: If they cannot.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file, and the study writes a folder; choose another name.")
+        for name in names:
+            if (folder / name).is_dir():
+                raise InputError(
+                    f"{folder / name} is a folder, and the study writes a file of that name; move it away."
+                )
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    """Write `files`, name to text, into `folder`.
+
+    Each is written whole under another name, and only when all are there do they get their own.
+
+    Raises:
+        InputError: If this fails; then no file has changed, unless the renaming itself was stopped halfway.
+    """
+    parts = {folder / f".{name}.{os.getpid()}.part": folder / name for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, path in parts.items():
+            part.write_text(files[path.name], encoding="utf-8")
+        for part, path in parts.items():
+            part.replace(path)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)

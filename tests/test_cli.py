@@ -1,0 +1,200 @@
+"""The command line, as a user meets it."""
+# ruff: noqa: E402  (what is optional is asked for before it is imported)
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+typer_testing = pytest.importorskip("typer.testing")
+for module in ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich"):
+    pytest.importorskip(module)
+
+import batchnorm
+from batchnorm import cli
+from batchnorm.study import terminal
+
+SMALL = ("--seeds", "1", "--epochs", "1")
+
+
+def run(*arguments: object) -> Any:
+    return typer_testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("study") / "report"
+    return run("study", *SMALL, "--out", folder), folder
+
+
+def test_the_study_prints_and_writes(studied: tuple[Any, Path]) -> None:
+    result, folder = studied
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json"]
+    for words in ("Steps to 95%", "Final accuracy", "Largest rate that trains", "undecided", "Written:"):
+        assert words in result.stdout
+    assert result.stderr == "", "no progress bar where nobody watches"
+
+
+def test_the_results(studied: tuple[Any, Path]) -> None:
+    results = json.loads((studied[1] / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [claim["id"] for claim in results["claims"]] == [
+        "faster-at-same-rate",
+        "faster-at-best-rate",
+        "higher-learning-rates",
+        "higher-accuracy",
+    ]
+    for claim in results["claims"]:
+        assert claim["verdict"] in ("supported", "not supported", "contradicted", "undecided")
+        assert claim["interval"] is None or claim["interval"][0] <= claim["effect"] <= claim["interval"][1]
+    assert {(run["network"], run["rate"], run["seed"]) for run in results["runs"]} >= {("plain", 0.001, 0)}
+    assert results["environment"]["dataset"]["name"] == "scikit-learn digits"
+    assert str(studied[1]) not in json.dumps(results)
+
+
+def test_the_same_command_gives_the_same_files(studied: tuple[Any, Path], tmp_path: Path) -> None:
+    assert run("study", *SMALL, "--out", tmp_path).exit_code == 0
+    for name in ("results.json", "report.html"):
+        assert (tmp_path / name).read_bytes() == (studied[1] / name).read_bytes()
+
+
+def test_other_images(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 40)
+    np.savez(tmp_path / "blobs [1].npz", x=generator.normal(labels[:, None], 0.3, (120, 5)), y=labels)
+    result = run(
+        "study", *SMALL, "--batch-size", 8, "--target", 0.8, "--data", tmp_path / "blobs [1].npz", "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.output
+    assert "blobs [1]" in result.stdout
+    assert "Steps to 80%" in result.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["environment"]["dataset"]["inputs"] == 5
+
+
+# --- What cannot be done ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seeds", 0), "seeds must be 1 or more, got 0."),
+        (("--epochs", -1), "epochs must be 1 or more, got -1."),
+        (("--batch-size", 1), "batch size must be 2 or more"),
+        (("--batch-size", 5000), "1149 images to train on, fewer than one batch of 5000"),
+        (("--target", 95), "target must be an accuracy between 0 and 1, got 95.0."),
+        (("--data", "nowhere"), "nowhere cannot be read (No such file or directory)"),
+        (("--data", "empty"), "empty holds no images; looked for train-images-idx3-ubyte[.gz]"),
+        (("--data", "bad.npz"), "bad.npz is not a sound .npz file"),
+        (("--out", "bad.npz"), "bad.npz is a file, and the study writes a folder"),
+        (("--out", "bad.npz/below"), "bad.npz/below cannot be written"),
+    ],
+)
+def test_one_sentence_on_stderr_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("bad.npz").write_text("not what it says")
+    result = run("study", *arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.startswith("batchnorm: ")
+    assert result.stderr.endswith(".\n")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.npz", "empty"]
+
+
+def test_an_option_that_is_no_number() -> None:
+    result = run("study", "--seeds", "many")
+    assert result.exit_code == 2
+    assert "--seeds" in result.stderr
+
+
+def test_an_interrupt_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "run_all", interrupted)
+    result = run("study", "--out", tmp_path / "report")
+    assert (result.exit_code, result.stderr, result.stdout) == (130, "batchnorm: interrupted.\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_midst_of_training_ends_all_processes(tmp_path: Path, kind: signal.Signals) -> None:
+    code = (
+        "import os, batchnorm.study.experiments as e, batchnorm.study.terminal as t\n"
+        "from batchnorm.cli import main\n"
+        "def run_all(*a):\n"
+        "    for run in e.run_all(*a):\n"
+        f"        os.kill(os.getpid(), {int(kind)})\n"
+        "        yield run\n"
+        "t.run_all = run_all\n"
+        "main()\n"
+    )
+    # The pipes are closed, and `communicate` returns, only when the last worker is gone.
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "study", "--out", str(tmp_path / "report")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout, stderr) == (130, "", "batchnorm: interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["torch", "sklearn", "joblib", "plotly", "jinja2", "rich.progress"])
+def test_a_missing_package_is_named_with_the_way_to_get_it(missing: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from batchnorm.cli import main; main()"
+    result = python(code, "study", *SMALL, cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"needs {missing}" in result.stderr
+    assert 'pip install "batchnorm[study]"' in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_typer() -> None:
+    result = python("import sys; sys.modules['typer'] = None; from batchnorm.cli import main; main()", "--help")
+    assert result.returncode != 0
+    assert result.stderr == 'batchnorm: the command line needs typer; pip install "batchnorm[study]" brings it.\n'
+
+
+# --- The rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"batchnorm {batchnorm.__version__}\n")
+
+
+def test_help() -> None:
+    assert "study" in run("--help").stdout
+    text = run("study", "--help").stdout
+    for option in ("--out", "--data", "--seeds", "--epochs", "--batch-size", "--target"):
+        assert option in text
+
+
+def test_as_a_module_and_without_importing_a_framework() -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "batchnorm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"batchnorm {batchnorm.__version__}\n"
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "sklearn", "plotly", "numpy", "joblib"}
