@@ -9,7 +9,7 @@ import numpy as np
 def interleave(
     candidates: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 0
 ) -> dict[str, np.ndarray]:
-    """Seconds of each call of each candidate: `rounds` of them, or as many as fit into `seconds` (7 at least, 500 at most)."""
+    """Seconds of each call of each candidate: `rounds`, or as many as fit into `seconds` (7 at least, 500 at most)."""
     for candidate in candidates.values():
         candidate()
         candidate()
