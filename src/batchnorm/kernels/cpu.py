@@ -35,8 +35,14 @@ __all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normali
 
 Array = NDArray[Any]
 
-BLOCK = 2048
-"""Values summed in the data's own type before float64 takes over, and read twice: they fit the L1 cache."""
+RUN = 1024
+"""Positions of a sample that are summed in the data's own type before float64 takes over."""
+
+ROWS = 64
+"""The same when walking by row, where every value of a row has its own sum."""
+
+BLOCK = 4096
+"""Values of a channel that are measured from one center."""
 
 BY_CHANNEL_FROM = 256
 """The shortest run of positions that is walked by channel."""
@@ -44,9 +50,6 @@ BY_CHANNEL_FROM = 256
 ROW_WIDTH = 512
 """Adjacent values of a sample that a block of channels has, at most, when walked by row: 2 KB, which prefetching
 likes."""
-
-ROW_BLOCK = 8192
-"""The same when walking by row, where every channel has its own sum."""
 
 TABLES, TABLE_LENGTH, TABLE_STRIDE = 6, 512, 512 + 16
 """Tables of a stage, their length, and their distance: not a multiple of 4 KB, or reading one would wait for writing
@@ -170,14 +173,14 @@ def _moments_by_channel(
 ) -> float:
     T = x.dtype.type
     L = x.shape[2]
-    rows, run = max(1, BLOCK // L), min(BLOCK, L)
+    rows = max(1, BLOCK // L)
     count = 0.0
     for c in range(c0, c1):
         count, mean_c, squares_c = 0.0, 0.0, 0.0
         for g0 in range(n0, n1, rows):
             g1 = min(g0 + rows, n1)
-            for l0 in range(0, L, run):
-                l1 = min(l0 + run, L)
+            for l0 in range(0, L, BLOCK):
+                l1 = min(l0 + BLOCK, L)
                 size = float((g1 - g0) * (l1 - l0))
                 kept_n, kept_i = g0, l0
                 if MASKED:
@@ -191,32 +194,37 @@ def _moments_by_channel(
                     kept_n, kept_i = _first_kept(mask, g0, g1, l0, l1)
                 center = x[kept_n, c, kept_i] if count == 0.0 else T(mean_c)
                 if count < size:
-                    total = T(0)
+                    sum_d = 0.0
                     for n in range(g0, g1):
-                        row = x[n, c, l0:l1]
+                        for r0 in range(l0, l1, RUN):
+                            row, total = x[n, c, r0 : min(r0 + RUN, l1)], T(0)
+                            if MASKED:
+                                kept = mask[n, r0 : min(r0 + RUN, l1)]
+                                for i in range(row.size):
+                                    total += kept[i] * (row[i] - center) if kept[i] > 0 else T(0)
+                            else:
+                                for i in range(row.size):
+                                    total += row[i] - center
+                            sum_d += total
+                    center = T(center + sum_d / size)
+                sum_d, sum_d2 = 0.0, 0.0
+                for n in range(g0, g1):
+                    for r0 in range(l0, l1, RUN):
+                        row, total, total_d2 = x[n, c, r0 : min(r0 + RUN, l1)], T(0), T(0)
                         if MASKED:
-                            kept = mask[n, l0:l1]
+                            kept = mask[n, r0 : min(r0 + RUN, l1)]
                             for i in range(row.size):
-                                total += kept[i] * (row[i] - center) if kept[i] > 0 else T(0)
+                                d = row[i] - center if kept[i] > 0 else T(0)
+                                total += kept[i] * d
+                                total_d2 += kept[i] * d * d
                         else:
                             for i in range(row.size):
-                                total += row[i] - center
-                    center = T(center + total / size)
-                total, total_d2 = T(0), T(0)
-                for n in range(g0, g1):
-                    row = x[n, c, l0:l1]
-                    if MASKED:
-                        kept = mask[n, l0:l1]
-                        for i in range(row.size):
-                            d = row[i] - center if kept[i] > 0 else T(0)
-                            total += kept[i] * d
-                            total_d2 += kept[i] * d * d
-                    else:
-                        for i in range(row.size):
-                            d = row[i] - center
-                            total += d
-                            total_d2 += d * d
-                mean_b, squares_b = _uncenter(size, center, total, total_d2)
+                                d = row[i] - center
+                                total += d
+                                total_d2 += d * d
+                        sum_d += total
+                        sum_d2 += total_d2
+                mean_b, squares_b = _uncenter(size, center, sum_d, sum_d2)
                 count, mean_c, squares_c = _merge(count, mean_c, squares_c, size, mean_b, squares_b)
         mean[c] = mean_c
         squares[c] = squares_c
@@ -248,29 +256,26 @@ def _grad_sums_by_channel(
 ) -> None:  # fmt: skip
     T = x.dtype.type
     L = x.shape[2]
-    rows, run = max(1, BLOCK // L), min(BLOCK, L)
     for c in range(c0, c1):
         center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
-        total, total_d = 0.0, 0.0
-        for g0 in range(n0, n1, rows):
-            g1 = min(g0 + rows, n1)
-            for l0 in range(0, L, run):
-                l1 = min(l0 + run, L)
-                block, block_d = T(0), T(0)
-                for n in range(g0, g1):
-                    dy_row, row, residual_row = dy[n, c, l0:l1], x[n, c, l0:l1], residual[n, c, l0:l1]
-                    for i in range(row.size):
-                        d = row[i] - center
-                        z = d * scale + shift
-                        if RESIDUAL:
-                            z += residual_row[i]
-                        dz = activate_grad(ACT, parameter, z, dy_row[i])
-                        block += dz
-                        block_d += dz * d
-                total += block
-                total_d += block_d
-        sum_dz[c] = total
-        sum_dz_xhat[c] = rstd[c] * (total_d - (mean[c] - center) * total)
+        sum_z, sum_d = 0.0, 0.0
+        for n in range(n0, n1):
+            for r0 in range(0, L, RUN):
+                r1 = min(r0 + RUN, L)
+                dy_row, row, residual_row = dy[n, c, r0:r1], x[n, c, r0:r1], residual[n, c, r0:r1]
+                total, total_d = T(0), T(0)
+                for i in range(row.size):
+                    d = row[i] - center
+                    z = d * scale + shift
+                    if RESIDUAL:
+                        z += residual_row[i]
+                    dz = activate_grad(ACT, parameter, z, dy_row[i])
+                    total += dz
+                    total_d += dz * d
+                sum_z += total
+                sum_d += total_d
+        sum_dz[c] = sum_z
+        sum_dz_xhat[c] = rstd[c] * (sum_d - (mean[c] - center) * sum_z)
 
 
 @stage
@@ -331,12 +336,20 @@ def _spread(value: Any, c: int, L: int, table: Any) -> None:
 
 
 @inlined
-def _collect(c: int, L: int, table: Any) -> float:
-    """Sum, in float64, what the positions of one channel have gathered, and clear it."""
+def _flush(total: Any, sums: Any) -> None:
+    """Move what a table has gathered to one of float64, and clear it."""
+    for j in range(total.size):
+        sums[j] += total[j]
+        total[j] = 0
+
+
+@inlined
+def _collect(c: int, L: int, sums: Any) -> float:
+    """Sum what the positions of one channel have gathered, and clear it."""
     total = 0.0
     for j in range(c * L, (c + 1) * L):
-        total += table[j]
-        table[j] = 0
+        total += sums[j]
+        sums[j] = 0.0
     return total
 
 
@@ -369,18 +382,18 @@ def _moments_by_row(
     T = x.dtype.type
     L = x.shape[2]
     channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
-    rows = max(1, ROW_BLOCK // width)
-    x_rows, scratch = _rows(x), _scratch(x.dtype)
+    x_rows, scratch, sums = _rows(x), _scratch(x.dtype), _scratch(np.float64)
     center, kept = _table(scratch, 0, width), _table(scratch, 1, width)
     total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
-    total[:] = T(0)
-    total_d2[:] = T(0)
+    sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
+    total[:], total_d2[:], sum_d[:], sum_d2[:] = T(0), T(0), 0.0, 0.0
     count = 0.0
     for c in range(c0, c1):
         mean[c] = 0.0
         squares[c] = 0.0
-    for g0 in range(n0, n1, rows):
-        g1 = min(g0 + rows, n1)
+    g0 = n0
+    while g0 < n1:
+        g1 = min(g0 + max(ROWS, g0 - n0), n1)  # a group is as large as all before it: see `_uncenter`
         size = float((g1 - g0) * L)
         kept_n, kept_i = g0, 0
         if MASKED:
@@ -388,40 +401,54 @@ def _moments_by_row(
             for n in range(g0, g1):
                 for i in range(L):
                     size += mask[n, i]
-            if size == 0.0:
-                continue
             kept_n, kept_i = _first_kept(mask, g0, g1, 0, L)
-        for c in range(channels):
-            _spread(x[kept_n, c0 + c, kept_i] if count == 0.0 else T(mean[c0 + c]), c, L, center)
-        if count < size:
-            for n in range(g0, g1):
-                row = x_rows[n, j0:j1]
-                if MASKED:
-                    _spread_mask(mask, n, kept)
-                    for j in range(width):
-                        total[j] += kept[j] * (row[j] - center[j]) if kept[j] > 0 else T(0)
-                else:
-                    for j in range(width):
-                        total[j] += row[j] - center[j]
+        if size > 0.0:
             for c in range(channels):
-                _spread(T(center[c * L] + _collect(c, L, total) / size), c, L, center)
-        for n in range(g0, g1):
-            row = x_rows[n, j0:j1]
-            if MASKED:
-                _spread_mask(mask, n, kept)
-                for j in range(width):
-                    d = row[j] - center[j]
-                    total[j] += kept[j] * d if kept[j] > 0 else T(0)
-                    total_d2[j] += kept[j] * d * d if kept[j] > 0 else T(0)
-            else:
-                for j in range(width):
-                    d = row[j] - center[j]
-                    total[j] += d
-                    total_d2[j] += d * d
-        for c in range(channels):
-            mean_b, squares_b = _uncenter(size, center[c * L], _collect(c, L, total), _collect(c, L, total_d2))
-            _, mean[c0 + c], squares[c0 + c] = _merge(count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b)
-        count += size
+                _spread(x[kept_n, c0 + c, kept_i] if count == 0.0 else T(mean[c0 + c]), c, L, center)
+            if count < size:
+                for n in range(g0, g1):
+                    row = x_rows[n, j0:j1]
+                    if MASKED:
+                        _spread_mask(mask, n, kept)
+                        for j in range(width):
+                            total[j] += kept[j] * (row[j] - center[j]) if kept[j] > 0 else T(0)
+                    else:
+                        for j in range(width):
+                            total[j] += row[j] - center[j]
+                _flush(total, sum_d)
+                for c in range(channels):
+                    _spread(T(center[c * L] + _collect(c, L, sum_d) / size), c, L, center)
+            for b0 in range(g0, g1, ROWS):
+                b1 = min(b0 + ROWS, g1)
+                fours = b0 if MASKED else b0 + (b1 - b0) // 4 * 4
+                for n in range(b0, fours, 4):  # four rows for each time that the totals are read and written
+                    row_0, row_1 = x_rows[n, j0:j1], x_rows[n + 1, j0:j1]
+                    row_2, row_3 = x_rows[n + 2, j0:j1], x_rows[n + 3, j0:j1]
+                    for j in range(width):
+                        d_0, d_1 = row_0[j] - center[j], row_1[j] - center[j]
+                        d_2, d_3 = row_2[j] - center[j], row_3[j] - center[j]
+                        total[j] += (d_0 + d_1) + (d_2 + d_3)
+                        total_d2[j] += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
+                for n in range(fours, b1):
+                    row = x_rows[n, j0:j1]
+                    if MASKED:
+                        _spread_mask(mask, n, kept)
+                        for j in range(width):
+                            d = row[j] - center[j] if kept[j] > 0 else T(0)
+                            total[j] += kept[j] * d
+                            total_d2[j] += kept[j] * d * d
+                    else:
+                        for j in range(width):
+                            d = row[j] - center[j]
+                            total[j] += d
+                            total_d2[j] += d * d
+                _flush(total, sum_d)
+                _flush(total_d2, sum_d2)
+            for c in range(channels):
+                mean_b, squares_b = _uncenter(size, center[c * L], _collect(c, L, sum_d), _collect(c, L, sum_d2))
+                _, mean[c0 + c], squares[c0 + c] = _merge(count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b)
+            count += size
+        g0 = g1
     return count
 
 
@@ -454,19 +481,30 @@ def _grad_sums_by_row(
     T = x.dtype.type
     L = x.shape[2]
     channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
-    rows = max(1, ROW_BLOCK // width)
     dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
-    scratch = _scratch(x.dtype)
+    scratch, sums = _scratch(x.dtype), _scratch(np.float64)
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
     total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
+    sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
+    total[:], total_d[:], sum_z[:], sum_d[:] = T(0), T(0), 0.0, 0.0
     _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
-    total[:] = T(0)
-    total_d[:] = T(0)
-    for c in range(c0, c1):
-        sum_dz[c] = 0.0
-        sum_dz_xhat[c] = 0.0
-    for g0 in range(n0, n1, rows):
-        for n in range(g0, min(g0 + rows, n1)):
+    for b0 in range(n0, n1, ROWS):
+        b1 = min(b0 + ROWS, n1)
+        pairs = b0 + (b1 - b0) // 2 * 2
+        for n in range(b0, pairs, 2):  # two rows for each time that the totals are read and written
+            dy_0, row_0, residual_0 = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
+            dy_1, row_1, residual_1 = dy_rows[n + 1, j0:j1], x_rows[n + 1, j0:j1], residual_rows[n + 1, j0:j1]
+            for j in range(width):
+                d_0, d_1 = row_0[j] - center[j], row_1[j] - center[j]
+                z_0, z_1 = d_0 * scale[j] + shift[j], d_1 * scale[j] + shift[j]
+                if RESIDUAL:
+                    z_0 += residual_0[j]
+                    z_1 += residual_1[j]
+                dz_0 = activate_grad(ACT, parameter, z_0, dy_0[j])
+                dz_1 = activate_grad(ACT, parameter, z_1, dy_1[j])
+                total[j] += dz_0 + dz_1
+                total_d[j] += dz_0 * d_0 + dz_1 * d_1
+        for n in range(pairs, b1):
             dy_row, row, residual_row = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
             for j in range(width):
                 d = row[j] - center[j]
@@ -476,11 +514,12 @@ def _grad_sums_by_row(
                 dz = activate_grad(ACT, parameter, z, dy_row[j])
                 total[j] += dz
                 total_d[j] += dz * d
-        for c in range(channels):
-            sum_dz[c0 + c] += _collect(c, L, total)
-            sum_dz_xhat[c0 + c] += _collect(c, L, total_d)
-    for c in range(c0, c1):
-        sum_dz_xhat[c] = rstd[c] * (sum_dz_xhat[c] - (mean[c] - center[(c - c0) * L]) * sum_dz[c])
+        _flush(total, sum_z)
+        _flush(total_d, sum_d)
+    for c in range(channels):
+        sum_dz[c0 + c] = _collect(c, L, sum_z)
+        sum_dz_d = _collect(c, L, sum_d)
+        sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_dz_d - (mean[c0 + c] - center[c * L]) * sum_dz[c0 + c])
 
 
 @stage
