@@ -30,6 +30,7 @@ from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import threads
 from batchnorm.kernels.activations import CODES, activate, activate_grad
 from batchnorm.kernels.compilation import Kernel, inlined, kernel, stage
+from batchnorm.kernels.formats import arithmetic, load, store
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "update_running"]
 
@@ -41,10 +42,13 @@ RUN = 1024
 ROWS = 64
 """The same when walking by row, where every value of a row has its own sum."""
 
+FIRST_ROWS = 8
+"""Rows whose mean is the first center when walking by row: enough to be near the mean, a fraction of a second reading."""
+
 BLOCK = 4096
 """Values of a channel that are measured from one center."""
 
-BY_CHANNEL_FROM = 256
+BY_CHANNEL_FROM = 64
 """The shortest run of positions that is walked by channel."""
 
 ROW_WIDTH = 512
@@ -89,7 +93,7 @@ def tiling(shape: tuple[int, int, int], itemsize: int, arrays: int) -> Tiling:
         # One channel at a time. Few long channels (big images, three colours) would leave threads idle: tiles of
         # samples.
         rows = n if c >= 16 or n * length * itemsize * arrays <= CACHE else _even_share(n, c * length * itemsize)
-        return Tiling(True, rows, 1)
+        return Tiling(True, rows, max(1, min(c, RUN // length)))  # short neighbours share pages and prefetches
     width = max(1, min(c, ROW_WIDTH // length))
     # Narrow columns of a channels-last matrix cost more than a second read of it, unless it is small.
     fits = n * width * length * itemsize * arrays <= CACHE and (length > 1 or n <= ROW_WIDTH)
@@ -147,9 +151,9 @@ def _merge(count: float, mean: float, squares: float, count_b: float, mean_b: fl
 def _uncenter(count: float, center: Any, sum_d: Any, sum_d2: Any) -> Any:
     """Mean and squares about it, from the sums of `d = x - center` and of `d^2`.
 
-    Subtracting is safe where `center` is the mean of at least as many values before: then `sum d^2` is at most twice
-    the squares that the merge will give. A block that has no such predecessor is first walked once for a center of its
-    own.
+    Subtracting is safe where `center` is the mean of `1/k` as many values: then `sum d^2` is at most `1 + k` times the
+    squares that the merge will give. Groups have a center from as many values before them, `k = 1`; a first group makes
+    its own from a part of its values, `k = 8`, or from all.
     """
     return center + sum_d / count, sum_d2 - (sum_d / count) * sum_d
 
@@ -171,7 +175,7 @@ def _first_kept(mask: Any, n0: int, n1: int, l0: int, l1: int) -> Any:
 def _moments_by_channel(
     MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any
 ) -> float:
-    T = x.dtype.type
+    T = mask.dtype.type
     L = x.shape[2]
     rows = max(1, BLOCK // L)
     count = 0.0
@@ -192,7 +196,7 @@ def _moments_by_channel(
                     if size == 0.0:
                         continue
                     kept_n, kept_i = _first_kept(mask, g0, g1, l0, l1)
-                center = x[kept_n, c, kept_i] if count == 0.0 else T(mean_c)
+                center = load(x[kept_n, c, kept_i]) if count == 0.0 else T(mean_c)
                 if count < size:
                     sum_d = 0.0
                     for n in range(g0, g1):
@@ -201,10 +205,10 @@ def _moments_by_channel(
                             if MASKED:
                                 kept = mask[n, r0 : min(r0 + RUN, l1)]
                                 for i in range(row.size):
-                                    total += kept[i] * (row[i] - center) if kept[i] > 0 else T(0)
+                                    total += kept[i] * (load(row[i]) - center) if kept[i] > 0 else T(0)
                             else:
                                 for i in range(row.size):
-                                    total += row[i] - center
+                                    total += load(row[i]) - center
                             sum_d += total
                     center = T(center + sum_d / size)
                 sum_d, sum_d2 = 0.0, 0.0
@@ -214,12 +218,12 @@ def _moments_by_channel(
                         if MASKED:
                             kept = mask[n, r0 : min(r0 + RUN, l1)]
                             for i in range(row.size):
-                                d = row[i] - center if kept[i] > 0 else T(0)
+                                d = load(row[i]) - center if kept[i] > 0 else T(0)
                                 total += kept[i] * d
                                 total_d2 += kept[i] * d * d
                         else:
                             for i in range(row.size):
-                                d = row[i] - center
+                                d = load(row[i]) - center
                                 total += d
                                 total_d2 += d * d
                         sum_d += total
@@ -236,16 +240,16 @@ def _normalize_by_channel(
     ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, y: Any,
 ) -> None:  # fmt: skip
-    T = x.dtype.type
+    T = weight.dtype.type
     for c in range(c0, c1):
         center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
         for n in range(n0, n1):
             row, residual_row, y_row = x[n, c], residual[n, c], y[n, c]
             for i in range(row.size):
-                z = (row[i] - center) * scale + shift
+                z = (load(row[i]) - center) * scale + shift
                 if RESIDUAL:
-                    z += residual_row[i]
-                y_row[i] = activate(ACT, parameter, z)
+                    z += load(residual_row[i])
+                store(y_row, i, activate(ACT, parameter, z))
 
 
 @stage
@@ -254,7 +258,7 @@ def _grad_sums_by_channel(
     mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
-    T = x.dtype.type
+    T = weight.dtype.type
     L = x.shape[2]
     for c in range(c0, c1):
         center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
@@ -265,11 +269,11 @@ def _grad_sums_by_channel(
                 dy_row, row, residual_row = dy[n, c, r0:r1], x[n, c, r0:r1], residual[n, c, r0:r1]
                 total, total_d = T(0), T(0)
                 for i in range(row.size):
-                    d = row[i] - center
+                    d = load(row[i]) - center
                     z = d * scale + shift
                     if RESIDUAL:
-                        z += residual_row[i]
-                    dz = activate_grad(ACT, parameter, z, dy_row[i])
+                        z += load(residual_row[i])
+                    dz = activate_grad(ACT, parameter, z, load(dy_row[i]))
                     total += dz
                     total_d += dz * d
                 sum_z += total
@@ -285,7 +289,7 @@ def _grad_input_by_channel(
     sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
 ) -> None:  # fmt: skip
-    T = x.dtype.type
+    T = weight.dtype.type
     for c in range(c0, c1):
         center, scale, shift = _affine(T, mean[c], rstd[c], weight[c], bias[c])
         slope, level = _through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
@@ -294,17 +298,17 @@ def _grad_input_by_channel(
             dx_row, d_residual_row = dx[n, c], d_residual[n, c]
             kept = mask[n] if MASKED else row
             for i in range(row.size):
-                d = row[i] - center
+                d = load(row[i]) - center
                 z = d * scale + shift
                 if RESIDUAL:
-                    z += residual_row[i]
-                dz = activate_grad(ACT, parameter, z, dy_row[i])
+                    z += load(residual_row[i])
+                dz = activate_grad(ACT, parameter, z, load(dy_row[i]))
                 if MASKED:
-                    dx_row[i] = scale * dz - (kept[i] * (d * slope + level) if kept[i] > 0 else T(0))
+                    store(dx_row, i, scale * dz - (kept[i] * (d * slope + level) if kept[i] > 0 else T(0)))
                 else:
-                    dx_row[i] = scale * dz - (d * slope + level)
+                    store(dx_row, i, scale * dz - (d * slope + level))
                 if RESIDUAL:
-                    d_residual_row[i] = dz
+                    store(d_residual_row, i, dz)
 
 
 # --- The stages, walking by row --------------------------------------------------------------------------------------
@@ -379,10 +383,10 @@ def _spread_affine(mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: in
 def _moments_by_row(
     MASKED: int, x: Any, mask: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any
 ) -> float:
-    T = x.dtype.type
+    T = mask.dtype.type
     L = x.shape[2]
     channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
-    x_rows, scratch, sums = _rows(x), _scratch(x.dtype), _scratch(np.float64)
+    x_rows, scratch, sums = _rows(x), _scratch(mask.dtype), _scratch(np.float64)
     center, kept = _table(scratch, 0, width), _table(scratch, 1, width)
     total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
     sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
@@ -404,20 +408,22 @@ def _moments_by_row(
             kept_n, kept_i = _first_kept(mask, g0, g1, 0, L)
         if size > 0.0:
             for c in range(channels):
-                _spread(x[kept_n, c0 + c, kept_i] if count == 0.0 else T(mean[c0 + c]), c, L, center)
+                _spread(load(x[kept_n, c0 + c, kept_i]) if count == 0.0 else T(mean[c0 + c]), c, L, center)
             if count < size:
-                for n in range(g0, g1):
+                near = g1 if MASKED else min(g0 + FIRST_ROWS, g1)
+                for n in range(g0, near):
                     row = x_rows[n, j0:j1]
                     if MASKED:
                         _spread_mask(mask, n, kept)
                         for j in range(width):
-                            total[j] += kept[j] * (row[j] - center[j]) if kept[j] > 0 else T(0)
+                            total[j] += kept[j] * (load(row[j]) - center[j]) if kept[j] > 0 else T(0)
                     else:
                         for j in range(width):
-                            total[j] += row[j] - center[j]
+                            total[j] += load(row[j]) - center[j]
                 _flush(total, sum_d)
+                values = size if MASKED else float((near - g0) * L)
                 for c in range(channels):
-                    _spread(T(center[c * L] + _collect(c, L, sum_d) / size), c, L, center)
+                    _spread(T(center[c * L] + _collect(c, L, sum_d) / values), c, L, center)
             for b0 in range(g0, g1, ROWS):
                 b1 = min(b0 + ROWS, g1)
                 fours = b0 if MASKED else b0 + (b1 - b0) // 4 * 4
@@ -425,8 +431,8 @@ def _moments_by_row(
                     row_0, row_1 = x_rows[n, j0:j1], x_rows[n + 1, j0:j1]
                     row_2, row_3 = x_rows[n + 2, j0:j1], x_rows[n + 3, j0:j1]
                     for j in range(width):
-                        d_0, d_1 = row_0[j] - center[j], row_1[j] - center[j]
-                        d_2, d_3 = row_2[j] - center[j], row_3[j] - center[j]
+                        d_0, d_1 = load(row_0[j]) - center[j], load(row_1[j]) - center[j]
+                        d_2, d_3 = load(row_2[j]) - center[j], load(row_3[j]) - center[j]
                         total[j] += (d_0 + d_1) + (d_2 + d_3)
                         total_d2[j] += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
                 for n in range(fours, b1):
@@ -434,12 +440,12 @@ def _moments_by_row(
                     if MASKED:
                         _spread_mask(mask, n, kept)
                         for j in range(width):
-                            d = row[j] - center[j] if kept[j] > 0 else T(0)
+                            d = load(row[j]) - center[j] if kept[j] > 0 else T(0)
                             total[j] += kept[j] * d
                             total_d2[j] += kept[j] * d * d
                     else:
                         for j in range(width):
-                            d = row[j] - center[j]
+                            d = load(row[j]) - center[j]
                             total[j] += d
                             total_d2[j] += d * d
                 _flush(total, sum_d)
@@ -460,16 +466,16 @@ def _normalize_by_row(
     L = x.shape[2]
     j0, j1, width = c0 * L, c1 * L, (c1 - c0) * L
     x_rows, residual_rows, y_rows = _rows(x), _rows(residual), _rows(y)
-    scratch = _scratch(x.dtype)
+    scratch = _scratch(weight.dtype)
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
     _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
     for n in range(n0, n1):
         row, residual_row, y_row = x_rows[n, j0:j1], residual_rows[n, j0:j1], y_rows[n, j0:j1]
         for j in range(width):
-            z = (row[j] - center[j]) * scale[j] + shift[j]
+            z = (load(row[j]) - center[j]) * scale[j] + shift[j]
             if RESIDUAL:
-                z += residual_row[j]
-            y_row[j] = activate(ACT, parameter, z)
+                z += load(residual_row[j])
+            store(y_row, j, activate(ACT, parameter, z))
 
 
 @stage
@@ -478,11 +484,11 @@ def _grad_sums_by_row(
     mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
-    T = x.dtype.type
+    T = weight.dtype.type
     L = x.shape[2]
     channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
     dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
-    scratch, sums = _scratch(x.dtype), _scratch(np.float64)
+    scratch, sums = _scratch(weight.dtype), _scratch(np.float64)
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
     total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
     sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
@@ -495,23 +501,23 @@ def _grad_sums_by_row(
             dy_0, row_0, residual_0 = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
             dy_1, row_1, residual_1 = dy_rows[n + 1, j0:j1], x_rows[n + 1, j0:j1], residual_rows[n + 1, j0:j1]
             for j in range(width):
-                d_0, d_1 = row_0[j] - center[j], row_1[j] - center[j]
+                d_0, d_1 = load(row_0[j]) - center[j], load(row_1[j]) - center[j]
                 z_0, z_1 = d_0 * scale[j] + shift[j], d_1 * scale[j] + shift[j]
                 if RESIDUAL:
-                    z_0 += residual_0[j]
-                    z_1 += residual_1[j]
-                dz_0 = activate_grad(ACT, parameter, z_0, dy_0[j])
-                dz_1 = activate_grad(ACT, parameter, z_1, dy_1[j])
+                    z_0 += load(residual_0[j])
+                    z_1 += load(residual_1[j])
+                dz_0 = activate_grad(ACT, parameter, z_0, load(dy_0[j]))
+                dz_1 = activate_grad(ACT, parameter, z_1, load(dy_1[j]))
                 total[j] += dz_0 + dz_1
                 total_d[j] += dz_0 * d_0 + dz_1 * d_1
         for n in range(pairs, b1):
             dy_row, row, residual_row = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
             for j in range(width):
-                d = row[j] - center[j]
+                d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
                 if RESIDUAL:
-                    z += residual_row[j]
-                dz = activate_grad(ACT, parameter, z, dy_row[j])
+                    z += load(residual_row[j])
+                dz = activate_grad(ACT, parameter, z, load(dy_row[j]))
                 total[j] += dz
                 total_d[j] += dz * d
         _flush(total, sum_z)
@@ -529,12 +535,12 @@ def _grad_input_by_row(
     sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
 ) -> None:  # fmt: skip
-    T = x.dtype.type
+    T = weight.dtype.type
     L = x.shape[2]
     j0, j1, width = c0 * L, c1 * L, (c1 - c0) * L
     dy_rows, x_rows, residual_rows = _rows(dy), _rows(x), _rows(residual)
     dx_rows, d_residual_rows = _rows(dx), _rows(d_residual)
-    scratch = _scratch(x.dtype)
+    scratch = _scratch(weight.dtype)
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
     slope, level, kept = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
     _spread_affine(mean, rstd, weight, bias, c0, c1, L, scratch)
@@ -548,17 +554,17 @@ def _grad_input_by_row(
         if MASKED:
             _spread_mask(mask, n, kept)
         for j in range(width):
-            d = row[j] - center[j]
+            d = load(row[j]) - center[j]
             z = d * scale[j] + shift[j]
             if RESIDUAL:
-                z += residual_row[j]
-            dz = activate_grad(ACT, parameter, z, dy_row[j])
+                z += load(residual_row[j])
+            dz = activate_grad(ACT, parameter, z, load(dy_row[j]))
             if MASKED:
-                dx_row[j] = scale[j] * dz - (kept[j] * (d * slope[j] + level[j]) if kept[j] > 0 else T(0))
+                store(dx_row, j, scale[j] * dz - (kept[j] * (d * slope[j] + level[j]) if kept[j] > 0 else T(0)))
             else:
-                dx_row[j] = scale[j] * dz - (d * slope[j] + level[j])
+                store(dx_row, j, scale[j] * dz - (d * slope[j] + level[j]))
             if RESIDUAL:
-                d_residual_row[j] = dz
+                store(d_residual_row, j, dz)
 
 
 # --- Kernels: the stages over all tiles ------------------------------------------------------------------------------
@@ -795,13 +801,13 @@ def moments(x: Array, mask: Array | None, mean: Array, var: Array) -> None:
     """Write the mean and the biased variance of each channel into `mean` and `var`, `(C,)` of float64.
 
     Args:
-        x: `(N, C, L)`, contiguous, float32 or float64.
-        mask: `(N, L)`, contiguous, of the type of `x`: what each value counts for; None if they all count.
+        x: `(N, C, L)`, contiguous: float32, float64, or bfloat16 as uint16.
+        mask: `(N, L)`, contiguous, of the type of `x` (float32 for bfloat16): what each value counts for; 1 if None.
         mean, var: Written. 0 where the mask leaves nothing.
     """
     cut = tiling(x.shape, x.itemsize, 1)
     run = _moments_kernel(cut.by_channel, mask is not None, _parallel(x))
-    threads.run(run, x, _no_mask(x.dtype) if mask is None else mask, cut.rows, cut.width, mean, var)
+    threads.run(run, x, _no_mask(arithmetic(x.dtype)) if mask is None else mask, cut.rows, cut.width, mean, var)
 
 
 def normalize(
@@ -819,13 +825,13 @@ def normalize(
     Args:
         x, residual, y: `(N, C, L)`, contiguous, of one type.
         mean, rstd: `(C,)`, float64.
-        weight, bias: `(C,)`, of the type of `x`; 1 and 0 if None.
+        weight, bias: `(C,)`, of the type of `x` (float32 for bfloat16); 1 and 0 if None.
         activation: As in `definition.normalize`.
     """
-    act = _compiled(activation, x.dtype)
+    act = _compiled(activation, arithmetic(x.dtype))
     cut = tiling(x.shape, x.itemsize, 1)
     run = _normalize_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
-    c, dtype = x.shape[1], x.dtype
+    c, dtype = x.shape[1], arithmetic(x.dtype)
     threads.run(
         run, x, x if residual is None else residual, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
@@ -851,10 +857,10 @@ def grad_sums(
         dy, x, residual, mean, rstd, weight, bias, activation: As in `normalize`; `dy` like `x`.
         sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
     """
-    act = _compiled(activation, x.dtype)
+    act = _compiled(activation, arithmetic(x.dtype))
     cut = tiling(x.shape, x.itemsize, 2)
     run = _grad_sums_kernel(cut.by_channel, act.code, residual is not None, _parallel(x))
-    c, dtype = x.shape[1], x.dtype
+    c, dtype = x.shape[1], arithmetic(x.dtype)
     threads.run(
         run, dy, x, x if residual is None else residual, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
@@ -888,10 +894,10 @@ def grad_input(
         dx: `(N, C, L)`, contiguous. Written.
         d_residual: Like `dx`; None if and only if `residual` is. Written.
     """
-    act = _compiled(activation, x.dtype)
+    act = _compiled(activation, arithmetic(x.dtype))
     cut = tiling(x.shape, x.itemsize, 2)
     run = _grad_input_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
-    c, dtype = x.shape[1], x.dtype
+    c, dtype = x.shape[1], arithmetic(x.dtype)
     threads.run(
         run, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
@@ -925,9 +931,9 @@ def forward(
         moments(x, mask, mean, var)
         np.divide(1.0, np.sqrt(var + eps), out=rstd)
         return normalize(x, residual, mean, rstd, weight, bias, activation, y)
-    act = _compiled(activation, x.dtype)
+    act = _compiled(activation, arithmetic(x.dtype))
     run = _forward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
-    c, dtype = x.shape[1], x.dtype
+    c, dtype = x.shape[1], arithmetic(x.dtype)
     threads.run(
         run, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
@@ -964,9 +970,9 @@ def backward(
         return grad_input(
             dy, x, residual, mask, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual
         )
-    act = _compiled(activation, x.dtype)
+    act = _compiled(activation, arithmetic(x.dtype))
     run = _backward_kernel(cut.by_channel, act.code, residual is not None, mask is not None, _parallel(x))
-    c, dtype = x.shape[1], x.dtype
+    c, dtype = x.shape[1], arithmetic(x.dtype)
     threads.run(
         run, dy, x, x if residual is None else residual, _no_mask(dtype) if mask is None else mask, mean, rstd,
         _ones(c, dtype) if weight is None else weight, _zeros(c, dtype) if bias is None else bias,
