@@ -64,8 +64,9 @@ def batch_norm(
 
     Raises:
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
-            per channel in training; if a mask is negative or keeps fewer than two values; if the activation is unknown.
-        RuntimeError: If `weight`, `bias`, or a running statistic does not have `C` elements, or another floating-point
+            per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
+            unknown; if `eps` is negative.
+        RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
             type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation.
         NotImplementedError: If `x` is not of a floating-point type.
 
@@ -108,24 +109,27 @@ def normalize(
     activation = parse_activation(activation)
     if statistics is not None and not isinstance(statistics, BatchStatistics | RunningStatistics):
         raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     running = not training or isinstance(statistics, RunningStatistics)
     if running and (running_mean is None or running_var is None):
         raise RuntimeError(
             "running_mean and running_var must be defined in evaluation mode, and with RunningStatistics(): "
             "pass both, or training=True"
         )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
     weights = None if running or mask is None else _expand_mask(mask, x)
     count = float("inf") if running else _count(x, weights)
-    takes_kernels = _takes_kernels(x, residual, running_mean, weight, bias)
-    if takes_kernels:
-        batch = _Batch(count, running_mean if running else None, running_var if running else None, eps)
+    mean, var = (running_mean, running_var) if running else (None, None)
+    if count == 0:
+        mean = var = x.new_zeros(x.shape[1])  # the moments of nothing
+    if _takes_kernels(x, residual, running_mean, running_var, weight, bias):
+        batch = _Batch(count, mean, var, eps)
         y = _with_kernels(x, weight, bias, residual, weights, batch, activation)
         mean, var = batch.mean, batch.var
     else:
-        y, mean, var = _composed(
-            x, weight, bias, residual, weights, running_mean if running else None, running_var if running else None,
-            eps, activation,
-        )  # fmt: skip
+        y, mean, var = _composed(x, weight, bias, residual, weights, mean, var, eps, activation)
     if running:
         return Normalized(y, None)
     if running_mean is None or running_var is None:
@@ -148,17 +152,15 @@ def _check(
         raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise NotImplementedError(f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
     exact = x.dtype is torch.float32 or x.dtype is torch.float64
     for name, value in (
         ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
     ):  # fmt: skip
         if value is None:
             continue
-        if value.numel() != x.shape[1]:
+        if value.numel() != x.shape[1] or value.dim() != 1:
             raise RuntimeError(
-                f"{name} should contain {x.shape[1]} elements not {value.numel()}: "
+                f"{name} should contain {x.shape[1]} elements, in one axis, not {tuple(value.shape)}: "
                 f"x has shape {tuple(x.shape)}, and its second axis is the channels"
             )
         if exact and value.dtype is not x.dtype:
@@ -188,7 +190,7 @@ def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
 def _count(x: Tensor, weights: Tensor | None) -> float:
     """How many values each channel has, which must be two at least."""
     values = x.numel() // max(1, x.shape[1])
-    if weights is not None:
+    if weights is not None and values > 0:
         if not bool(((weights >= 0) & weights.isfinite()).all()):
             raise ValueError("mask must hold booleans, or weights that are finite and not negative")
         values = int((weights > 0).sum())
@@ -223,10 +225,11 @@ def _update_running(
         return bool(updated[0])
     with torch.no_grad():
         correction = count / (count - 1) if count > 1 else 1.0
+        # Converted first: a variance above 65504 is finite, but not in the float16 of `model.half()`.
+        mean, var = mean.to(running_mean.dtype), (var * correction).to(running_var.dtype)
         finite: Tensor = var.isfinite().all() & mean.isfinite().all()
-        for running, batch in ((running_mean, mean), (running_var, var * correction)):
-            moved = running + momentum * (batch.to(running.dtype) - running)
-            running.copy_(torch.where(finite, moved, running))
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            running.copy_(torch.where(finite, running + momentum * (batch - running), running))
         return finite
 
 
@@ -235,12 +238,14 @@ def _update_running(
 
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
     """Whether the kernels can compute this: ordinary CPU tensors of float32 or float64, outside of transformations."""
-    if x.device.type != "cpu" or (x.dtype is not torch.float32 and x.dtype is not torch.float64) or x.numel() == 0:
+    if (x.dtype is not torch.float32 and x.dtype is not torch.float64) or x.numel() == 0:
         return False
-    if residual is not None and (residual.dtype is not x.dtype or residual.device != x.device):
+    if residual is not None and residual.dtype is not x.dtype:
         return False
     for tensor in (x, residual, *parameters):
-        if tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter):
             return False
     return not (
         torch.compiler.is_compiling()
@@ -286,35 +291,36 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     """The format of PyTorch's output: channels last if the strides of `x` say so, even with gaps; else contiguous."""
     if x.is_contiguous() or x.dim() not in (4, 5):
         return torch.contiguous_format
+    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.is_contiguous(memory_format=channels_last):
+        return channels_last
     span = 0
     for axis in (1, *range(x.dim() - 1, 1, -1), 0):
         if x.stride(axis) < span or x.stride(axis) == 0:
             return torch.contiguous_format
         span = x.stride(axis) * x.shape[axis]
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return channels_last
 
 
 def _array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
     """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last; copied if need be."""
     if x is None:
         return None
-    if x.requires_grad:
-        x = x.detach()
     x = x.contiguous(memory_format=memory_format)
     if memory_format is torch.contiguous_format:
-        return x.numpy().reshape(x.shape[0], x.shape[1], -1)
-    return x.movedim(1, -1).numpy().reshape(-1, x.shape[1], 1)
+        return x.numpy(force=True).reshape(x.shape[0], x.shape[1], -1)
+    return x.movedim(1, -1).numpy(force=True).reshape(-1, x.shape[1], 1)
 
 
 def _mask_array(weights: Tensor | None, memory_format: torch.memory_format) -> Any:
     if weights is None:
         return None
     rows = weights.shape[0] if memory_format is torch.contiguous_format else weights.numel()
-    return weights.contiguous().numpy().reshape(rows, -1)
+    return weights.contiguous().numpy(force=True).reshape(rows, -1)
 
 
 def _numbers(values: Tensor | None) -> Any:
-    return None if values is None else values.detach().contiguous().numpy()
+    return None if values is None else values.contiguous().numpy(force=True)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -355,7 +361,7 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, bias, residual, weights = ctx.saved_tensors
         batch, activation, memory_format = ctx.batch, ctx.activation, ctx.memory_format
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_batched(dy):
             return (*_differentiable_backward(ctx, dy, x, weight, bias, residual, weights), None, None, None)
 
         dx = torch.empty_like(x, memory_format=memory_format) if needs_x else None
@@ -383,6 +389,11 @@ class _BatchNorm(torch.autograd.Function):
         return dx, d_weight, d_bias, d_residual, None, None, None
 
 
+def _is_batched(dy: Tensor) -> bool:
+    """Whether `vmap` maps the backward pass over many `dy` at once: `is_grads_batched`, `jacobian(vectorize=True)`."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def _differentiable_backward(
     ctx: Any,
     dy: Tensor,
@@ -394,18 +405,20 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The gradients as a graph of their own, for derivatives of a higher order."""
     batch: _Batch = ctx.batch
-    # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
-    # share.
-    inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
-    x_, weight_, bias_, residual_ = inputs
     mean, var = None, None
     if np.isinf(batch.count):
         mean = torch.from_numpy(batch.mean).to(x.dtype)
         var = torch.from_numpy(batch.var).to(x.dtype)
-    assert x_ is not None
-    y, _, _ = _composed(x_, weight_, bias_, residual_, weights, mean, var, batch.eps, ctx.activation)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
+        # share.
+        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+        x_, weight_, bias_, residual_ = inputs
+        assert x_ is not None
+        y, _, _ = _composed(x_, weight_, bias_, residual_, weights, mean, var, batch.eps, ctx.activation)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())
     result = [
         next(found) if needed and t is not None else None
         for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)

@@ -42,7 +42,8 @@ class _Layer(_Base):
 
     Attributes:
         num_batches_skipped: How many batches in training left the running statistics as they were, because their own
-            were not finite (an overflow under mixed precision, most often). `num_batches_tracked` does not count them.
+            were not finite (an overflow under mixed precision, most often), or because they were empty.
+            `num_batches_tracked` does not count them.
 
     Raises:
         ValueError: If the activation is unknown.
@@ -63,9 +64,8 @@ class _Layer(_Base):
         parse_activation(activation)  # an unknown one is an error here, not at the first batch
         self.activation = activation
         self.statistics = statistics
-        self.register_buffer(
-            "num_batches_skipped", torch.zeros((), dtype=torch.long, device=kwargs.get("device")), persistent=False
-        )
+        device = None if self.num_batches_tracked is None else self.num_batches_tracked.device
+        self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
     def reset_running_stats(self) -> None:
         """PyTorch's, and no batch skipped."""

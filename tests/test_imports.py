@@ -1,0 +1,130 @@
+"""Nothing is imported, or compiled, before it is asked for; and imports go one way."""
+
+import ast
+import graphlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(next(iter(importlib.util.find_spec("batchnorm").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
+FRAMEWORKS = ("torch", "keras", "jax", "sklearn", "plotly")
+
+ORDER = [
+    "batchnorm",
+    "batchnorm.definition",
+    "batchnorm.kernels",
+    "batchnorm.torch.statistics",
+    "batchnorm.torch.functional",
+    "batchnorm.torch.layers",
+    "batchnorm.torch.*",  # tools on whole models
+    "batchnorm.torch",
+    "batchnorm.study",
+    "batchnorm.bench",
+    "batchnorm.cli",
+    "batchnorm.__main__",
+]
+"""From what is imported to what imports."""
+
+TOGETHER = ["batchnorm.kernels", "batchnorm.torch.*", "batchnorm.study", "batchnorm.bench"]
+"""Places of several modules, which may import each other, though not in a circle."""
+
+ALLOWED = {
+    "batchnorm.torch": {"torch"},
+    "batchnorm.study": {"torch", "sklearn", "plotly"},
+    "batchnorm.bench": {"torch", "jax"},
+}
+"""The frameworks that a package may import; all others none."""
+
+
+def in_new_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("batchnorm", (*FRAMEWORKS, "numba", "numpy")),
+        ("batchnorm.definition", (*FRAMEWORKS, "numba")),
+        ("batchnorm.kernels.cpu", FRAMEWORKS),
+        ("batchnorm.torch", FRAMEWORKS[1:]),
+    ],
+)
+def test_only_what_is_needed_is_imported(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(*(name for name in {absent!r} if name in sys.modules))"
+    assert in_new_process(code).split() == []
+
+
+def test_nothing_is_compiled_at_import() -> None:
+    code = (
+        "import sys, batchnorm.torch\n"
+        "from batchnorm.kernels import cpu\n"
+        "from numba.core.dispatcher import Dispatcher\n"
+        "factories = [f for name, f in vars(cpu).items() if name.endswith('_kernel')]\n"
+        "assert len(factories) >= 6\n"
+        "print(sum(factory.cache_info().currsize for factory in factories))\n"
+        "ours = [vars(m) for name, m in sys.modules.items() if name.startswith('batchnorm')]\n"
+        "functions = [f for names in ours for f in names.values() if isinstance(f, Dispatcher)]\n"
+        "assert functions\n"
+        "print(sum(len(function.signatures) for function in functions))"
+    )
+    assert in_new_process(code).split() == ["0", "0"]
+
+
+# --- One way ---------------------------------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = ["batchnorm", *path.relative_to(SOURCE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            base = str(node.module)
+            found |= {name if (name := f"{base}.{alias.name}") in known else base for alias in node.names}
+    return {name for name in found if name in known}
+
+
+def place(module: str) -> int:
+    """Where in `ORDER` a module is."""
+    package = module.rpartition(".")[0]
+    for name in (module, package, f"{package}.*"):
+        if name in ORDER and (name == module or name not in ("batchnorm", "batchnorm.torch")):
+            return ORDER.index(name)
+    raise AssertionError(f"{module} has no place in ORDER")
+
+
+def test_imports_go_one_way() -> None:
+    known = modules()
+    assert len(known) >= 10
+    graph = {module: imports(path, known) for module, path in known.items()}
+    for module, imported in graph.items():
+        for other in imported:
+            shared = place(module) == place(other) and ORDER[place(module)] in TOGETHER
+            assert place(other) < place(module) or shared, f"{module} imports {other}"
+    graphlib.TopologicalSorter(graph).prepare()  # or there is a cycle
+
+
+def test_frameworks_are_imported_only_where_they_belong() -> None:
+    for module, path in modules().items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        home = ".".join(module.split(".")[:2])
+        assert {name.split(".")[0] for name in names} & set(FRAMEWORKS) <= ALLOWED.get(home, set()), module
