@@ -32,8 +32,8 @@ KERNEL_SHAPES = [
     (32, 64, 1),  # a hidden layer
     (5, 1, 49),
     (7, 20, 49),  # 7 x 7 images, more than one block of channels
-    (3, 5, 159),  # by row, and just long enough for by channel
-    (3, 5, 160),
+    (3, 5, 63),  # by row, and just long enough for by channel
+    (3, 5, 64),
     (2, 3, 5000),  # a run longer than BLOCK
     (300, 2, 33),
     (4100, 3, 1),  # more rows than a block of rows

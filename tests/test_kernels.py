@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -114,6 +115,38 @@ def test_constant_statistics_take_nothing_from_the_gradient(shape: Any) -> None:
     (dx,) = unwritten(shape)
     cpu.grad_input(p.dy, p.x, None, None, mean, rstd, None, None, infinite, infinite, np.inf, None, dx, None)
     np.testing.assert_array_equal(dx, p.dy)
+
+
+def to_bfloat16(values: Any) -> Any:
+    """The nearest bfloat16, as its bits: the definition of rounding to nearest, ties to even, in integers."""
+    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    lower, kept = bits & 0xFFFF, bits >> 16
+    return (kept + (lower > 0x8000) + ((lower == 0x8000) & (kept & 1 == 1))).astype(np.uint16)
+
+
+def from_bfloat16(bits: Any) -> Any:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+def test_bfloat16_in_memory_is_calculated_in_float32(shape: Any) -> None:
+    p = problem(shape, np.float32, residual=True)
+    bits = {name: to_bfloat16(getattr(p, name)) for name in ("x", "dy", "residual")}
+    rounded = replace(p, **{name: from_bfloat16(value) for name, value in bits.items()})
+    want = exact(rounded, "silu")
+    mean, var, rstd, sum_dz, sum_dz_xhat = unwritten(*[shape[1]] * 5)
+    y, dx, d_residual = (np.full(shape, 0x7FC0, np.uint16) for _ in range(3))
+    cpu.forward(bits["x"], bits["residual"], None, p.weight, p.bias, 1e-5, "silu", y, mean, var, rstd)
+    cpu.backward(
+        bits["dy"], bits["x"], bits["residual"], None, mean, rstd, p.weight, p.bias, p.count, "silu",
+        sum_dz, sum_dz_xhat, dx, d_residual,
+    )  # fmt: skip
+    terms = p.x.size // shape[1]
+    for name, value in dict(mean=mean, var=var, d_weight=sum_dz_xhat, d_bias=sum_dz).items():
+        assert relative_error(value, want[name]) < tolerance(np.float32, terms), name
+    for name, value in dict(y=y, dx=dx, d_residual=d_residual).items():
+        # One rounding to 8 significant bits, 2^-8 of the value at most, on top of float32's.
+        np.testing.assert_allclose(from_bfloat16(value), want[name], rtol=2**-8 * 1.01, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])

@@ -216,6 +216,8 @@ def _update_running(
     """`definition.update_running`, in place; a batch whose statistics are not finite, or that is empty, is left out."""
     if count == 0:
         return False
+    if isinstance(mean, np.ndarray) and running_mean.dtype is torch.bfloat16:
+        mean, var = torch.from_numpy(mean), torch.from_numpy(var)
     if isinstance(mean, np.ndarray):
         updated = np.empty(1, np.bool_)
         kernels.update_running(
@@ -236,9 +238,12 @@ def _update_running(
 # --- The path of the kernels -----------------------------------------------------------------------------------------
 
 
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
-    """Whether the kernels can compute this: ordinary CPU tensors of float32 or float64, outside of transformations."""
-    if (x.dtype is not torch.float32 and x.dtype is not torch.float64) or x.numel() == 0:
+    """Whether the kernels can compute this: ordinary CPU tensors of a type they know, outside of transformations."""
+    if x.dtype not in _KERNEL_DTYPES or x.numel() == 0:
         return False
     if residual is not None and residual.dtype is not x.dtype:
         return False
@@ -269,8 +274,7 @@ class _Batch:
         self.rstd: Any = None
         if running_mean is not None and running_var is not None:
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
-            self.mean = running_mean.detach().numpy().astype(np.float64)
-            self.var = running_var.detach().numpy().astype(np.float64)
+            self.mean, self.var = (t.detach().to(torch.float64, copy=True).numpy() for t in (running_mean, running_var))
             self.rstd = 1.0 / np.sqrt(self.var + self.eps)
 
 
@@ -307,6 +311,8 @@ def _array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
     if x is None:
         return None
     x = x.contiguous(memory_format=memory_format)
+    if x.dtype is torch.bfloat16:
+        x = x.detach().view(torch.uint16)
     if memory_format is torch.contiguous_format:
         return x.numpy(force=True).reshape(x.shape[0], x.shape[1], -1)
     return x.movedim(1, -1).numpy(force=True).reshape(-1, x.shape[1], 1)
@@ -320,7 +326,11 @@ def _mask_array(weights: Tensor | None, memory_format: torch.memory_format) -> A
 
 
 def _numbers(values: Tensor | None) -> Any:
-    return None if values is None else values.contiguous().numpy(force=True)
+    if values is None:
+        return None
+    if values.dtype is torch.bfloat16:
+        values = values.float()
+    return values.contiguous().numpy(force=True)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -384,8 +394,8 @@ class _BatchNorm(torch.autograd.Function):
                 dy_array, x_array, residual_array, mask, *numbers, batch.count, activation,
                 sum_dz, sum_dz_xhat, dx_array, d_residual_array,
             )  # fmt: skip
-        d_weight = torch.from_numpy(sum_dz_xhat.astype(x_array.dtype)) if needs_weight else None
-        d_bias = torch.from_numpy(sum_dz.astype(x_array.dtype)) if needs_bias else None
+        d_weight = torch.from_numpy(sum_dz_xhat).to(weight.dtype) if needs_weight else None
+        d_bias = torch.from_numpy(sum_dz).to(bias.dtype) if needs_bias else None
         return dx, d_weight, d_bias, d_residual, None, None, None
 
 
