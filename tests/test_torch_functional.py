@@ -38,9 +38,11 @@ IMAGES_LAST, VOLUMES_LAST = CHANNELS_LAST
 BOTH_FORMATS = pytest.mark.parametrize("layout", [IMAGES, IMAGES_LAST], ids=str)
 
 
-@pytest.fixture(params=["kernels", "composed"])
+@pytest.fixture(params=["kernels", "one operation", "composed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the two ways to the answer."""
+    """Each of the three ways to the answer."""
+    if request.param == "one operation":
+        monkeypatch.setattr(functional, "SMALL", 1 << 62)
     if request.param == "composed":
         monkeypatch.setattr(functional, "_takes_kernels", lambda *_: False)
     return str(request.param)
@@ -285,9 +287,10 @@ def test_without_the_batch_there_is_nothing_to_mask(path: str) -> None:
     running = {"running_mean": g.running_mean, "running_var": g.running_var}
     for how in ({"training": False}, {"training": True, "statistics": RunningStatistics()}):
         want = run(batch_norm, g, g.weight, g.bias, **running, **how)
-        got = run(batch_norm, g, g.weight, g.bias, mask=g.mask, **running, **how)
-        for name in want:
-            np.testing.assert_array_equal(got[name], want[name])
+        for mask in (g.mask, 0 * g.mask):
+            got = run(batch_norm, g, g.weight, g.bias, mask=mask, **running, **how)
+            for name in want:
+                np.testing.assert_array_equal(got[name], want[name])
 
 
 # --- Running statistics ----------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ ROWS = 64
 """The same when walking by row, where every value of a row has its own sum."""
 
 FIRST_ROWS = 8
-"""Rows whose mean is the first center when walking by row: enough to be near the mean, a fraction of a second reading."""
+"""Rows whose mean is the first center when walking by row: near enough to the mean, a fraction of a second reading."""
 
 BLOCK = 4096
 """Values of a channel that are measured from one center."""

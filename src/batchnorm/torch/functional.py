@@ -1,10 +1,12 @@
 """`batch_norm`: checks, choice of the path, automatic differentiation.
 
-Two paths lead to the same answers. On the CPU the kernels run, inside one autograd function. Everything else (other
-devices, other types of data, `torch.compile`, `torch.func`, forward-mode and higher derivatives) is composed of
-PyTorch's own operations, each differentiable in any way.
+Three paths lead to the same answers. On the CPU the kernels run, inside one autograd function; tensors so small that
+its overhead would show take PyTorch's own operation. Everything else (other devices, other types of data,
+`torch.compile`, `torch.func`, forward-mode and higher derivatives) is composed of PyTorch's elementary operations, each
+differentiable in any way.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +76,7 @@ def batch_norm(
         1. `activation`, `residual`, `mask` and `statistics`.
         2. A batch whose statistics are not finite leaves the running statistics as they are.
         3. Statistics are float64 inside, and `x - mean` is taken before anything is multiplied: the error does not
-        grow with `mean / std`.
+           grow with `mean / std` (except in tensors so small that PyTorch's own operation is called).
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
@@ -124,7 +126,13 @@ def normalize(
     mean, var = (running_mean, running_var) if running else (None, None)
     if count == 0:
         mean = var = x.new_zeros(x.shape[1])  # the moments of nothing
-    if _takes_kernels(x, residual, running_mean, running_var, weight, bias):
+    takes_kernels = _takes_kernels(x, residual, running_mean, running_var, weight, bias)
+    if takes_kernels and _takes_one_operation(x, weights, running):
+        y = _one_operation(
+            x, running_mean, running_var, weight, bias, not running, float(momentum), eps, activation, residual
+        )
+        return Normalized(y, None if running else True)
+    if takes_kernels:
         batch = _Batch(count, mean, var, eps)
         y = _with_kernels(x, weight, bias, residual, weights, batch, activation)
         mean, var = batch.mean, batch.var
@@ -438,6 +446,52 @@ def _differentiable_backward(
     return result
 
 
+# --- The path of PyTorch's own operation, for small tensors ----------------------------------------------------------
+
+SMALL = 1 << 15
+"""Values up to which calling a kernel costs more than it saves.
+
+An autograd function in Python takes about 30 us more, forward and backward, than PyTorch's operation in C++. From about
+this size on, on two cores, the kernels make up for it.
+"""
+
+
+def _takes_one_operation(x: Tensor, weights: Tensor | None, running: bool) -> bool:
+    """Whether this is small, has nothing that PyTorch's operation lacks, and would not spoil the running statistics."""
+    if x.numel() > SMALL or weights is not None or x.dtype is torch.bfloat16:
+        return False
+    return running or math.isfinite(torch.linalg.vector_norm(x.detach()).item())
+
+
+def _one_operation(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: tuple[str, float],
+    residual: Tensor | None,
+) -> Tensor:
+    """`torch.batch_norm`, then what follows it."""
+    if running_mean is not None and running_var is not None:
+        if not training and torch.is_grad_enabled():
+            # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        if training:
+            # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
+            torch.autograd.graph.increment_version((running_mean, running_var))
+            running_mean, running_var = running_mean.data, running_var.data
+    z = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    if residual is not None:
+        z = z + residual
+    name, parameter = activation
+    y: Tensor = _ACTIVATIONS[name](z, parameter)
+    return y
+
+
 # --- The path of PyTorch's own operations ----------------------------------------------------------------------------
 
 _ACTIVATIONS: dict[str, Any] = {
@@ -483,7 +537,7 @@ def _composed(
             mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
             var = (weights * torch.where(kept, z - per_channel(mean), 0) ** 2).sum(axes) / total
     else:
-        mean, var = mean.detach().clone(), var.detach().clone()
+        mean, var = mean.detach(), var.detach()
     scale = per_channel(torch.rsqrt(var.to(dtype) + eps))
     if weight is not None:
         scale = scale * per_channel(weight)
