@@ -107,7 +107,7 @@ def test_the_kernels_are_what_is_tested(path: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [*LAYOUTS, *COLUMNS], ids=str)
-def test_equals_the_definition_in_every_layout(layout: Layout, training: bool, dtype: Any) -> None:
+def test_equals_the_definition_in_every_layout(layout: Layout, training: bool, dtype: Any, path: str) -> None:
     g = given(layout, dtype)
     running = {} if training else {"running_mean": g.running_mean, "running_var": g.running_var}
     for weight in (None, g.weight):
