@@ -448,7 +448,7 @@ def _differentiable_backward(
 
 # --- The path of PyTorch's own operation, for small tensors ----------------------------------------------------------
 
-SMALL = 1 << 15
+SMALL = 1 << 16
 """Values up to which calling a kernel costs more than it saves.
 
 An autograd function in Python takes about 30 us more, forward and backward, than PyTorch's operation in C++. From about
