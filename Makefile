@@ -21,7 +21,7 @@ lint: $(VENV)/test.stamp  ## what `test` checks without running anything, and py
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-bench: $(VENV)/study.stamp  ## time the layers against PyTorch's on this machine
+bench: $(VENV)/bench.stamp  ## time layers and whole models against PyTorch on this machine
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
@@ -34,6 +34,10 @@ $(VENV)/study.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[study]"
 	touch $@
 
-$(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable ".[study,test,lint]"
+$(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[bench]"
 	touch $@ $(VENV)/study.stamp
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[test,lint]"
+	touch $@ $(VENV)/study.stamp $(VENV)/bench.stamp

@@ -1,68 +1,113 @@
-"""`python -m benchmarks`: time this package against PyTorch on this machine, and write what was seen as CSV."""
+"""`python -m benchmarks`: measure on this machine, write what was seen as CSV, and the README from that.
 
-import csv
-import platform
+It needs what `make bench` installs. Names choose what is measured; `report` alone only writes the README anew.
+"""
+
 import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-import numba
-import numpy as np
-import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-import batchnorm
-from benchmarks import layers
-from benchmarks.cases import CASES
+from batchnorm.bench import layers, table
+from batchnorm.bench.cases import CASES
+from batchnorm.bench.clock import Record
+from batchnorm.bench.environment import environment
+from batchnorm.bench.terminal import check, comparison, watch
+from benchmarks import gradients, memory, report, training
+from benchmarks.models import MODELS
+from benchmarks.networks import subjects
 
+HERE = Path(__file__).parent
 
-def environment() -> dict[str, object]:
-    """What a row of numbers means nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "batchnorm": batchnorm.__version__,
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "commit": commit.stdout.strip(),
-    }
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+class Name(StrEnum):
+    LAYERS = "layers"
+    EVAL = "eval"
+    TRAINING = "training"
+    INFERENCE = "inference"
+    MEMORY = "memory"
+    GRADIENTS = "gradients"
+    LOSSES = "losses"
+    REPORT = "report"
+
+
+class Settings(NamedTuple):
+    quick: bool
+    compiled: bool
+    others: bool
+
+    def seconds(self, seconds: float) -> float:
+        return 0.0 if self.quick else seconds
+
+    @property
+    def seeds(self) -> int:
+        return 1 if self.quick else 3
+
+
+def _layers(mode: layers.Mode, seconds: float, settings: Settings) -> tuple[int, Iterable[Sequence[Record]]]:
+    cases = [case for case in CASES if not (settings.quick and case.large)]
+    seconds = settings.seconds(seconds)
+    return len(cases), layers.run(cases, mode, seconds, compiled=settings.compiled, others=settings.others)
+
+
+SUBJECTS = len(list(subjects()))
+
+BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]]]]] = {
+    Name.LAYERS: lambda s: _layers("training", 1.0, s),
+    Name.EVAL: lambda s: _layers("evaluation", 0.4, s),
+    Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(5.0), s.quick)),
+    Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(1.5), s.quick)),
+    Name.MEMORY: lambda s: (SUBJECTS, memory.run(s.quick)),
+    Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
+    Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),
+}
+"""What is measured: how many runs, and their records. The seconds are for each case."""
+
+
+def commit() -> str:
+    """Of the sources that are measured; with a `+` if they have been changed since."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE
+    )
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "../src"], check=False, cwd=HERE)
+    return found.stdout.strip() + "+" * bool(found.stdout and changed.returncode)
+
+
+@app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="Where the CSV goes.")] = Path("benchmarks/results/layers.csv"),
-    seconds: Annotated[float, typer.Option(help="Seconds for each case.")] = 2.0,
-    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    names: Annotated[list[Name] | None, typer.Argument(help="What to measure. [default: everything]")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="See that everything runs, on tiny inputs; the numbers mean nothing.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Layers against torch.compile too; slow.")] = False,
+    others: Annotated[bool, typer.Option("--jax", help="Layers against JAX and TensorFlow, where installed.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where README.md and results/ go. [default: benchmarks; build/bench if quick]")
+    ] = None,
 ) -> None:
-    """Time forward + backward of every case: ours, eager PyTorch's, and a copy, interleaved."""
-    cases = [case for case in CASES if only in case.name]
-    records: list[dict[str, object]] = []
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
-        task = progress.add_task("timing", total=len(cases))
-        for record in layers.run(cases, seconds):
-            records.append(record)
-            progress.update(task, completed=len(records) / 3, description=str(record["case"]))
-    table = Table(title=f"forward + backward, {torch.get_num_threads()} threads")
-    for column in ("case", "eager, copies", "batchnorm, copies", "speed-up"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    ratios = []
-    for _, eager, ours in zip(*[iter(records)] * 3, strict=True):
-        ratios.append(float(str(ours["speedup_over_eager"])))
-        table.add_row(str(ours["case"]), str(eager["copies"]), str(ours["copies"]), f"{ratios[-1]:.2f}x")
-    table.add_section()
-    table.add_row("geometric mean; worst", "", "", f"{np.exp(np.mean(np.log(ratios))):.2f}x; {min(ratios):.2f}x")
-    Console().print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*records[0], *environment()])
-        writer.writeheader()
-        writer.writerows([record | environment() for record in records])
-    Console().print(f"written to {out}")
+    """Measure this package against PyTorch on this machine."""
+    check(compiled, others)
+    settings = Settings(quick, compiled, others)
+    out = out or (HERE.parent / "build/bench" if quick else HERE)
+    sources = environment() | {"commit": commit()}
+    console = Console()
+    for name in names or Name:
+        if name is Name.REPORT:
+            continue
+        total, runs = BENCHMARKS[name](settings)
+        records = watch(runs, total, name)
+        table.write(out / "results" / f"{name}.csv", records, sources)
+        if name in (Name.LAYERS, Name.EVAL):
+            console.print(comparison(records))
+    report.write(out, HERE / "README.md")
+    console.print(f"Written: {out / 'README.md'} and {out / 'results'}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

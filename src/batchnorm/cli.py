@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-STUDY_NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich")
+NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich")
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -29,16 +29,16 @@ app = typer.Typer(
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def _one_sentence(what: str) -> Iterator[None]:
     """Say what the user can mend in one sentence on stderr. Anything else is a bug, and its traceback belongs to it."""
     try:
         yield
     except InputError as error:
         _stop(str(error), 2)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in STUDY_NEEDS:
+        if (error.name or "").partition(".")[0] not in NEEDS:
             raise
-        _stop(f"the study needs {error.name}, which is not installed; {EXTRA} brings it.", 2)
+        _stop(f"{what} needs {error.name}, which is not installed; {EXTRA} brings it.", 2)
     except KeyboardInterrupt:
         _stop("interrupted.", 130)
 
@@ -89,11 +89,37 @@ def study(
     study prints what came of it, claim by claim, and writes a report to look at and the numbers behind it. The default
     takes about a minute.
     """
-    with _one_sentence():
+    with _one_sentence("the study"):
         from batchnorm.study.experiments import Settings
         from batchnorm.study.terminal import study
 
         study(Settings(seeds, epochs, batch_size, target), out, data)
+
+
+@app.command()
+def bench(
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = "",
+    seconds: Annotated[
+        float, typer.Option(metavar="S", help="How long each case is timed, in training and in evaluation.")
+    ] = 1.0,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Against torch.compile too. Compiling takes seconds for each case.")
+    ] = False,
+    jax: Annotated[bool, typer.Option("--jax", help="Against JAX and TensorFlow too, where installed.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the numbers as CSV too, with the versions of everything.")
+    ] = None,
+) -> None:
+    """Time the layers on this machine.
+
+    Each case is a normalization with its activation, in the shape of a layer of a real network or a small one. All
+    candidates take turns: this package's layer, PyTorch's, and a plain copy of the tensor, which is the unit. The
+    default takes about three minutes.
+    """
+    with _one_sentence("the benchmark"):
+        from batchnorm.bench import terminal
+
+        terminal.bench(only, seconds, compile, jax, out)
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
-"""Batch normalization for PyTorch: `batch_norm`, the layers, and where their statistics come from."""
+"""Batch normalization for PyTorch: `batch_norm`, the layers, where their statistics come from, and whole models."""
 
+from batchnorm.torch.convert import convert, revert
+from batchnorm.torch.explain import explain
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.layers import (
     BatchNorm1d,
@@ -22,4 +24,7 @@ __all__ = [
     "RunningStatistics",
     "Statistics",
     "batch_norm",
+    "convert",
+    "explain",
+    "revert",
 ]

@@ -1,0 +1,93 @@
+"""What was aimed for, and whether the records say that it is so."""
+
+from collections.abc import Sequence
+from math import exp, log
+from typing import NamedTuple
+
+from batchnorm.bench.clock import Record
+from batchnorm.bench.summary import Range, copies, speedups, summarize
+
+Tables = dict[str, list[Record]]
+"""The records of each CSV, by its name."""
+
+STEPS = {
+    "mobilenet_v2": (1.6, 1.3),
+    "resnet18": (1.25, 1.08),
+    "densenet121": (1.2, 1.25),
+    "efficientnet_b0": (1.25, 1.25),
+}
+"""How many times as fast a step of training should be after `convert`, channels-first and channels-last."""
+
+
+class Goal(NamedTuple):
+    """One row: `met` is None where it was not measured."""
+
+    what: str
+    wanted: str
+    measured: str
+    met: bool | None
+
+
+def _judge(what: str, wanted: float, value: float | None, note: str = "", *, most: bool = False) -> Goal:
+    sign, unit = ("≤", "") if most else ("≥", "×")
+    told = f"{sign} {wanted:g}{unit}"
+    if value is None:
+        return Goal(what, told, "not measured", None)
+    return Goal(what, told, f"{value:.2f}{unit}{note}", value <= wanted if most else value >= wanted)
+
+
+def _between(found: Range | None) -> str:
+    return "" if found is None else f" ({found.low:.2f} to {found.high:.2f})"
+
+
+def _mean(found: Range | None) -> float | None:
+    return None if found is None else found.mean
+
+
+def step_ratio(records: Sequence[Record], model: str, layout: str) -> float | None:
+    """How many times as long as the converted model's the eager model's step takes."""
+    times = {r["candidate"]: r["median_us"] for r in records if (r["model"], r["layout"]) == (model, layout)}
+    return times["eager"] / times["converted"] if times else None
+
+
+def gradient_ratios(records: Sequence[Record]) -> dict[str, float]:
+    """The distance of the converted model's gradient in eager's distances: geometric mean over seeds."""
+    ratios: dict[str, list[float]] = {}
+    for record in records:
+        if record["candidate"] == "converted":
+            ratios.setdefault(f"{record['model']} {record['layout']}", []).append(log(record["over_eager"]))
+    return {name: exp(sum(logs) / len(logs)) for name, logs in ratios.items()}
+
+
+def judge(tables: Tables) -> list[Goal]:
+    layers, evaluation, training = tables["layers"], tables["eval"], tables["training"]
+    network = ("network",)
+    over_eager = summarize(speedups(layers, "eager", network))
+    worst = summarize(speedups(layers))
+    over_compile = summarize(speedups(layers, "compile", network))
+    goals = [
+        _judge("BN + ReLU, forward + backward against eager: mean over the shapes of networks, both layouts",
+               2.5, _mean(over_eager), _between(over_eager)),
+        _judge("the same: worst case of all, small ones and all types included",
+               1.0, worst and worst.low, f" ({worst.lowest})" if worst else ""),
+    ]  # fmt: skip
+    for layout, wanted in (("channels-first", 3.3), ("channels-last", 4.0)):
+        large = summarize(copies(layers, layout))
+        goals.append(
+            _judge(f"large tensors, {layout}, in copies: mean", wanted, _mean(large), _between(large), most=True)
+        )
+    goals.append(
+        _judge("forward + backward against torch.compile: mean", 8.0, _mean(over_compile), _between(over_compile))
+    )
+    for name, candidate, wanted in (("eager", "eager", 1.5), ("torch.compile", "compile", 1.0)):
+        found = summarize(speedups(evaluation, candidate, network))
+        goals.append(_judge(f"evaluation against {name}: mean", wanted, _mean(found), _between(found)))
+    for model, (first, last) in STEPS.items():
+        for layout, wanted in (("channels-first", first), ("channels-last", last)):
+            goals.append(_judge(f"step of training, {model}, {layout}", wanted, step_ratio(training, model, layout)))
+    gradient = summarize(gradient_ratios(tables["gradients"]))
+    goals.append(
+        _judge("gradient, distance from a float64 run, in eager's distances: worst model", 2.0,
+               gradient and gradient.high, f" ({gradient.highest})" if gradient else "", most=True)
+    )  # fmt: skip
+    return goals

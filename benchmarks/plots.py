@@ -1,0 +1,122 @@
+"""The tables as pictures: SVG, in colours that can be read on white and on black."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+from batchnorm.bench.clock import Record
+from batchnorm.bench.summary import speedups
+from benchmarks.goals import Tables, step_ratio
+
+GRAY, BLUE, ORANGE = "#8b949e", "#388bfd", "#e8702a"
+LAYOUTS = {"channels-first": (BLUE, "o"), "channels-last": (ORANGE, "s"), "rows": (GRAY, "D")}
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "batchnorm",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "text.color": GRAY,
+    "axes.labelcolor": GRAY,
+    "axes.edgecolor": GRAY,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+    "grid.color": GRAY,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+}
+
+
+def draw(tables: Tables, folder: Path) -> list[str]:
+    """Write a picture of each table that has records; the names of the files."""
+    pictures = {"layers": _layers, "training": _training, "losses": _losses}
+    written = []
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
+        for name, picture in pictures.items():
+            if tables[name]:
+                figure = picture(tables)
+                figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+                plt.close(figure)
+                written.append(f"{name}.svg")
+    return written
+
+
+def _layers(tables: Tables) -> Any:
+    """Each case as a point: how many times as fast as eager, in training and in evaluation."""
+    layouts = {record["case"]: record["layout"] for record in tables["layers"] + tables["eval"]}
+    names = {case: case.replace(f" {layout}", "") for case, layout in layouts.items()}
+    rows = {name: i for i, name in enumerate(reversed(dict.fromkeys(names.values())))}
+    figure, panels = plt.subplots(1, 2, figsize=(9, 0.9 + 0.19 * len(rows)), sharey=True)
+    for panel, table, title in zip(panels, ("layers", "eval"), ("forward + backward", "evaluation"), strict=True):
+        ratios = speedups(tables[table])
+        for layout, (color, marker) in LAYOUTS.items():
+            points = [(ratio, rows[names[case]]) for case, ratio in ratios.items() if layouts[case] == layout]
+            if points:
+                panel.scatter(*zip(*points, strict=True), s=22, color=color, marker=marker, label=layout)
+        panel.axvline(1, color=GRAY, linewidth=1)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}×")
+        panel.set_title(f"{title}, times as fast as eager PyTorch")
+        panel.grid(axis="both")
+    panels[0].set_yticks(list(rows.values()), list(rows))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), bbox_to_anchor=(0.5, -0.06))
+    return figure
+
+
+def _training(tables: Tables) -> Any:
+    """Each model's step of training, before `convert` over after."""
+    records = tables["training"]
+    models = list(dict.fromkeys(record["model"] for record in records))
+    figure, panel = plt.subplots(figsize=(7, 2.4))
+    for offset, layout in ((-0.2, "channels-first"), (0.2, "channels-last")):
+        found = {i: step_ratio(records, model, layout) for i, model in enumerate(models)}
+        bars = {i: ratio for i, ratio in found.items() if ratio is not None}
+        drawn = panel.bar([i + offset for i in bars], list(bars.values()), 0.36, color=LAYOUTS[layout][0], label=layout)
+        panel.bar_label(drawn, fmt="%.2f", fontsize=8, color=GRAY)
+    panel.axhline(1, color=GRAY, linewidth=1)
+    panel.set_xticks(range(len(models)), models)
+    panel.set_title("step of training, times as fast after convert")
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _losses(tables: Tables) -> Any:
+    """The mean loss over seeds of each model before and after `convert`, and the seeds themselves, faint."""
+    records = tables["losses"]
+    models = list(dict.fromkeys(record["model"] for record in records))
+    columns = min(3, len(models))
+    lines = -(-len(models) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(3 * columns, 1.9 * lines), squeeze=False, sharex=True)
+    for panel, model in zip(panels.flat, models, strict=False):
+        for candidate, color, dashes in (("eager", ORANGE, "-"), ("converted", BLUE, "--")):
+            chosen = [r for r in records if (r["model"], r["candidate"]) == (model, candidate)]
+            for seed in dict.fromkeys(record["seed"] for record in chosen):
+                curve = [(record["step"], record["loss"]) for record in chosen if record["seed"] == seed]
+                panel.plot(*zip(*curve, strict=True), color=color, linewidth=0.7, alpha=0.4)
+            panel.plot(*zip(*_mean_curve(chosen), strict=True), dashes, color=color, linewidth=1.5, label=candidate)
+        panel.set_title(model)
+        panel.grid()
+    for panel in panels.flat[len(models) :]:
+        panel.set_visible(False)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.08))
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("loss", fontsize=9)
+    return figure
+
+
+def _mean_curve(records: Sequence[Record]) -> list[tuple[int, float]]:
+    steps: dict[int, list[float]] = {}
+    for record in records:
+        steps.setdefault(record["step"], []).append(record["loss"])
+    return [(step, fmean(losses)) for step, losses in steps.items()]

@@ -1,0 +1,199 @@
+"""The CSVs as tables in the README: every number in it is printed here."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from batchnorm.bench import table
+from batchnorm.bench.clock import Record
+from batchnorm.bench.summary import copies, losses, speedups, summarize
+from benchmarks import goals, plots
+from benchmarks.goals import Tables
+
+NAMES = ("layers", "eval", "training", "inference", "memory", "gradients", "losses")
+MODES = {"layers": "forward + backward", "eval": "evaluation"}
+EMPTY = "Not measured.\n"
+
+
+def write(out: Path, template: Path) -> None:
+    """Draw the pictures and fill in the template's sections: `out/results/*.csv` to `out/README.md`."""
+    tables: Tables = {name: table.read(out / "results" / f"{name}.csv") for name in NAMES}
+    plots.draw(tables, out / "results")
+    text = template.read_text(encoding="utf-8")
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        filled = f"{begin}{section(tables) or EMPTY}{end}"
+        text, found = re.subn(f"{begin}.*?{end}", lambda _, filled=filled: filled, text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"{template} must have one section between {begin.strip()} and {end}, not {found}")
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text; nothing without rows."""
+    cells = [list(row) for row in rows]
+    if not cells:
+        return ""
+    lines = [list(heading), ["---", *["---:"] * (len(heading) - 1)], *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _environment(tables: Tables) -> str:
+    """One line for each environment that the files come from."""
+    seen: dict[str, list[str]] = {}
+    for name, records in tables.items():
+        for record in records:
+            versions = (
+                f"{p} {record[p]}" for p in ("python", "torch", "numba", "numpy", "jax", "tensorflow") if record[p]
+            )
+            line = f"{record['cpu']}, {record['threads']} threads, {record['system']}; batchnorm {record['batchnorm']} "
+            files = seen.setdefault(f"{line}at {record['commit']}; {', '.join(versions)}.", [])
+            if name not in files:
+                files.append(name)
+    return "".join(f"- {', '.join(files)}: {line}\n" for line, files in seen.items())
+
+
+def _goals(tables: Tables) -> str:
+    told = {True: "met", False: "**missed**", None: "—"}
+    rows = ((goal.what, goal.wanted, goal.measured, told[goal.met]) for goal in goals.judge(tables))
+    return markdown(("", "wanted", "measured", ""), rows)
+
+
+def _summary(tables: Tables) -> str:
+    """Means and extremes of what the layers' tables show case by case."""
+    rows = []
+    for name, mode in MODES.items():
+        for other in _candidates(tables[name]):
+            everything, network = speedups(tables[name], other), speedups(tables[name], other, ("network",))
+            found, mean = summarize(everything), summarize(network)
+            if found:
+                cells = f"{mean.mean:.2f}×" if mean else "—", f"{found.low:.2f}× ({found.lowest})"
+                rows.append((f"{mode}, against {other}", *cells, f"{sum(r < 1 for r in everything.values())}"))
+    text = markdown(("", "mean over the shapes of networks", "worst of all", "cases lost"), rows)
+    large = []
+    for name, mode in MODES.items():
+        for layout in ("channels-first", "channels-last"):
+            ours, theirs = (summarize(copies(tables[name], layout, c)) for c in ("batchnorm", "eager"))
+            if ours and theirs:
+                each = (f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})" for found in (ours, theirs))
+                large.append((f"{mode}, {layout}", *each))
+    return text + ("\n" if large else "") + markdown(("large tensors, in copies", "batchnorm", "eager"), large)
+
+
+def _candidates(records: Sequence[Record]) -> list[str]:
+    return [name for name in dict.fromkeys(r["candidate"] for r in records) if name not in ("copy", "batchnorm")]
+
+
+def _layers(name: str) -> Callable[[Tables], str]:
+    def section(tables: Tables) -> str:
+        others = _candidates(tables[name])
+        ratios = {other: speedups(tables[name], other) for other in others}
+        copy = {r["case"]: r["median_us"] for r in tables[name] if r["candidate"] == "copy"}
+        rows = []
+        for record in tables[name]:
+            if record["candidate"] == "batchnorm":
+                case = record["case"]
+                cells = case, f"{copy[case]:.0f}", _time(record, 1), f"{record['copies']:.1f}"
+                rows.append((*cells, *(f"{ratios[o][case]:.2f}" if case in ratios[o] else "" for o in others)))
+        return markdown(("case", "copy, µs", "batchnorm, µs", "in copies", *(f"× {other}" for other in others)), rows)
+
+    return section
+
+
+def _time(record: Record, unit: float) -> str:
+    """Median and quantiles, in so many microseconds."""
+    median, low, high = (record[column] / unit for column in ("median_us", "q10_us", "q90_us"))
+    digits = 0 if low >= 100 else 1
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _models(name: str) -> Callable[[Tables], str]:
+    def section(tables: Tables) -> str:
+        rows = []
+        for eager, converted in _pairs(tables[name]):
+            times = _time(eager, 1e3), _time(converted, 1e3)
+            share = (f"{eager['share']:.0%}", f"{converted['share']:.0%}") if "share" in eager else ()
+            ratio = eager["median_us"] / converted["median_us"]
+            rows.append((f"{eager['model']} {eager['layout']}", eager["shape"], *times, *share, f"{ratio:.2f}"))
+        share = ("share of normalization", "share, converted") if name == "training" else ()
+        return markdown(("model", "batch", "eager, ms", "converted, ms", *share, "×"), rows)
+
+    return section
+
+
+def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """The records of eager and converted that belong together."""
+    eager, converted = ([r for r in records if r["candidate"] == name] for name in ("eager", "converted"))
+    return list(zip(eager, converted, strict=True))
+
+
+def _memory(tables: Tables) -> str:
+    rows = []
+    for eager, converted in _pairs(tables["memory"]):
+        peaks = f"{eager['peak_mib']:.0f}", f"{converted['peak_mib']:.0f}", f"{converted['eager_over_this']:.2f}"
+        rows.append((f"{eager['model']} {eager['layout']}", eager["shape"], *peaks))
+    return markdown(("model", "batch", "eager, MiB", "converted, MiB", "×"), rows)
+
+
+def _gradients(tables: Tables) -> str:
+    records = tables["gradients"]
+    rows = []
+    for name, ratio in goals.gradient_ratios(records).items():
+        means = (
+            fmean(
+                r["distance"] for r in records if (f"{r['model']} {r['layout']}", r["candidate"]) == (name, candidate)
+            )
+            for candidate in ("eager", "converted")
+        )
+        rows.append((name, *(f"{mean:.1e}" for mean in means), f"{ratio:.2f}"))
+    return markdown(("model", "eager", "converted", "converted / eager"), rows)
+
+
+def _losses(tables: Tables) -> str:
+    """The last tenth of the steps: mean over seeds, and how far the seeds lie apart."""
+    records = tables["losses"]
+    end = max((record["step"] for record in records), default=0)
+    rows = []
+    for model in dict.fromkeys(record["model"] for record in records):
+        cells = []
+        for candidate in ("eager", "converted"):
+            last: dict[int, list[float]] = {}
+            for r in records:
+                if (r["model"], r["candidate"]) == (model, candidate) and r["step"] >= 0.9 * end:
+                    last.setdefault(r["seed"], []).append(r["loss"])
+            means = [fmean(values) for values in last.values()]
+            cells.append(f"{fmean(means):.4f}" + (f" ± {stdev(means):.4f}" if len(means) > 1 else ""))
+        rows.append((model, *cells))
+    return markdown(("loss at the end", "eager", "converted"), rows)
+
+
+def _lost(tables: Tables) -> str:
+    """Everything in which the other one is faster, or takes less memory; worst first."""
+    lines = []
+    for name, mode in MODES.items():
+        for other in _candidates(tables[name]):
+            lines += [f"{mode}, {case}: {r:.2f}× {other}" for case, r in losses(tables[name], other).items()]
+    for name, what in (("training", "step of training"), ("inference", "evaluation of the model")):
+        for eager, converted in _pairs(tables[name]):
+            ratio = eager["median_us"] / converted["median_us"]
+            lines += [f"{what}, {eager['model']} {eager['layout']}: {ratio:.2f}× eager"] * (ratio < 1)
+    for eager, converted in _pairs(tables["memory"]):
+        ratio = converted["peak_mib"] / eager["peak_mib"]
+        lines += [f"peak of memory, {eager['model']} {eager['layout']}: {ratio:.2f} of eager's"] * (ratio > 1)
+    return "".join(f"- {line}\n" for line in lines) or ("Nowhere.\n" if any(tables.values()) else "")
+
+
+SECTIONS: dict[str, Callable[[Tables], str]] = {
+    "environment": _environment,
+    "goals": _goals,
+    "summary": _summary,
+    "lost": _lost,
+    "training": _models("training"),
+    "inference": _models("inference"),
+    "memory": _memory,
+    "gradients": _gradients,
+    "losses": _losses,
+    "layers": _layers("layers"),
+    "eval": _layers("eval"),
+}

@@ -1,0 +1,67 @@
+"""Interleaved timing: every candidate runs once a round, so that a busy moment of the machine falls on all of them."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Candidate", "Record", "Samples", "interleave", "records"]
+
+Candidate = Callable[[], object]
+Samples = dict[str, Any]
+"""Seconds of each call, an array for each candidate."""
+Record = dict[str, Any]
+"""A row of a table, by column."""
+
+FEWEST, MOST = 7, 2000
+"""Rounds: for a median to mean something, and for the fastest not to take all day."""
+
+
+def interleave(candidates: Mapping[str, Candidate], seconds: float, fewest: int = FEWEST) -> Samples:
+    """Time the candidates, after two calls of each that do not count.
+
+    Each round starts with another one, so that none always finds the caches as the same other one left them.
+
+    Args:
+        candidates: What to call, by name.
+        seconds: How long to go on.
+        fewest: Rounds that are done no matter how long they take.
+
+    Returns:
+        Seconds of each call: as many for every candidate.
+    """
+    for candidate in candidates.values():
+        candidate()
+        candidate()
+    names = list(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for done in range(MOST):
+        if done >= fewest and time.perf_counter() - start >= seconds:
+            break
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            candidate = candidates[name]
+            before = time.perf_counter()
+            candidate()
+            samples[name].append(time.perf_counter() - before)
+    return {name: np.array(times) for name, times in samples.items()}
+
+
+def records(samples: Samples, unit: str = "eager") -> list[Record]:
+    """A record for each candidate: median, 10% and 90% quantile in microseconds, and how often it fits into `unit`."""
+    found = []
+    for name, times in samples.items():
+        low, median, high = np.quantile(times, [0.1, 0.5, 0.9]).tolist()
+        found.append(
+            {
+                "candidate": name,
+                "rounds": len(times),
+                "median_us": round(median * 1e6, 2),
+                "q10_us": round(low * 1e6, 2),
+                "q90_us": round(high * 1e6, 2),
+                f"speedup_over_{unit}": round(float(np.median(samples[unit])) / median, 3),
+            }
+        )
+    return found

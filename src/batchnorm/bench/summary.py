@@ -1,0 +1,63 @@
+"""What follows from the records of the layers."""
+
+from collections.abc import Iterable, Sequence
+from math import exp, log
+from typing import NamedTuple
+
+from batchnorm.bench.clock import Record
+
+__all__ = ["Range", "copies", "losses", "speedups", "summarize"]
+
+
+class Range(NamedTuple):
+    """Ratios of several cases, in few numbers.
+
+    Attributes:
+        mean: The geometric one.
+        low: The lowest.
+        high: The highest.
+        lowest: What has it.
+        highest: What has it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    lowest: str
+    highest: str
+
+
+def summarize(ratios: dict[str, float]) -> Range | None:
+    """Ratios by case; None if there are none."""
+    if not ratios:
+        return None
+    lowest, highest = (extreme(ratios, key=lambda name: ratios[name]) for extreme in (min, max))
+    mean = exp(sum(log(ratio) for ratio in ratios.values()) / len(ratios))
+    return Range(mean, ratios[lowest], ratios[highest], lowest, highest)
+
+
+def speedups(records: Iterable[Record], over: str = "eager", groups: Sequence[str] = ()) -> dict[str, float]:
+    """How many times as long as ours `over` takes, by case, in `groups` (all if empty), where both were timed."""
+    times: dict[str, dict[str, float]] = {}
+    for record in records:
+        if not groups or record["group"] in groups:
+            times.setdefault(record["case"], {})[record["candidate"]] = record["median_us"]
+    return {
+        case: found[over] / found["batchnorm"] for case, found in times.items() if {over, "batchnorm"} <= set(found)
+    }
+
+
+def copies(records: Iterable[Record], layout: str, candidate: str = "batchnorm") -> dict[str, float]:
+    """How many copies of the tensor large ones of networks take, by case."""
+    return {
+        record["case"]: record["copies"]
+        for record in records
+        if record["large"] and record["group"] == "network"
+        if (record["layout"], record["candidate"]) == (layout, candidate)
+    }
+
+
+def losses(records: Iterable[Record], over: str = "eager") -> dict[str, float]:
+    """The cases in which we are slower than `over`, worst first."""
+    slower = {case: ratio for case, ratio in speedups(records, over).items() if ratio < 1}
+    return dict(sorted(slower.items(), key=lambda item: item[1]))

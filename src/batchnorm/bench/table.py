@@ -1,0 +1,44 @@
+"""Records as CSV, and back."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from batchnorm.bench.clock import Record
+from batchnorm.study import InputError
+
+__all__ = ["read", "write"]
+
+
+def write(path: Path, records: Sequence[Record], environment: Mapping[str, Any]) -> None:
+    """Write records, each with the environment beside it.
+
+    Raises:
+        InputError: If the file cannot be written.
+    """
+    columns = dict.fromkeys(column for record in records for column in record) | dict(environment)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(record | dict(environment) for record in records)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; what looks like a number is one. No records where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{column: _value(text) for column, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text: str) -> Any:
+    for convert in (int, float):
+        with suppress(ValueError):
+            return convert(text)
+    return text

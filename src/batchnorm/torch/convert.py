@@ -1,0 +1,113 @@
+"""Put our layers where a model has PyTorch's, together with what follows them; and take them out again.
+
+```
+model = convert(model)     # the same model, the same parameters; in place
+print(explain(model))      # which layer is fused with what, and where with nothing, why
+model = revert(model)      # as it was
+```
+"""
+
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from batchnorm.torch.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
+from batchnorm.torch.statistics import Statistics
+
+__all__ = ["convert", "revert"]
+
+M = TypeVar("M", bound=nn.Module)
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
+}
+"""Of exactly these types: a subclass may compute something else."""
+
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None) -> M:
+    """Turn a model's batch normalizations into ours, in place.
+
+    Every layer stays the object that it is, with its parameters, buffers, hooks and mode: only its class changes. State
+    dicts keep their keys, and an optimizer made before goes on working.
+
+    With `fuse`, a layer, a residual added to it and the activation after it are computed in one pass, wherever they are
+    called one right after the other. Modules in which this is so get a subclass of their class, of the same name, whose
+    methods are compiled from the same source with just these calls exchanged. The activations and the residual stay
+    where they are: with hooks on the layer or on the activation, or with a residual of another shape, everything is
+    called as before, so that the model means the same whatever is done to it later.
+
+    Args:
+        model: Any module; it may be a batch normalization itself.
+        fuse: Whether to compute layers together with what follows them.
+        statistics: Where our layers' statistics come from in training; None leaves it as it is: from the batch.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: If `statistics` are not.
+    """
+    if not isinstance(statistics, Statistics | None):
+        raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
+    for module in model.modules():
+        if type(module) in OURS and "forward" not in vars(module):
+            _adopt(module)
+        if type(module) in THEIRS and statistics is not None:
+            module.statistics = statistics  # type: ignore[assignment]
+    shared = at_several_places(model)
+    for module in model.modules():
+        module.__class__ = original_class(module)
+        if fuse:
+            with suppress(NotRewritten):
+                module.__class__ = rewrite(module, shared)
+    return model
+
+
+def revert(model: M) -> M:
+    """Undo `convert`, in place: all layers of ours are PyTorch's again, all modules of their own classes.
+
+    A layer that was made with an activation stays, since PyTorch has no such layer.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        `model`.
+    """
+    for module in model.modules():
+        module.__class__ = original_class(module)
+        if type(module) in THEIRS and module.activation is None:
+            _release(module)
+    return model
+
+
+def _adopt(layer: nn.Module) -> None:
+    """Make PyTorch's layer ours."""
+    layer.__class__ = OURS[type(layer)]
+    layer.activation = None  # type: ignore[assignment]
+    layer.statistics = None  # type: ignore[assignment]
+    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
+    layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+
+
+def _release(layer: nn.Module) -> None:
+    """Make our layer PyTorch's."""
+    del layer.num_batches_skipped, layer.activation, layer.statistics
+    layer.__class__ = THEIRS[type(layer)]

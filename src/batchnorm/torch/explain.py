@@ -1,0 +1,179 @@
+"""Say of every batch normalization in a model what is computed in the same pass, and where nothing is, why.
+
+```
+>>> print(explain(convert(model)))
+bn1                    BatchNorm2d  relu
+blocks.0.bn1           BatchNorm2d  relu
+blocks.0.bn2           BatchNorm2d  residual, relu
+...
+blocks.2.downsample.1  BatchNorm2d  -  (the last of its Sequential)
+...
+20 layers, 20 converted, 17 fused
+```
+"""
+
+import ast
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.torch import fuse
+from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
+from batchnorm.torch.source import Site
+
+__all__ = ["Report", "Row", "explain"]
+
+
+class Row(NamedTuple):
+    """One batch normalization of a model.
+
+    Attributes:
+        name: Where it is, as in `named_modules`.
+        kind: The name of its class.
+        converted: Whether it is ours.
+        fused: What is computed in the same pass, e.g. `"residual, relu"`; empty if nothing is.
+        reason: Why nothing is, or why the layer is not ours.
+    """
+
+    name: str
+    kind: str
+    converted: bool
+    fused: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All batch normalizations of a model, in its order; as text a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=0)
+        kinds = max((len(row.kind) for row in self.rows), default=0)
+        lines = [
+            f"{row.name:{width}}  {row.kind:{kinds}}  {row.fused or '-'}{f'  ({row.reason})' if row.reason else ''}"
+            for row in self.rows
+        ]
+        converted, fused = sum(row.converted for row in self.rows), sum(bool(row.fused) for row in self.rows)
+        return "\n".join([*lines, f"{len(self.rows)} layers, {converted} converted, {fused} fused"])
+
+
+def explain(model: nn.Module) -> Report:
+    """Say of every batch normalization in a model whether it is ours, and what is computed with it, or why nothing is.
+
+    This is how things are at this moment: a hook, for instance, counts from when it is there. Whether a residual has
+    the shape that it needs is known only when it comes.
+
+    Args:
+        model: Any module, converted or not; it is not changed.
+
+    Returns:
+        The report; print it, or go through its rows.
+    """
+    shared = at_several_places(model)
+    rows = []
+    for name, layer in model.named_modules():
+        if fuse.is_ours(layer):
+            rows.append(Row(name, type(layer).__name__, True, *_fused(model, name, layer, shared)))
+        elif isinstance(layer, _BatchNorm):
+            rows.append(Row(name, type(layer).__name__, False, "", _unconverted(layer)))
+    return Report(tuple(rows))
+
+
+def _unconverted(layer: nn.Module) -> str:
+    if type(layer) is nn.SyncBatchNorm:
+        return "its statistics are those of all processes"
+    if type(layer).__module__ != nn.BatchNorm1d.__module__:
+        return f"{type(layer).__name__} is not PyTorch's own class, and may compute something else"
+    return "its forward has been replaced" if "forward" in vars(layer) else "not converted"
+
+
+def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]) -> tuple[str, str]:
+    """What the layer is computed together with, and if with nothing, why."""
+    if layer in shared:
+        return "", "at several places in the model"
+    if not name:
+        return "", "nothing calls it"
+    owner, key, sequence = _caller(model, name)
+    if sequence is None:
+        keys = (key, "[]") if key.endswith("[]") else (key,)
+        followers = [_resolve(site, owner) for site in _sites(owner) if site.layer in keys]
+    else:
+        following = next(b for a, b in neighbors(sequence) if a is layer)
+        if not fuse.is_activation(following):
+            last = f"the last of its {type(sequence).__name__}"
+            return "", last if following is None else f"followed by {type(following).__name__}"
+        followers = [_Follower(following)]
+    obstacles = [follower.obstacle(layer) for follower in followers]
+    if origin(owner) is not None and None in obstacles:
+        fused = [str(follower) for follower, obstacle in zip(followers, obstacles, strict=True) if obstacle is None]
+        return " or ".join(dict.fromkeys(fused)), ""
+    return "", next((obstacle for obstacle in obstacles if obstacle is not None), None) or _why_not(owner, shared)
+
+
+def _caller(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module | None]:
+    """The module that calls a layer, what it is there, as in `Names`, and the sequence that it is one of, if any."""
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if type(owner).forward in (nn.Sequential.forward, forward_sequence):
+        return owner, key, owner
+    if type(owner) not in (nn.ModuleList, nn.ModuleDict) or not path:
+        return owner, key, None
+    path, _, key = path.rpartition(".")  # a list calls nothing, but what it belongs to does
+    members, owner = owner, model.get_submodule(path)
+    in_a_row = any(site.layer == f"{key}[]()" for site in _sites(owner))
+    return owner, f"{key}[]", members if in_a_row else None
+
+
+def _sites(owner: nn.Module) -> tuple[Site, ...]:
+    rewritten = origin(owner)
+    return () if rewritten is None else rewritten.sites
+
+
+def _why_not(owner: nn.Module, shared: set[nn.Module]) -> str:
+    try:
+        rewrite(owner, shared)
+    except NotRewritten as reason:
+        return str(reason)
+    if origin(owner) is None:
+        return "convert was told not to fuse"
+    return f"{type(owner).__name__} does not call it and then, with nothing else in between, an activation"
+
+
+class _Follower(NamedTuple):
+    """What follows a layer at one place; `text` if that is known only when it is called."""
+
+    activation: Any
+    args: tuple[Any, ...] = ()
+    kwargs: Any = fuse.NONE
+    residual: bool = False
+    text: str = ""
+
+    def obstacle(self, layer: nn.Module) -> str | None:
+        obstacle = fuse.obstacle(layer, self.activation, self.args, self.kwargs)
+        if obstacle is None or not obstacle.startswith("what follows"):
+            return obstacle
+        return f"{getattr(self.activation, '__name__', self.activation)}: {obstacle}"
+
+    def __str__(self) -> str:
+        spec = fuse.recognize(self.activation, self.args, self.kwargs)
+        name = f"{spec[0]}({spec[1]})" if isinstance(spec, tuple) else spec
+        return ", ".join(part for part in ("residual" if self.residual else "", name or self.text) if part)
+
+
+def _resolve(site: Site, owner: nn.Module) -> _Follower:
+    """What follows at a place in the source, in this module."""
+
+    def value(expression: ast.expr) -> Any:
+        return eval(compile(ast.Expression(expression), "", "eval"), site.globals, {site.self: owner})
+
+    if site.activation is None:
+        return _Follower(None, residual=site.residual)
+    try:
+        kwargs = {str(keyword.arg): value(keyword.value) for keyword in site.kwargs}
+        return _Follower(value(site.activation), tuple(map(value, site.args)), kwargs, site.residual)
+    except NameError:  # a variable
+        return _Follower(None, residual=site.residual, text=ast.unparse(site.activation))

@@ -1,0 +1,225 @@
+"""A layer and what follows it: in one pass where that gives the same, one after the other where it would not.
+
+`follow(layer, x, residual, add, activation)` means `activation(layer(x) + residual)`, always. Whether one kernel may do
+all of it is decided at each call, from what is there at that moment: hooks that want to see a value in between, a
+residual of another shape or type, an activation that has no kernel, a layer that has been exchanged for another kind,
+all lead the long way. So nothing that is done to a model between two calls can make this wrong.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from batchnorm.definition import ActivationSpec
+from batchnorm.torch.layers import BatchNorm1d
+
+__all__ = [
+    "FUNCTIONS",
+    "METHODS",
+    "can_wait",
+    "follow",
+    "follow_right",
+    "is_activation",
+    "is_ours",
+    "obstacle",
+    "recognize",
+    "sequence",
+]
+
+NONE: Any = MappingProxyType({})
+
+# --- Activations, as PyTorch spells them ------------------------------------------------------------------------------
+
+MODULES: dict[type[nn.Module], Callable[[Any], ActivationSpec]] = {
+    nn.ReLU: lambda _: "relu",
+    nn.ReLU6: lambda _: "relu6",
+    nn.LeakyReLU: lambda module: ("leaky_relu", module.negative_slope),
+    nn.SiLU: lambda _: "silu",
+    nn.Hardswish: lambda _: "hardswish",
+    nn.ELU: lambda module: ("elu", module.alpha),
+    nn.Sigmoid: lambda _: "sigmoid",
+    nn.Tanh: lambda _: "tanh",
+    nn.GELU: lambda module: "gelu" if module.approximate == "none" else None,
+}
+"""Of exactly these types: a subclass may compute something else."""
+
+FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    **{function: (function.__name__, ("inplace",)) for function in (F.relu, F.relu6, F.silu, F.hardswish)},
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu_), ("relu", ())),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid), ("sigmoid", ())),
+    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), ("tanh", ())),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), ("leaky_relu", ("negative_slope", "inplace"))),
+    **dict.fromkeys((F.elu, F.elu_), ("elu", ("alpha", "inplace"))),
+    F.gelu: ("gelu", ()),
+}
+"""Functions of a tensor: which activation, and the function's further arguments in order."""
+
+METHODS = {name + suffix: name for name in ("relu", "sigmoid", "tanh") for suffix in ("", "_")}
+"""Methods of a tensor."""
+
+
+def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> ActivationSpec:
+    """What `activation(z, *args, **kwargs)` computes, or `z.<activation>(...)` for a name; None if it has no kernel."""
+    if isinstance(activation, nn.Module):
+        module = MODULES.get(type(activation))
+        return None if module is None or args or kwargs else module(activation)
+    if isinstance(activation, str):
+        return None if args or kwargs else METHODS.get(activation)
+    try:
+        name, parameters = FUNCTIONS[activation]
+    except (KeyError, TypeError):  # a TypeError: it cannot be a key, so it is not one
+        return None
+    if not args and not kwargs:
+        return name
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    given.pop("inplace", None)
+    if len(args) > len(parameters) or given.pop("approximate", "none") != "none":
+        return None
+    value = given.pop(parameters[0], None) if parameters else None
+    if given or not isinstance(value, int | float | None):
+        return None
+    return name if value is None else (name, value)
+
+
+def is_activation(module: Any) -> bool:
+    """Whether this is a module that PyTorch calls an activation, with or without a kernel."""
+    return type(module).__module__ == nn.ReLU.__module__
+
+
+def is_ours(layer: Any) -> bool:
+    """Whether this is a batch normalization of this package, and computes what they compute."""
+    return getattr(type(layer), "forward", None) is BatchNorm1d.forward
+
+
+# --- The call ---------------------------------------------------------------------------------------------------------
+
+ADD: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "+=": operator.iadd,
+    "r+": lambda y, residual: residual + y,
+}
+"""How the source adds the residual; where it cannot be fused, it is added in the same way."""
+
+
+def follow(layer: Any, x: Any, residual: Any, add: str | None, activation: Any, *args: Any, **kwargs: Any) -> Any:
+    """`activation(layer(x) + residual, *args, **kwargs)`, in one pass if possible.
+
+    Args:
+        layer: What is called with `x`: one of our layers, or anything else.
+        x: Its input.
+        residual: What is added before the activation, if `add` says so.
+        add: `"+"`, `"+="`, `"r+"` (the residual on the left), or None.
+        activation: A module, a function, the name of a method of tensors, or None.
+        *args: The activation's further arguments.
+        **kwargs: The activation's further arguments, by name.
+
+    Returns:
+        What the three would give one after the other, to the bit where they are not fused.
+    """
+    if (add is None or _fits(residual, x)) and obstacle(layer, activation, args, kwargs) is None:
+        return _in_one_pass(layer, x, residual, recognize(activation, args, kwargs))
+    y = layer(x)
+    if add is not None:
+        y = ADD[add](y, residual)
+    if isinstance(activation, str):
+        return getattr(y, activation)(*args, **kwargs)
+    return y if activation is None else activation(y, *args, **kwargs)
+
+
+def follow_right(residual: Any, layer: Any, x: Any, activation: Any, *args: Any, **kwargs: Any) -> Any:
+    """`activation(residual + layer(x))`: `follow`, with the arguments in the order in which they are computed."""
+    return follow(layer, x, residual, "r+", activation, *args, **kwargs)
+
+
+def obstacle(layer: Any, activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> str | None:
+    """Why the layer cannot be fused with what follows it, as things are now; None if it can."""
+    if torch.compiler.is_compiling():
+        return "the compiler fuses by itself"
+    if not is_ours(layer):
+        return "not a layer of this package"
+    if layer.activation is not None:
+        return "has an activation of its own"
+    if _is_watched(layer):
+        return "has hooks"
+    if isinstance(activation, nn.Module) and _is_watched(activation):
+        return "what follows has hooks"
+    if activation is not None and recognize(activation, args, kwargs) is None:
+        return "what follows has no kernel"
+    return None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something other than its class's `forward` takes part when this module is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def _fits(residual: Any, x: Any) -> bool:
+    """Whether the residual is added value by value: nothing is broadcast, no type is promoted."""
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == x.shape
+        and residual.dtype is x.dtype
+        and residual.device == x.device
+    )
+
+
+def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: ActivationSpec) -> Tensor:
+    # The layer with another activation, for one call: itself it must not change, since other threads may be calling it.
+    twin: BatchNorm1d = object.__new__(type(layer))
+    vars(twin).update(vars(layer), activation=activation)
+    return BatchNorm1d.forward(twin, x, residual=residual)
+
+
+# --- A layer that waits for its residual ------------------------------------------------------------------------------
+
+_FRESH = {
+    nn.Linear.forward,
+    *(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
+    *(kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+}
+"""What returns memory that nothing else refers to."""
+
+
+def can_wait(layer: Any, producer: Any) -> bool:
+    """Whether the layer may be called later than the source says, after its residual has been computed.
+
+    It may if nobody else can get hold of its input, which the producer returned, and if nothing observes the layer.
+    """
+    return (
+        isinstance(producer, nn.Module)
+        and type(producer).forward in _FRESH
+        and not _is_watched(producer)
+        and obstacle(layer, None) is None
+    )
+
+
+# --- A chain of modules -----------------------------------------------------------------------------------------------
+
+
+def sequence(modules: Iterable[Any], x: Any) -> Any:
+    """Call the modules one after the other, as `nn.Sequential` does, but a layer together with its activation."""
+    modules = list(modules)
+    done = False
+    for module, following in zip_longest(modules, modules[1:]):
+        if done:  # with the one before
+            done = False
+        elif recognize(following) is None:
+            x = module(x)
+        else:
+            x = follow(module, x, None, None, following)
+            done = True
+    return x

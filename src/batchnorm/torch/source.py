@@ -1,0 +1,534 @@
+"""Where a method calls a layer and then its activation: found in its source, and written as one call there.
+
+`self.relu(self.bn(x))` becomes `follow(self.bn, x, None, None, self.relu)`, and so do
+
+```
+x = self.bn(x)                out = self.bn(self.conv(out))
+x = F.relu(x)                 if self.downsample is not None:
+                                  identity = self.downsample(x)
+                              out += identity
+                              return self.relu(out)
+```
+
+The value between the calls may only be left out if nothing else can see it. That is read from the source, too: it has
+no name, or the statement that uses it assigns its name anew, or its name is used nowhere else. Where the layer has to
+wait for its residual, as on the right, nothing may change its input meanwhile. That depends on the modules, so both
+ways are written, and the choice is made when they are called.
+"""
+
+import ast
+import inspect
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from batchnorm.torch import fuse
+
+__all__ = ["FUSE", "Names", "Site", "Source"]
+
+FUSE = "__batchnorm_fuse__"
+"""The name by which the rewritten source knows the module `fuse`."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a module's attributes are: `"bn"` is `self.bn`, `"bns[]"` one out of `self.bns`, `"[]"` one out of any such.
+
+    Attributes:
+        layers: The batch normalizations.
+        activations: What could be fused with them.
+    """
+
+    layers: frozenset[str]
+    activations: frozenset[str]
+
+
+class Site(NamedTuple):
+    """A place where a layer and what follows it are now called together.
+
+    Attributes:
+        layer: What is called, as in `Names`; `"bns[]()"` where all of `self.bns` are called one after the other.
+        activation: What follows, in the source: something to call, or the name of a method; None if nothing does.
+        args, kwargs: Its further arguments.
+        residual: Whether one is added.
+        self: How the module calls itself there.
+        globals: What else is known there.
+    """
+
+    layer: str
+    activation: ast.expr | None
+    args: Sequence[ast.expr]
+    kwargs: Sequence[ast.keyword]
+    residual: bool
+    self: str
+    globals: dict[str, Any]
+
+
+class Source(ast.NodeTransformer):
+    """The source of one method."""
+
+    def __init__(self, tree: ast.FunctionDef, method: FunctionType, original: type, names: Names) -> None:
+        self.tree = tree
+        self.original = original
+        self.names = names
+        self.self = tree.args.args[0].arg
+        self.globals: dict[str, Any] = method.__globals__
+        self.variables = _Variables(tree, method, self.self)
+        self.loop: ast.stmt | None = None  # the outermost of those around
+        self.group = _Group([], None)  # what is being rewritten
+        self.waits: list[ast.expr] = []  # what must be true for it to be right
+        self.sites: list[Site] = []
+
+    def rewrite(self) -> bool:
+        """Rewrite the tree, in place; whether there was anything to rewrite."""
+        self.tree.body = self._suite(self.tree.body)
+        return bool(self.sites)
+
+    # --- Statements ---
+
+    def _suite(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        new: list[ast.stmt] = []
+        position = 0
+        while position < len(statements):
+            before = statements[position - 1] if position else None
+            group = self._find_group(statements[position:], before)
+            written = None if group is None else self._write_group(group)
+            if group is None or written is None:
+                new += self._statement(statements[position], before)
+                position += 1
+            else:
+                new += written
+                position += len(group.old)
+        return new
+
+    def _statement(self, statement: ast.stmt, before: ast.stmt | None) -> list[ast.stmt]:
+        if isinstance(statement, _SIMPLE):
+            return self._write_group(_Group([statement], before, deepcopy(statement))) or [statement]
+        if isinstance(statement, ast.For) and (chain := self._chain(statement)) is not None:
+            return [chain]
+        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # not `try`: it may see what is left out
+            outer = self.loop
+            if isinstance(statement, ast.For | ast.While):
+                self.loop = outer or statement
+            statement.body = self._suite(statement.body)
+            if not isinstance(statement, ast.With):
+                statement.orelse = self._suite(statement.orelse)
+            self.loop = outer
+        return [statement]
+
+    def _chain(self, loop: ast.For) -> ast.stmt | None:
+        """`for layer in self.layers: x = layer(x)`, as one call."""
+        match loop:
+            case ast.For(target=ast.Name(id=layer), body=[ast.Assign(targets=[ast.Name(id=x)]) as assign], orelse=[]):
+                value, name = assign.value, (self._name(loop.iter) or "").removesuffix("[]") + "[]"
+            case _:
+                return None
+        match value:
+            case ast.Call(func=ast.Name(id=called), args=[ast.Name(id=given)], keywords=[]):
+                fits = called == layer != given == x and {layer, x} <= self.variables.own
+            case _:
+                return None
+        if not fits or name not in self.names.layers - {"[]"} or self.variables.times_read(layer) > 1:
+            return None
+        self.sites.append(Site(f"{name}()", None, (), (), False, self.self, self.globals))
+        assign.value = _call("sequence", loop.iter, ast.Name(x, ast.Load()))
+        return assign
+
+    def _find_group(self, statements: list[ast.stmt], before: ast.stmt | None) -> "_Group | None":
+        """The statements at the front that call a layer, add a residual and activate.
+
+        What stands between the layer and its residual goes in front of both: then the layer has to wait.
+        """
+        match statements[0]:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in self.variables.own:
+                value = deepcopy(value)
+            case _:
+                return None
+        fusion, front, sums, end = self._pending(value), list[ast.stmt](), dict[ast.expr, str](), 1
+        if fusion is None:
+            return None
+        (x,) = fusion.call.args
+        while end < len(statements) and self._is_quiet(statements[end], fusion.call, name):
+            end += 1
+        between = statements[1:end]
+        if between and isinstance(x, ast.Call):  # the input is computed where it was; only the layer waits
+            front = [ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], x), statements[0])]
+            fusion.call.args = [ast.copy_location(ast.Name(name, ast.Load()), x)]
+            before = front[0]
+        if fusion.residual is None and (sum_ := self._sum(statements[end:], name)) is not None:
+            residual, add, name = sum_
+            value = ast.copy_location(ast.BinOp(value, ast.Add(), deepcopy(residual)), statements[end])
+            sums, end = {value: add}, end + 1
+        if (use := self._use(statements[end:], name)) is not None:
+            last, end = deepcopy(statements[end], {id(use): value}), end + 1
+        elif sums:
+            last = ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], value), statements[end - 1])
+        else:
+            return None
+        return _Group(statements[:end], before, last, fusion.call, sums, front, between)
+
+    def _sum(self, statements: list[ast.stmt], name: str) -> tuple[ast.expr, str, str] | None:
+        """The residual that the first statement adds to the value of a name, how, and the name of the sum."""
+        if not statements or not self.variables.are_used_up(name, statements[0]):
+            return None
+        match statements[0]:
+            case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=residual) if target == name:
+                return residual, "+=", name
+            case ast.Expr(
+                value=ast.Call(func=ast.Attribute(value=ast.Name(id=target), attr="add_"), args=[residual], keywords=[])
+            ) if target == name:
+                return residual, "+=", name
+            case ast.Assign(targets=[ast.Name(id=target)], value=value) if (sides := _addends(value)) is not None:
+                for side, residual, add in ((sides[0], sides[1], "+"), (sides[1], sides[0], "r+")):
+                    if isinstance(side, ast.Name) and side.id == name and target in self.variables.own:
+                        return residual, add, target
+        return None
+
+    def _use(self, statements: list[ast.stmt], name: str) -> ast.Name | None:
+        """Where the first statement takes the value of a name, which is not needed afterwards."""
+        if not statements or not self.variables.are_used_up(name, statements[0]):
+            return None
+        value = statements[0].value if isinstance(statements[0], _SIMPLE) else None
+        return None if value is None else _first_use(value, name)
+
+    def _write_group(self, group: "_Group") -> list[ast.stmt] | None:
+        """The statements that do what the group does; None if that is no other way."""
+        self.group, self.waits, sites = group, [], len(self.sites)
+        last = self.visit(group.last)
+        if any(node is group.call for node in ast.walk(last)):  # for it nothing was found
+            del self.sites[sites:]
+            return None
+        new = [self.visit(statement) for statement in group.front]
+        waits = self.waits
+        new += [*self._suite(deepcopy(group.between)), last]
+        if not waits:
+            return new
+        test = ast.BoolOp(ast.And(), waits) if len(waits) > 1 else waits[0]
+        return [ast.copy_location(ast.If(test, new, group.old), group.old[0])]
+
+    # --- Expressions ---
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Exchange `activation(layer(x) + residual)`, or a part of it."""
+        return self._visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """Exchange `layer(x) + residual`."""
+        return self._visit(node)
+
+    def _leave(self, node: ast.AST) -> ast.AST:
+        return node
+
+    visit_Lambda = visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _leave  # scopes of their own
+
+    def _visit(self, node: ast.expr) -> ast.expr:
+        fusion = self._activated(node) or self._pending(node)
+        if fusion is not None and self._allows(fusion):
+            node = ast.copy_location(self._write(fusion), node)
+        self.generic_visit(node)
+        return node
+
+    def _activated(self, node: ast.expr) -> "_Fusion | None":
+        """`activation(layer(x) + residual)`."""
+        activation: ast.expr
+        args: list[ast.expr] = []
+        kwargs: list[ast.keyword] = []
+        match node:
+            case ast.Call(func=ast.Attribute(value=z, attr=method), args=[], keywords=[]) if method in fuse.METHODS:
+                activation = ast.Constant(method)
+            case ast.Call(func=activation, args=[z, *args], keywords=kwargs) if self._is_activation(activation):
+                pass
+            case _:
+                return None
+        if not all(map(_is_plain, (*args, *(keyword.value for keyword in kwargs)))):
+            return None
+        fusion = self._pending(z)
+        return fusion and replace(fusion, activation=activation, args=args, kwargs=kwargs)
+
+    def _pending(self, node: ast.expr) -> "_Fusion | None":
+        """`layer(x)`, or the sum of this and something."""
+        match node:
+            case ast.Call(func=layer, args=[x], keywords=[]) if self._name(layer) in self.names.layers:
+                return None if isinstance(x, ast.Starred) else _Fusion(node)
+        if (sides := _addends(node)) is None:
+            return None
+        left, right = sides
+        add = self.group.sums.get(node)
+        if add is None and (fusion := self._pending(right)) is not None and fusion.residual is None:
+            return replace(fusion, residual=left, add="r+")
+        if (fusion := self._pending(left)) is not None and fusion.residual is None:
+            return replace(fusion, residual=right, add=add or "+", late=True)
+        return None
+
+    def _write(self, fusion: "_Fusion") -> ast.Call:
+        layer, (x,), none = fusion.call.func, fusion.call.args, ast.Constant(None)
+        self.sites.append(
+            Site(
+                self._name(layer) or "",
+                fusion.activation,
+                fusion.args,
+                fusion.kwargs,
+                fusion.residual is not None,
+                self.self,
+                self.globals,
+            )
+        )
+        follows = fusion.activation or none, *fusion.args
+        if fusion.residual is not None and not fusion.late:
+            call = _call("follow_right", fusion.residual, layer, x, *follows)
+        else:
+            call = _call("follow", layer, x, fusion.residual or none, ast.Constant(fusion.add), *follows)
+        call.keywords = list(fusion.kwargs)
+        return call
+
+    def _name(self, node: ast.expr) -> str | None:
+        """What is called, as in `Names`."""
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == self.self:
+                return name
+            case ast.Subscript(value=modules, slice=index) if not _calls(index):
+                return f"{self._name(modules)}[]"
+            case ast.Name(id=name) if name in self.variables.own:
+                return "[]"
+        return None
+
+    def _is_activation(self, node: ast.expr) -> bool:
+        match node:
+            case ast.Name(id=name):
+                return name in _FUNCTIONS
+            case ast.Attribute(value=owner, attr=name) if self.self not in _identifiers(owner):
+                return name in _FUNCTIONS and not _calls(owner)
+        return self._name(node) in self.names.activations
+
+    # --- What is right ---
+
+    def _allows(self, fusion: "_Fusion") -> bool:
+        """Whether the fused call does what the source says."""
+        residual = fusion.residual
+        late = fusion.late and residual is not None and _calls(residual)
+        if residual is None:
+            allowed = fusion.activation is not None
+        else:
+            allowed = not isinstance(residual, ast.Constant) and (
+                fusion.activation is None or self._is_left_alone(residual)
+            )
+        waits = late or (fusion.call is self.group.call and bool(self.group.between))
+        return allowed and (not waits or self._may_wait(fusion))
+
+    def _may_wait(self, fusion: "_Fusion") -> bool:
+        """Whether the layer may be called after its residual; what this takes of the modules is noted in `waits`."""
+        (x,) = fusion.call.args
+        hidden = ""
+        match x, self.group.before:
+            case ast.Call(func=producer), _:
+                pass
+            case ast.Name(id=hidden), ast.Assign(targets=[ast.Name(id=target)], value=ast.Call(func=producer)):
+                # Nobody but the layer may take what was produced; in a group, only the first statement can do so.
+                first = len(self.group.old) == 1 or fusion.call is self.group.call
+                if target != hidden or not first or not self.variables.is_secret(hidden, self.group.old[0]):
+                    return False
+            case _:
+                return False
+        names = self._name(fusion.call.func), self._name(producer)
+        if None in names or "[]" in names:
+            return False
+        if fusion.residual is not None and not self._is_quiet(fusion.residual, fusion.call, hidden):
+            return False
+        self.waits.append(_call("can_wait", deepcopy(fusion.call.func), deepcopy(producer)))
+        return True
+
+    def _is_quiet(self, node: ast.AST, call: ast.Call, hidden: str) -> bool:
+        """Whether this can be computed before the layer is called instead of after: neither notices the other."""
+        (x,) = call.args
+        hidden_names = {hidden, "super", x.id if isinstance(x, ast.Name) else hidden}
+        attributes: list[str] = []
+        for child in ast.walk(node):
+            match child:
+                case ast.Name(id=name, ctx=ast.Store()) if name in hidden_names | _identifiers(call):
+                    return False
+                case ast.Name(id=name, ctx=ast.Load()) if name in hidden_names:
+                    return False
+                case ast.Attribute(ctx=ast.Store()) | ast.Subscript(ctx=ast.Store()):
+                    return False
+                case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == self.self:
+                    attributes.append(name)
+                case _ if not isinstance(child, _QUIET):
+                    return False
+        # A method of its own could do anything, and so could anyone to whom it hands itself.
+        selves = sum(isinstance(child, ast.Name) and child.id == self.self for child in ast.walk(node))
+        plain = all(not hasattr(inspect.getattr_static(self.original, name, None), "__get__") for name in attributes)
+        layer = (self._name(call.func) or "").partition("[")[0]
+        return plain and selves == len(attributes) and layer not in attributes
+
+    def _is_left_alone(self, residual: ast.expr) -> bool:
+        """Whether nothing in this method takes the residual afterwards, and so nothing can change it.
+
+        Fused with an activation it is kept for the backward pass, which PyTorch's own addition does not do.
+        """
+        called = [child.func for child in ast.walk(residual) if isinstance(child, ast.Call)]
+        own = [child for child in ast.walk(residual) if isinstance(child, ast.Attribute) and child not in called]
+        if any(self.self in _identifiers(attribute) for attribute in own):
+            return False
+        return self.variables.are_left_alone(_identifiers(residual), self.group.old, self.loop)
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """`activation(layer(x) + residual, *args, **kwargs)`, as expressions.
+
+    Attributes:
+        call: `layer(x)`.
+        residual: What is added, if anything.
+        add: How, as in `fuse.ADD`.
+        late: Whether the source computes the residual after `layer(x)`.
+        activation, args, kwargs: As in `Site`.
+    """
+
+    call: ast.Call
+    residual: ast.expr | None = None
+    add: str | None = None
+    late: bool = False
+    activation: ast.expr | None = None
+    args: Sequence[ast.expr] = ()
+    kwargs: Sequence[ast.keyword] = ()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Statements that are rewritten together.
+
+    Attributes:
+        old: All of them.
+        before: The one in front of `call`.
+        last: The last one, in which the value of `call` stands in the place of its name.
+        call: `layer(x)`, if its value had a name.
+        sums: Sums that were statements of their own, and how they added, as in `fuse.ADD`.
+        front: What is left of the first one: it computes `x`.
+        between: Statements between the layer and its residual.
+    """
+
+    old: list[ast.stmt]
+    before: ast.stmt | None
+    last: ast.stmt = field(default_factory=ast.Pass)
+    call: ast.Call | None = None
+    sums: dict[ast.expr, str] = field(default_factory=dict)
+    front: list[ast.stmt] = field(default_factory=list)
+    between: list[ast.stmt] = field(default_factory=list)
+
+
+# --- Who takes a value, and when --------------------------------------------------------------------------------------
+
+
+class _Variables:
+    """The names in a method. `own` are those that only its own statements can see."""
+
+    def __init__(self, tree: ast.FunctionDef, method: FunctionType, me: str) -> None:
+        nodes = list(ast.walk(tree))
+        self.reads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+        self.reads += [n.target for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)]
+        self.assignments = [node for node in nodes if isinstance(node, ast.Assign)]
+        deleted = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Del)}
+        self.all = {*method.__code__.co_varnames, *method.__code__.co_freevars} - {me}
+        self.own = self.all - {*method.__code__.co_cellvars, *method.__code__.co_freevars} - deleted
+
+    def times_read(self, name: str, within: ast.stmt | None = None) -> int:
+        return sum(read.id == name and (within is None or _is_in(read, [within])) for read in self.reads)
+
+    def is_secret(self, name: str, statement: ast.stmt) -> bool:
+        """Whether the statement takes the value only once."""
+        return name in self.own and self.times_read(name, statement) == 1
+
+    def are_used_up(self, name: str, statement: ast.stmt) -> bool:
+        """Whether the statement takes the value of a name once, and nothing can take it afterwards."""
+        if self.times_read(name, statement) != 1:
+            return False
+        match statement:
+            case ast.Return():
+                return True
+            case ast.Assign(targets=[ast.Name(id=target)]) | ast.AugAssign(target=ast.Name(id=target)):
+                return target == name or self.times_read(name) == 1
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=target), attr="add_"))):
+                return target == name
+        return self.times_read(name) == 1
+
+    def are_left_alone(self, names: set[str], old: list[ast.stmt], loop: ast.stmt | None) -> bool:
+        """Whether nothing takes what these names hold, or what others hold in common with them, after `old`."""
+        last = old[-1]
+        if isinstance(last, ast.Return):
+            return True
+
+        def again(node: ast.Name | ast.stmt, later: bool) -> bool:
+            in_order = (_place(node) > _place(last)) == later
+            return not _is_in(node, old) and (in_order or (loop is not None and _is_in(node, [loop])))
+
+        names = names & self.all
+        earlier = [_identifiers(assign) & self.all for assign in self.assignments if again(assign, later=False)]
+        for _ in earlier:
+            names = names.union(*(held for held in earlier if held & names))
+        if isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name):
+            names = names - {last.targets[0].id}
+        return not any(read.id in names and again(read, later=True) for read in self.reads)
+
+
+def _place(node: ast.expr | ast.stmt) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+def _is_in(node: ast.expr | ast.stmt, statements: list[ast.stmt]) -> bool:
+    return any(_place(s) <= _place(node) < (s.end_lineno or 0, s.end_col_offset or 0) for s in statements)
+
+
+# --- Pieces of source -------------------------------------------------------------------------------------------------
+
+_SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
+
+_QUIET = (
+    ast.Assign, ast.If, ast.Pass, ast.Name, ast.Attribute, ast.Constant, ast.Call, ast.keyword, ast.Subscript,
+    ast.Slice, ast.Tuple, ast.List, ast.IfExp, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.expr_context,
+    ast.cmpop, ast.boolop, ast.unaryop, ast.operator,
+)  # fmt: skip
+"""What may stand between a layer and its residual: choices and assignments; no loops, no jumps, no new functions."""
+
+_FUNCTIONS = {function.__name__ for function in fuse.FUNCTIONS}
+
+
+def _call(function: str, *args: ast.expr) -> ast.Call:
+    return ast.Call(ast.Attribute(ast.Name(FUSE, ast.Load()), function, ast.Load()), list(args), [])
+
+
+def _identifiers(node: ast.AST) -> set[str]:
+    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+
+
+def _calls(node: ast.AST) -> bool:
+    return any(isinstance(child, ast.Call | ast.Await | ast.Yield | ast.YieldFrom) for child in ast.walk(node))
+
+
+def _is_plain(node: ast.expr) -> bool:
+    """Whether this is a constant or a name, so that it does not matter when it is computed."""
+    plain = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.expr_context, ast.unaryop)
+    return all(isinstance(child, plain) for child in ast.walk(node))
+
+
+def _addends(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
+    match node:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return left, right
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="add"), args=[left, right], keywords=[]):
+            return left, right
+    return None
+
+
+def _first_use(node: ast.AST, name: str) -> ast.Name | None:
+    """Where the value of a name is taken, if nothing is called before; in a choice it might not be taken at all."""
+    if isinstance(node, ast.Name):
+        return node if node.id == name else None
+    if isinstance(node, ast.Call | ast.BinOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.keyword):
+        for child in ast.iter_child_nodes(node):  # for these in the order in which they are computed
+            if name in _identifiers(child):
+                return _first_use(child, name)
+            if _calls(child):
+                return None
+    return None

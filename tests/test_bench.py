@@ -1,0 +1,331 @@
+"""The benchmarks: that what is timed computes the same, that records are whole, and that the arithmetic is right."""
+# ruff: noqa: E402  (what is optional is asked for before it is imported)
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+typer_testing = pytest.importorskip("typer.testing")
+for module in ("rich", "matplotlib"):
+    pytest.importorskip(module)
+
+from benchmarks import goals, report
+
+from batchnorm import cli
+from batchnorm.bench import clock, layers, peers, summary, table, terminal
+from batchnorm.bench.cases import CASES, Case
+from batchnorm.bench.clock import Record
+from batchnorm.bench.environment import environment
+from batchnorm.study import InputError
+
+TINY = "4x32x4x4"
+README = Path(__file__).parents[1] / "benchmarks/README.md"
+
+# --- The registry -----------------------------------------------------------------------------------------------------
+
+
+def test_names_are_unique() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_every_group_has_cases_and_networks_have_both_layouts() -> None:
+    assert {case.group for case in CASES} == {"network", "rows", "small", "type"}
+    for case in CASES:
+        if len(case.shape) > 3:
+            other = Case(case.shape, not case.channels_last, case.activation, case.residual, case.dtype)
+            assert other.name in {case.name for case in CASES}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.large], ids=lambda case: case.name)
+def test_tensors_are_what_the_case_says(case: Case) -> None:
+    x = case.tensor()
+    assert (x.shape, x.dtype) == (case.shape, case.dtype)
+    assert x.is_contiguous(memory_format=case.memory_format)
+
+
+# --- What is timed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", layers.MODES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((8, 4, 3, 3)),
+        Case((8, 4, 3, 3), channels_last=True, residual=True),
+        Case((4, 3, 2, 3, 4), channels_last=True, activation="silu"),
+        Case((8, 4, 6), dtype=torch.float64, activation=None),
+        Case((16, 4), activation="silu"),
+        Case((8, 4, 3, 3), dtype=torch.bfloat16),
+    ],
+    ids=lambda case: case.name,
+)
+def test_all_candidates_compute_the_same(case: Case, mode: layers.Mode) -> None:
+    torch.manual_seed(0)
+    candidates: dict[str, Any] = layers.candidates(case, mode, others=True)
+    expected = candidates["eager"]()
+    tolerance = 0.1 if case.dtype is torch.bfloat16 else 1e-5
+    assert set(candidates) == {"copy", "eager", "eager in place", "batchnorm", *peers.installed()}
+    for name in ("eager in place", "batchnorm"):
+        torch.testing.assert_close(candidates[name](), expected, rtol=tolerance, atol=tolerance)
+    for name in peers.installed():
+        found = torch.tensor(candidates[name]().tolist(), dtype=case.dtype)
+        found = found.movedim(-1, 1) if case.channels_last else found
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, check_stride=False)
+
+
+def test_rounds_are_interleaved() -> None:
+    calls: list[str] = []
+    samples = clock.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 0.0, fewest=3)
+    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 3)
+
+
+def test_records_of_samples() -> None:
+    eager, ours = clock.records({"eager": [4e-6, 2e-6, 6e-6], "ours": [1e-6, 1e-6, 2e-6]})
+    assert (eager["median_us"], eager["speedup_over_eager"], eager["rounds"]) == (4.0, 1.0, 3)
+    assert (ours["candidate"], ours["median_us"], ours["speedup_over_eager"]) == ("ours", 1.0, 4.0)
+    assert eager["q10_us"] <= eager["median_us"] <= eager["q90_us"]
+
+
+@pytest.mark.parametrize("mode", layers.MODES)
+def test_the_records_of_a_case(mode: layers.Mode) -> None:
+    [records] = layers.run(terminal.select(f"{TINY} channels-first"), mode, 0.0)
+    assert [record["candidate"] for record in records] == ["copy", "eager", "eager in place", "batchnorm"]
+    for record in records:
+        assert (record["mode"], record["group"], record["large"]) == (mode, "small", 0)
+        assert record["rounds"] >= clock.FEWEST
+        assert 0 < record["q10_us"] <= record["median_us"] <= record["q90_us"]
+    assert records[0]["copies"] == records[1]["speedup_over_eager"] == 1.0
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    records = [{"case": "a, b", "median_us": 1.5, "rounds": 7}, {"case": "c", "median_us": 2.0, "rounds": 8}]
+    path = tmp_path / "new" / "x.csv"
+    table.write(path, records, {"torch": "2.13.0+cpu", "threads": 2})
+    assert table.read(path) == [record | {"torch": "2.13.0+cpu", "threads": 2} for record in records]
+    assert table.read(tmp_path / "other.csv") == []
+
+
+def test_a_table_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written"):
+        table.write(tmp_path / "file" / "x.csv", [{"case": "a"}], {})
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Any:
+    return typer_testing.CliRunner().invoke(cli.app, ["bench", *map(str, arguments)])
+
+
+def test_the_command_prints_and_writes(tmp_path: Path) -> None:
+    out = tmp_path / "layers.csv"
+    result = run("--only", TINY, "--seconds", 0.01, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "", "no progress bar where nobody watches"
+    for words in ("forward + backward", "running statistics", "geometric mean", "worst", "Written:"):
+        assert words in result.stdout
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 4
+    assert {row["mode"] for row in rows} == set(layers.MODES)
+    for row in rows:
+        assert row.items() >= {name: str(value) for name, value in environment().items()}.items()
+    assert str(tmp_path) not in out.read_text()
+
+
+def test_without_a_file_the_command_only_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--only", f"{TINY} channels-last", "--seconds", 0).exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_case_that_is_not_there() -> None:
+    result = run("--only", "nonsense")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("batchnorm: no case has 'nonsense' in its name")
+
+
+def test_other_frameworks_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "installed", list)
+    result = run("--jax", "--only", TINY)
+    assert (result.exit_code, result.stderr) == (2, "batchnorm: neither jax nor tensorflow is installed.\n")
+
+
+# --- What follows from records ----------------------------------------------------------------------------------------
+
+
+def timed(case: str, group: str = "network", layout: str = "channels-first", **times: float) -> list[Record]:
+    """Records of one case: microseconds by candidate."""
+    return [
+        {
+            "case": f"{case} {layout}",
+            "group": group,
+            "layout": layout,
+            "large": 1,
+            "candidate": name,
+            "rounds": 7,
+            "median_us": time,
+            "q10_us": time,
+            "q90_us": time,
+            "copies": time / times["copy"],
+            "speedup_over_eager": times["eager"] / time,
+        }
+        for name, time in times.items()
+    ]
+
+
+RECORDS = [
+    *timed("a", copy=1, eager=6, compile=20, batchnorm=2),
+    *timed("b", copy=1, eager=48, compile=32, batchnorm=4),
+    *timed("b", layout="channels-last", copy=2, eager=24, batchnorm=8),
+    *timed("c", group="small", copy=1, eager=1, compile=4, batchnorm=2),
+]
+
+
+def test_speedups() -> None:
+    assert summary.speedups(RECORDS) == {
+        "a channels-first": 3,
+        "b channels-first": 12,
+        "b channels-last": 3,
+        "c channels-first": 0.5,
+    }
+    assert summary.speedups(RECORDS, "compile", ["network"]) == {"a channels-first": 10, "b channels-first": 8}
+    assert summary.speedups(RECORDS, "jax") == {}
+
+
+def test_summary_of_ratios() -> None:
+    found = summary.summarize(summary.speedups(RECORDS, groups=("network",)))
+    assert found is not None
+    assert found.mean == pytest.approx((3 * 12 * 3) ** (1 / 3))
+    assert found[1:] == (3, 12, "a channels-first", "b channels-first")
+    assert summary.summarize({}) is None
+
+
+def test_copies_and_losses() -> None:
+    assert summary.copies(RECORDS, "channels-first") == {"a channels-first": 2, "b channels-first": 4}
+    assert summary.copies(RECORDS, "channels-last", "eager") == {"b channels-last": 12}
+    assert summary.losses(RECORDS) == {"c channels-first": 0.5}
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+
+def trained(eager: float, converted: float, **about: Any) -> list[Record]:
+    """Records of one model, before and after `convert`."""
+    return [
+        {
+            "model": "mobilenet_v2",
+            "layout": "channels-first",
+            "shape": "2x3x4x4",
+            "candidate": name,
+            "median_us": time,
+            "q10_us": time,
+            "q90_us": time,
+            "share": 0.25,
+            "peak_mib": time,
+            "eager_over_this": eager / time,
+            "seed": 0,
+            "distance": time * 1e-6,
+            "over_eager": time / eager,
+            **about,
+        }
+        for name, time in (("eager", eager), ("converted", converted))
+    ]
+
+
+def curves() -> list[Record]:
+    return [
+        record | {"seed": seed, "step": step, "loss": 1 / (1 + step + seed)}
+        for seed in (0, 1)
+        for step in (0, 5, 10)
+        for record in trained(1, 1)
+    ]
+
+
+TABLES: goals.Tables = {
+    "layers": RECORDS,
+    "eval": RECORDS,
+    "training": [*trained(3200, 2000), *trained(1000, 1250, layout="channels-last")],
+    "inference": trained(1000, 1000),
+    "memory": trained(300, 200),
+    "gradients": [*trained(2, 2), *trained(2, 8, seed=1)],
+    "losses": curves(),
+}
+
+
+def test_goals() -> None:
+    found = {(goal.what, goal.measured): goal.met for goal in goals.judge(TABLES)}
+    mean = (3 * 12 * 3) ** (1 / 3)
+    assert found == {
+        (
+            "BN + ReLU, forward + backward against eager: mean over the shapes of networks, both layouts",
+            f"{mean:.2f}× (3.00 to 12.00)",
+        ): True,
+        ("the same: worst case of all, small ones and all types included", "0.50× (c channels-first)"): False,
+        ("large tensors, channels-first, in copies: mean", f"{math.sqrt(8):.2f} (2.00 to 4.00)"): True,
+        ("large tensors, channels-last, in copies: mean", "4.00 (4.00 to 4.00)"): True,
+        ("forward + backward against torch.compile: mean", f"{math.sqrt(80):.2f}× (8.00 to 10.00)"): True,
+        ("evaluation against eager: mean", f"{mean:.2f}× (3.00 to 12.00)"): True,
+        ("evaluation against torch.compile: mean", f"{math.sqrt(80):.2f}× (8.00 to 10.00)"): True,
+        ("step of training, mobilenet_v2, channels-first", "1.60×"): True,
+        ("step of training, mobilenet_v2, channels-last", "0.80×"): False,
+        **{
+            (f"step of training, {model}, {layout}", "not measured"): None
+            for model in ("resnet18", "densenet121", "efficientnet_b0")
+            for layout in ("channels-first", "channels-last")
+        },
+        (
+            "gradient, distance from a float64 run, in eager's distances: worst model",
+            "2.00 (mobilenet_v2 channels-first)",
+        ): True,
+    }
+
+
+def test_nothing_measured_is_no_goal_met() -> None:
+    assert {goal.met for goal in goals.judge({name: [] for name in report.NAMES})} == {None}
+
+
+def section(text: str, name: str) -> str:
+    return text.partition(f"<!-- begin {name} -->\n")[2].partition(f"<!-- end {name} -->")[0]
+
+
+def test_the_report(tmp_path: Path) -> None:
+    for name, records in TABLES.items():
+        table.write(tmp_path / "results" / f"{name}.csv", records, environment() | {"commit": "abc"})
+    report.write(tmp_path, README)
+    text = (tmp_path / "README.md").read_text()
+    assert "**missed**" in section(text, "goals")
+    assert section(text, "lost").splitlines() == [
+        "- forward + backward, c channels-first: 0.50× eager",
+        "- evaluation, c channels-first: 0.50× eager",
+        "- step of training, mobilenet_v2 channels-last: 0.80× eager",
+    ]
+    assert section(text, "environment").count("\n") == 1
+    assert "| mobilenet_v2 channels-first | 2x3x4x4 | 300 | 200 | 1.50 |" in section(text, "memory")
+    assert "| mobilenet_v2 channels-first | 2.0e-06 | 5.0e-06 | 2.00 |" in section(text, "gradients")
+    assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
+    for name in report.SECTIONS:
+        assert section(text, name).strip() not in ("", report.EMPTY.strip())
+    for picture in ("layers", "training", "losses"):
+        svg = (tmp_path / "results" / f"{picture}.svg").read_text()
+        assert f"results/{picture}.svg" in text
+        assert "channels-first" in svg or "converted" in svg
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    report.write(tmp_path, tmp_path / "README.md")
+    assert {path: path.read_bytes() for path in before} == before, "written anew from the same numbers, it is the same"
+
+
+def test_a_report_of_nothing(tmp_path: Path) -> None:
+    report.write(tmp_path, README)
+    text = (tmp_path / "README.md").read_text()
+    assert all(section(text, name) for name in report.SECTIONS)
+    assert "not measured" in section(text, "goals")

@@ -1,0 +1,475 @@
+import copy
+import importlib.util
+import io
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.models import MODELS
+from cases import tolerance
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import register_parametrization
+
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, LazyBatchNorm2d, RunningStatistics, fuse
+from batchnorm.torch.convert import convert, revert
+from batchnorm.torch.explain import explain
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What goes through a kernel in one pass, call by call, as it happens."""
+    calls: list[str] = []
+    in_one_pass = fuse._in_one_pass
+
+    def record(layer: Any, x: Any, residual: Any, activation: Any) -> Any:
+        calls.append(("residual, " if residual is not None else "") + str(activation))
+        return in_one_pass(layer, x, residual, activation)
+
+    monkeypatch.setattr(fuse, "_in_one_pass", record)
+    return calls
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Layers that do something with every channel, so that no value lies on the kink of an activation."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.affine and not isinstance(module, nn.LazyBatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.normal_(module.bias)
+    return model.double()
+
+
+def step(model: nn.Module, inputs: list[Tensor], dy: Tensor | None = None) -> dict[str, Tensor]:
+    """Everything that one step of training, and an evaluation after it, leave behind."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    model.train()
+    y = model(*[x * 1.0 for x in inputs])  # not leaves: a model may change its input in place
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape) if dy is None else dy
+    model.zero_grad()
+    y.backward(dy)
+    seen = {"y": y.detach()} | {f"grad of input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+    seen |= {f"grad of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    seen |= {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()
+    with torch.no_grad():
+        seen["y in evaluation"] = model(*[x * 1.0 for x in inputs])
+    return seen
+
+
+def assert_same(model: nn.Module, *shapes: tuple[int, ...]) -> nn.Module:
+    """Convert a copy; everything it does is what the model does. Returns the copy."""
+    randomize(model)
+    converted = convert(copy.deepcopy(model))
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes or ((6, 3, 4, 4),)]
+    original, new = step(copy.deepcopy(model), inputs), step(copy.deepcopy(converted), inputs)
+    assert list(new) == list(original)
+    terms = max(x.numel() for x in inputs)
+    for name, value in original.items():
+        # Two or three small layers, each of which may enlarge what rounding did by its gain, weight / std < 50.
+        error = (new[name] - value).abs().max() / max(1.0, float(value.abs().max()))
+        assert error < 50 * tolerance(np.float64, terms), name
+    return converted
+
+
+def fused(model: nn.Module) -> list[str]:
+    return [row.fused for row in explain(model).rows]
+
+
+def reasons(model: nn.Module) -> list[str]:
+    return [row.reason for row in explain(model).rows]
+
+
+# --- Whole networks ---------------------------------------------------------------------------------------------------
+
+EXPECTED = {
+    # The first layer and bn1 of each of 8 blocks go into ReLU. bn2 gets the residual and then ReLU. The 3 projections
+    # (where the stride is 2) end in their layer: the sum is in another module.
+    "resnet18": {"relu": 1 + 8, "residual, relu": 8, "": 3},
+    # The first, the last, and in 17 blocks the depthwise one; the widening one in the 16 blocks that widen. Each of
+    # the 17 narrowing ones is linear, that is what the paper is about.
+    "mobilenet_v2": {"relu6": 2 + 17 + 16, "": 17},
+    # BN-ReLU-Conv: one at the start, two in each of 6 + 12 + 24 + 16 = 58, one in each of 3 transitions, one at the
+    # end.
+    "densenet121": {"relu": 1 + 2 * 58 + 3 + 1},
+    # As in MobileNetV2, with 16 blocks of which 15 widen.
+    "efficientnet_b0": {"silu": 2 + 16 + 15, "": 16},
+    # Two in each block: 4 on the way down and 3 on the way up.
+    "unet3d": {"relu": 2 * (4 + 3)},
+    "mlp": {"relu": 3},
+}
+
+SMALL = {"unet3d": (2, 1, 16, 16, 16), "mlp": (16, 64)}
+"""Elsewhere 4 images of 64 x 64: the last layers still have 16 values per channel."""
+
+PARAMETERS = {"resnet18": 11_689_512, "mobilenet_v2": 3_504_872, "densenet121": 7_978_856, "efficientnet_b0": 5_288_548}
+"""With 1000 classes, as the papers' implementations have them."""
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_networks_are_those_of_the_papers(name: str) -> None:
+    assert sum(p.numel() for p in MODELS[name].build(num_classes=1000).parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_networks(name: str, fused_calls: list[str]) -> None:
+    model = randomize(MODELS[name].build())
+    for module in model.modules():  # drawn anew in every call
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if name == "mlp":
+        model.dropout = 0.0  # type: ignore[assignment]
+    x = torch.randn(SMALL.get(name, (4, 3, 64, 64)), dtype=torch.float64)
+    dy = torch.randn_like(model(x))
+    converted = convert(copy.deepcopy(model))
+
+    # What the report says is what the source of the network says, and what happens.
+    assert Counter(fused(converted)) == EXPECTED[name]
+    fused_calls.clear()
+    copy.deepcopy(converted)(x)
+    assert Counter(fused_calls) == {what: count for what, count in EXPECTED[name].items() if what}
+
+    # The samples in another order, that is all the same numbers in other sums, show what rounding does here.
+    order = torch.arange(len(x)).roll(1)
+    original, new = step(copy.deepcopy(model), [x], dy), step(converted, [x], dy)
+    other = step(copy.deepcopy(model), [x[order]], dy[order])
+    layers = len(explain(converted).rows)
+    for key, value in original.items():
+        reordered = other[key][order.argsort()] if key.startswith(("y", "grad of input")) else other[key]
+        rounding = (reordered - value).abs().max() + layers * tolerance(np.float64) * value.abs().max()
+        assert (new[key] - value).abs().max() <= 16 * rounding, key
+
+
+def test_dropout_draws_the_same_numbers() -> None:
+    model, x = MODELS["mlp"].build(), torch.randn(16, 64)
+    converted = convert(copy.deepcopy(model))
+    for training in (True, False):
+        outputs = []
+        for network in (model.train(training), converted.train(training)):
+            torch.manual_seed(1)
+            outputs.append(network(x))
+        torch.testing.assert_close(*outputs)
+
+
+# --- The model stays what it is ---------------------------------------------------------------------------------------
+
+
+def sequential(activation: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), activation or nn.ReLU(inplace=True))
+
+
+class Block(nn.Module):
+    """As in a residual network."""
+
+    def __init__(self, shortcut: nn.Module | None = None, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.shortcut is not None:
+            identity = self.shortcut(x)
+        out += identity
+        return self.relu(out)
+
+
+def projection() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+
+def everything_of(model: nn.Module) -> list[Any]:
+    tensors = [(name, id(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
+    inside = ("_parameters", "_buffers", "_modules")
+    modules = [
+        (name, type(module), {key: value for key, value in vars(module).items() if key not in inside})
+        for name, module in model.named_modules()
+    ]
+    return [*modules, *tensors]
+
+
+def test_convert_then_revert_is_the_identity() -> None:
+    model = MODELS["resnet18"].build()
+    x = torch.randn(2, 3, 32, 32)
+    before, y = everything_of(model), copy.deepcopy(model)(x)
+    assert convert(model) is model
+    assert everything_of(model) != before
+    assert revert(model) is model
+    assert everything_of(model) == before
+    assert torch.equal(model(x), y)
+
+
+def test_state_dicts_go_either_way() -> None:
+    model, converted = Block(projection()), convert(Block(projection()))
+    assert list(converted.state_dict()) == list(model.state_dict())
+    converted.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(converted.state_dict(), strict=True)
+    assert [name for name, _ in converted.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+def test_classes_keep_their_names_and_bases() -> None:
+    block = convert(Block())
+    assert isinstance(block, Block)
+    assert type(block).__name__ == "Block"
+    assert type(block).__qualname__ == Block.__qualname__
+    assert type(block).__module__ == Block.__module__
+    assert repr(block) == repr(Block())
+    assert isinstance(convert(sequential()), nn.Sequential)
+    assert type(convert(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))) is nn.Sequential
+
+
+def test_twice_is_once() -> None:
+    model = convert(MODELS["resnet18"].build())
+    before = everything_of(model)
+    assert everything_of(convert(model)) == before
+    assert everything_of(convert(convert(model, fuse=False))) == before
+
+
+def test_parameters_stay_what_they_are() -> None:
+    model = Block()
+    model.bn1.weight.requires_grad_(False)
+    model.bn2.to(torch.bfloat16).eval()
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    convert(model)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert set(buffers) <= set(model.buffers())
+    assert not model.bn1.weight.requires_grad
+    assert model.bn1.bias.requires_grad
+    assert model.bn2.weight.dtype is torch.bfloat16
+    assert model.bn1.training
+    assert not model.bn2.training
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+def test_frozen_parameters(frozen: str) -> None:
+    model = Block(projection())
+    for name, parameter in model.named_parameters():
+        if "bn" in name and (frozen == "both" or name.endswith(frozen)):
+            parameter.requires_grad_(False)
+    assert fused(assert_same(model)) == ["relu", "residual, relu", ""]
+
+
+def test_an_optimizer_made_before_goes_on() -> None:
+    model, x = randomize(Block()), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    other = copy.deepcopy(model)
+    for network, change in ((model, lambda m: m), (other, convert)):
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+        for i in range(3):
+            if i == 1:
+                change(network)
+            optimizer.zero_grad()
+            network(x).square().sum().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), saved])
+@pytest.mark.parametrize("build", [Block, MODELS["resnet18"].build, MODELS["mobilenet_v2"].build])
+def test_copies(build: Callable[[], nn.Module], duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = convert(build())
+    other = duplicate(model)
+    assert type(other) is type(model)
+    assert explain(other) == explain(model)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x)) or build is not Block  # elsewhere dropout
+    if duplicate is not copy.copy:  # of which both have the same layers
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        assert other(x).isfinite().all()
+        revert(other)
+        assert type(other) is type(revert(model))
+
+
+def test_a_replica_uses_its_own_parameters() -> None:
+    block = convert(Block()).eval()  # type: ignore[no-untyped-call]
+    replica = block._replicate_for_data_parallel()
+    for name, child in block.named_children():
+        child = child._replicate_for_data_parallel()
+        for key, parameter in block.get_submodule(name).named_parameters():
+            setattr(child, key, torch.zeros_like(parameter))
+        replica._modules[name] = child
+    assert not replica(torch.zeros(1, 3, 4, 4)).any()
+    assert block(torch.zeros(1, 3, 4, 4)).any()
+
+
+def test_wrapped_models() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    for wrap in (nn.DataParallel, nn.Sequential, lambda m: nn.ModuleDict({"model": m})):
+        assert fused(convert(wrap(Block()))) == ["relu", "residual, relu"]
+    torch.testing.assert_close(convert(nn.DataParallel(Block().eval()))(x).shape, x.shape)
+
+
+def test_a_model_that_is_a_layer() -> None:
+    layer = nn.BatchNorm1d(3, momentum=None)
+    x = torch.randn(5, 3)
+    y = copy.deepcopy(layer)(x)
+    assert type(convert(layer)) is BatchNorm1d
+    torch.testing.assert_close(layer(x), y)
+    assert reasons(layer) == ["nothing calls it"]
+    assert type(revert(layer)) is nn.BatchNorm1d
+    assert not hasattr(layer, "activation")
+    assert "num_batches_skipped" not in dict(layer.named_buffers())
+
+
+def test_lazy_layers() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    other = convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU()))
+    assert type(other[1]) is LazyBatchNorm2d
+    x = torch.randn(3, 2, 6, 6)
+    for network in (model, other):
+        torch.manual_seed(1)
+        network(x)
+    assert type(other[1]) is BatchNorm2d
+    assert fused(other) == ["relu"]
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x))
+    assert type(revert(convert(nn.LazyBatchNorm2d()))) is nn.LazyBatchNorm2d
+
+
+def test_statistics_are_given_to_every_layer() -> None:
+    model = convert(Block(projection()), statistics=RunningStatistics())
+    assert {m.statistics for m in model.modules() if isinstance(m, BatchNorm2d)} == {RunningStatistics()}
+    assert {m.statistics for m in convert(model).modules() if isinstance(m, BatchNorm2d)} == {RunningStatistics()}
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model.train()(x), model.eval()(x))
+    with pytest.raises(TypeError, match="statistics"):
+        convert(model, statistics="running")  # type: ignore[arg-type]
+
+
+def test_a_layer_with_an_activation_of_its_own() -> None:
+    model = nn.Sequential(BatchNorm2d(3, activation="relu"), nn.ReLU(), BatchNorm2d(3))
+    convert(model)
+    assert reasons(model)[0] == "has an activation of its own"
+    revert(model)
+    assert [type(layer) for layer in model] == [BatchNorm2d, nn.ReLU, nn.BatchNorm2d]
+
+
+# --- What is left alone -----------------------------------------------------------------------------------------------
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def test_other_layers_are_left_alone() -> None:
+    replaced = nn.BatchNorm2d(3)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    parametrized = nn.BatchNorm2d(3)
+    register_parametrization(parametrized, "weight", nn.Identity())
+    for layer, reason in (
+        (nn.SyncBatchNorm(3), "its statistics are those of all processes"),
+        (Shifted(3), "Shifted is not PyTorch's own class, and may compute something else"),
+        (replaced, "its forward has been replaced"),
+        (parametrized, "ParametrizedBatchNorm2d is not PyTorch's own class, and may compute something else"),
+    ):
+        kind = type(layer)
+        model = convert(nn.Sequential(layer, nn.ReLU()))
+        assert type(layer) is kind
+        assert not explain(model).rows[0].converted
+        assert reasons(model) == [reason]
+    assert reasons(nn.Sequential(nn.BatchNorm2d(3))) == ["not converted"]
+    assert reasons(convert(sequential(), fuse=False)) == ["convert was told not to fuse"]
+    assert fused(assert_same(nn.Sequential(Shifted(3), nn.ReLU()))) == [""]
+
+
+@pytest.mark.parametrize(
+    ("follower", "reason"),
+    [
+        (nn.GELU(approximate="tanh"), "GELU(approximate='tanh'): what follows has no kernel"),
+        (nn.Softplus(), "Softplus(beta=1.0, threshold=20.0): what follows has no kernel"),
+        (nn.Conv2d(5, 5, 1), "followed by Conv2d"),
+        (nn.Identity(), "followed by Identity"),
+    ],
+)
+def test_what_has_no_kernel(follower: nn.Module, reason: str) -> None:
+    assert reasons(assert_same(sequential(follower))) == [reason]
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(inplace=True),
+    "leaky_relu(0.2)": nn.LeakyReLU(0.2, inplace=True),
+    "silu": nn.SiLU(),
+    "hardswish": nn.Hardswish(),
+    "elu(1.5)": nn.ELU(1.5),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+    "gelu": nn.GELU(),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation(name: str) -> None:
+    assert fused(assert_same(sequential(ACTIVATIONS[name]))) == [name]
+
+
+FUNCTIONAL = {
+    "relu": ["F.relu(self.bn(x))", "F.relu(self.bn(x), inplace=True)", "torch.relu(self.bn(x))", "self.bn(x).relu()",
+             "self.bn(x).relu_()", "torch.nn.functional.relu_(self.bn(x))", "self.function(self.bn(x))"],
+    "relu6": ["F.relu6(self.bn(x), True)"],
+    "leaky_relu": ["F.leaky_relu(self.bn(x))"],
+    "leaky_relu(0.2)": ["F.leaky_relu(self.bn(x), 0.2)", "F.leaky_relu(self.bn(x), negative_slope=self.slope)",
+                        "F.leaky_relu_(self.bn(x), 0.2)"],
+    "elu(1.5)": ["F.elu(self.bn(x), alpha=1.5, inplace=True)"],
+    "silu": ["F.silu(self.bn(x))"],
+    "hardswish": ["F.hardswish(self.bn(x))"],
+    "sigmoid": ["torch.sigmoid(self.bn(x))", "F.sigmoid(self.bn(x))", "self.bn(x).sigmoid()"],
+    "tanh": ["torch.tanh(self.bn(x))", "self.bn(x).tanh_()"],
+    "gelu": ["F.gelu(self.bn(x))", "F.gelu(self.bn(x), approximate='none')"],
+    "": ["F.gelu(self.bn(x), approximate='tanh')", "F.mish(self.bn(x))", "F.relu(self.bn(x), *[True])",
+         "F.softplus(self.bn(x), 1.0)", "F.relu(input=self.bn(x))", "torch.tanh(self.bn(x).abs())"],
+}  # fmt: skip
+
+
+def load(source: str, folder: Path) -> dict[str, Any]:
+    """Import a source as a module of its own, from a file."""
+    path = folder / "network.py"
+    path.write_text("import torch\nimport torch.nn.functional as F\nfrom torch import nn\n\n" + source)
+    spec = importlib.util.spec_from_file_location("network", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+@pytest.mark.parametrize(("name", "expression"), [(name, e) for name, all_ in FUNCTIONAL.items() for e in all_])
+def test_every_function(name: str, expression: str, tmp_path: Path) -> None:
+    source = f"""
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.slope = 0.2
+        self.function = F.relu
+
+    def forward(self, x):
+        return {expression}
+"""
+    assert fused(assert_same(load(source, tmp_path)["Network"]())) == [name]
