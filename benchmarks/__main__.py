@@ -41,13 +41,10 @@ class Settings(NamedTuple):
     quick: bool
     compiled: bool
     others: bool
+    seeds: int
 
     def seconds(self, seconds: float) -> float:
         return 0.0 if self.quick else seconds
-
-    @property
-    def seeds(self) -> int:
-        return 1 if self.quick else 3
 
 
 def _layers(mode: layers.Mode, seconds: float, settings: Settings) -> tuple[int, Iterable[Sequence[Record]]]:
@@ -61,7 +58,7 @@ SUBJECTS = len(list(subjects()))
 BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]]]]] = {
     Name.LAYERS: lambda s: _layers("training", 1.0, s),
     Name.EVAL: lambda s: _layers("evaluation", 0.4, s),
-    Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(5.0), s.quick)),
+    Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(4.0), s.quick)),
     Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(1.5), s.quick)),
     Name.MEMORY: lambda s: (SUBJECTS, memory.run(s.quick)),
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
@@ -87,13 +84,14 @@ def main(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Layers against torch.compile too; slow.")] = False,
     others: Annotated[bool, typer.Option("--jax", help="Layers against JAX and TensorFlow, where installed.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Of gradients and losses.")] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Where README.md and results/ go. [default: benchmarks; build/bench if quick]")
     ] = None,
 ) -> None:
     """Measure this package against PyTorch on this machine."""
     check(compiled, others)
-    settings = Settings(quick, compiled, others)
+    settings = Settings(quick, compiled, others, 1 if quick else seeds)
     out = out or (HERE.parent / "build/bench" if quick else HERE)
     sources = environment() | {"commit": commit()}
     console = Console()

@@ -55,6 +55,7 @@ def measure(subject: Subject, candidate: str, quick: bool) -> int:
     model = subject.build()
     step = stepper(convert(model) if candidate == "converted" else model)
     step(x, target)
+    model.zero_grad()
     before = _held()
     step(x, target)
     return _peak() - before

@@ -1,20 +1,13 @@
 """What is found in the source of a method, what is left alone there, and that what it computes stays the same."""
 
-import copy
-import importlib.util
-import random
 import textwrap
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_torch_convert import assert_same, fused, load, randomize, reasons, step
-from torch import Tensor, nn
+from test_torch_convert import assert_same, load, watch_calls
+from torch import nn
 
-from batchnorm.torch import fuse
-from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
 
 NETWORK = """
@@ -464,15 +457,20 @@ def test_what_is_left_alone(case: str, tmp_path: Path) -> None:
     assert {row.name: row.fused for row in explain(converted).rows if row.fused} == expected
 
 
-def test_a_layer_does_not_wait_if_its_input_is_not_its_own(tmp_path: Path, fused_calls: list[str]) -> None:
+def test_a_layer_waits_only_if_its_input_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = """
 out = self.bn(self.same(x))
 out += self.changing(x)
 return F.relu(out)
 """
     model = network(body, tmp_path)
+    calls = watch_calls(monkeypatch)
     assert_same(model)
-    assert not fused_calls
+    assert not calls
     model.same = model.conv
     assert_same(model)
-    assert fused_calls
+    assert calls
+    calls.clear()
+    model.same.register_forward_hook(lambda module, args, y: args[0])
+    assert_same(model)
+    assert not calls
