@@ -14,6 +14,7 @@ from benchmarks.models import MODELS
 from cases import tolerance
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import register_parametrization
 
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, LazyBatchNorm2d, RunningStatistics, fuse
@@ -471,3 +472,300 @@ class Network(nn.Module):
         return {expression}
 """
     assert fused(assert_same(load(source, tmp_path)["Network"]())) == [name]
+
+
+# --- What is decided at each call -------------------------------------------------------------------------------------
+
+HOOKS = {
+    "forward": lambda module, seen: module.register_forward_hook(lambda m, args, y: seen.append(y.detach().clone())),
+    "before": lambda module, seen: module.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())),
+    "backward": lambda module, seen: module.register_full_backward_hook(lambda m, dx, dy: seen.append(dy[0].clone())),
+    "changes the output": lambda module, seen: module.register_forward_hook(lambda m, args, y: seen.append(y) or 2 * y),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("where", ["bn1", "bn2", "relu", "conv2"])
+def test_hooks_see_what_they_always_saw(hook: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block(projection())
+    block.relu.inplace = False  # PyTorch allows no backward hook on what is changed in place
+    randomize(block)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    calls = watch_calls(monkeypatch)
+    seen: list[list[Tensor]] = []
+    for model in (copy.deepcopy(block), convert(copy.deepcopy(block))):
+        seen.append([])
+        handle = HOOKS[hook](model.get_submodule(where), seen[-1])
+        if (hook, where) == ("backward", "bn2"):  # PyTorch allows no in-place addition to what has such a hook
+            with pytest.raises(RuntimeError, match="modified inplace"):
+                model(x)
+        else:
+            model(x).square().sum().backward()
+        handle.remove()
+    torch.testing.assert_close(seen[0], seen[1])
+    # The layer that waits for its residual has to know that no one else takes its input, so a hook there is in the way.
+    between = {"bn1": ["residual, relu"], "bn2": ["relu"], "relu": [], "conv2": ["relu"]}
+    assert calls == between[where]
+    model(x)
+    assert calls == [*between[where], "relu", "residual, relu"]
+
+
+def test_hooks_are_told_of() -> None:
+    block, row = convert(Block()), convert(sequential())
+    block.relu.register_forward_hook(lambda module, args, y: None)
+    row[1].register_forward_hook(lambda module, args, y: None)
+    assert reasons(block) == ["ReLU(inplace=True): what follows has hooks"] * 2
+    assert reasons(row) == ["has hooks"]
+
+
+def test_hooks_on_all_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watch_calls(monkeypatch)
+    names: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: names.append(type(module).__name__))
+    try:
+        convert(Block())(torch.randn(4, 3, 5, 5))
+    finally:
+        handle.remove()
+    assert names == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d", "ReLU", "Block"]
+    assert not calls
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+class Number(nn.Module):
+    def forward(self, x: Tensor) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("shortcut", [Mean(), Halved(), Number()])
+def test_residuals_that_do_not_fit_are_added_as_before(shortcut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watch_calls(monkeypatch)
+    assert_same(Block(shortcut))
+    assert set(calls) == {"relu"}
+
+
+def test_modules_that_are_exchanged_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watch_calls(monkeypatch)
+    x = torch.randn(4, 3, 5, 5)
+    for name, module, expected in (
+        ("relu", nn.SiLU(), ["silu", "residual, silu"]),
+        ("relu", nn.GELU(approximate="tanh"), []),
+        ("relu", nn.ReLU(), ["relu", "residual, relu"]),
+        ("bn1", nn.Identity(), ["residual, relu"]),
+        ("bn1", BatchNorm2d(3, activation="sigmoid"), ["residual, relu"]),
+        ("conv2", nn.Identity(), ["relu"]),  # what it returns is not its own, so the layer behind it does not wait
+        ("shortcut", projection(), ["relu", "residual, relu"]),
+        ("bn2", nn.SyncBatchNorm(3).eval(), ["relu"]),
+    ):
+        block = Block()
+        converted = convert(copy.deepcopy(block))
+        setattr(block, name, module)
+        setattr(converted, name, copy.deepcopy(module))
+        calls.clear()
+        torch.testing.assert_close(converted(x), block(x))
+        assert calls == expected
+
+
+def test_sequences_that_are_changed_later() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
+    converted = convert(copy.deepcopy(model))
+    x = torch.randn(5, 3)
+    for change in (
+        lambda m: m.append(nn.Tanh()),
+        lambda m: m.insert(2, nn.Tanh()),
+        lambda m: m.__delitem__(0),
+        lambda m: m.__setitem__(1, nn.Identity()),
+    ):
+        change(model)
+        change(converted)
+        torch.testing.assert_close(converted(x), model(x))
+        torch.testing.assert_close(converted[:2](x), model[:2](x))
+    with pytest.raises(TypeError):
+        convert(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), None))(x)
+
+
+def test_flags_are_read_at_every_call() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+            self.activate = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(x)
+            if not self.activate:
+                return x
+            return self.bn(x).relu() if self.training else torch.sigmoid(self.bn(x))
+
+    model = Chosen()
+    converted = convert(copy.deepcopy(model))
+    for training in (True, False):
+        for activate in (True, False):
+            x = torch.randn(4, 3, 5, 5)
+            outputs = []
+            for m in (model, converted):
+                m.activate = activate
+                outputs.append(m.train(training)(x))
+            torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("build", [Block, sequential])
+def test_compiled_without_a_break(build: Callable[[], nn.Module]) -> None:
+    model, x = convert(build()), torch.randn(4, 3, 5, 5)
+    other = copy.deepcopy(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+
+
+def test_mixed_precision() -> None:
+    model, x = Block(projection()), torch.randn(4, 3, 5, 5)
+    converted = convert(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(converted(x), model(x), atol=0.05, rtol=0.05)
+
+
+def test_functional_calls() -> None:
+    block = convert(randomize(Block()))
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    doubled = {name: 2 * value for name, value in block.state_dict().items()}
+    expected = copy.deepcopy(block)
+    expected.load_state_dict(doubled)
+    torch.testing.assert_close(torch.func.functional_call(block, doubled, x), expected(x))
+
+
+# --- How modules are put together -------------------------------------------------------------------------------------
+
+
+def test_one_activation_for_several_layers() -> None:
+    relu = nn.ReLU(inplace=True)
+    row = nn.Sequential(nn.BatchNorm2d(3), relu, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), relu, nn.BatchNorm2d(3))
+    assert fused(assert_same(row)) == ["relu", "relu", ""]
+    block = Block()
+    block.another = block.relu
+    assert fused(assert_same(block)) == ["relu", "residual, relu"]
+
+
+def test_one_layer_at_several_places() -> None:
+    bn = nn.BatchNorm2d(3)
+    model = nn.Sequential(bn, nn.ReLU(), nn.Conv2d(3, 3, 1), bn, nn.ReLU())
+    assert reasons(assert_same(model)) == ["at several places in the model"]
+    block = Block()
+    block.shortcut = nn.Sequential(nn.Conv2d(3, 3, 1), block.bn2)
+    assert reasons(assert_same(block)) == ["", "at several places in the model"]
+
+
+class Named(nn.Sequential):
+    """As torchvision's `ConvNormActivation`."""
+
+
+class Backwards(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in reversed(self):
+            x = module(x)
+        return x
+
+
+def test_sequences() -> None:
+    inner = Named(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU6())
+    model = nn.Sequential(inner, nn.Sequential(nn.BatchNorm2d(3)), nn.ReLU(), nn.BatchNorm2d(3), nn.Sigmoid())
+    converted = assert_same(model)
+    assert fused(converted) == ["relu6", "", "sigmoid"]
+    assert reasons(converted)[1] == "the last of its Sequential"
+    assert type(converted[0]).__name__ == "Named"
+    converted = assert_same(Backwards(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)))
+    assert type(converted) is Backwards
+    assert fused(converted) == ["", ""]
+
+
+class Row(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_lists_that_are_called_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watch_calls(monkeypatch)
+    model = Row(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.SiLU(), nn.Linear(4, 2), nn.BatchNorm1d(2))
+    converted = assert_same(model, (6, 3))
+    assert fused(converted) == ["silu", ""]
+    assert reasons(converted)[1] == "the last of its ModuleList"
+    assert set(calls) == {"silu"}
+    converted.layers.append(nn.Tanh().double())
+    assert fused(converted) == ["silu", "tanh"]
+
+
+def test_a_list_that_is_not_called_in_a_row() -> None:
+    class Collecting(Row):
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = []
+            for layer in self.layers:
+                x = layer(x)
+                outputs.append(x.clone())
+            return torch.stack(outputs).sum(0)
+
+    assert fused(assert_same(Collecting(nn.BatchNorm1d(3), nn.ReLU()), (6, 3))) == [""]
+
+
+class Features(nn.Module):
+    """The members of a sequence, one by one, from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.body(x)
+        for module in self.body:
+            x = module(x)
+            total = total + x
+        return total + self.body[1](x)
+
+
+def test_members_of_a_sequence_may_be_called_by_others() -> None:
+    assert_same(Features())
+
+
+def test_parametrized_modules() -> None:
+    block = Block()
+    parametrizations.weight_norm(block.conv2)
+    parametrizations.spectral_norm(block.conv1)
+    block.eval()  # spectral norm iterates in training
+    converted = convert(copy.deepcopy(block))
+    assert fused(converted) == ["relu", "residual, relu"]
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(converted(x), block(x))
+
+    block = Block()
+    block.scale = nn.Parameter(torch.ones(3))
+    register_parametrization(block, "scale", nn.Identity())
+    kind = type(block)
+    assert reasons(convert(block))[0] == "this ParametrizedBlock is parametrized, which has changed its class"
+    assert type(block) is kind
+
+    block = convert(Block())
+    block.scale = nn.Parameter(torch.ones(3))
+    register_parametrization(block, "scale", nn.Identity())
+    x = torch.randn(4, 3, 5, 5)
+    expected = block(x)
+    torch.testing.assert_close(revert(block)(x), expected)  # ours is below a class that is not ours: it stays
+
+
+def test_a_forward_that_was_replaced() -> None:
+    block = Block()
+    block.forward = lambda x: block.relu(block.bn1(x))
+    assert reasons(convert(block)) == ["the forward of this Block has been replaced"] * 2

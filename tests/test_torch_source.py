@@ -1,13 +1,25 @@
 """What is found in the source of a method, what is left alone there, and that what it computes stays the same."""
 
+import copy
+import inspect
+import itertools
+import linecache
+import pickle
+import random
+import sys
 import textwrap
+import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_torch_convert import assert_same, load, watch_calls
-from torch import nn
+import torch
+from test_torch_convert import assert_same, fused, load, randomize, reasons, watch_calls
+from torch import Tensor, nn
 
+from batchnorm.torch import rewrite
+from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
 
 NETWORK = """
@@ -24,6 +36,7 @@ class Network(nn.Module):
         self.shortcut = shortcut
         self.same = nn.Identity()
         self.changing = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1))
+        self.inner = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(3))
         self.flag = True
         self.slope = 0.2
 
@@ -474,3 +487,312 @@ return F.relu(out)
     model.same.register_forward_hook(lambda module, args, y: args[0])
     assert_same(model)
     assert not calls
+
+
+# --- Classes and files ------------------------------------------------------------------------------------------------
+
+KINDS = """
+import abc
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.bn(x))
+
+class Plain(Base): pass
+class Abstract(abc.ABC, Base): pass
+class Slots(Base): __slots__ = ("a", "b")
+class Of(Base, Generic[T]): pass
+
+class Super(Base):
+    def forward(self, x, *, scale=2, **more):
+        '''It has
+            more than one line.
+        '''
+        return super().forward(x) * scale + self.act(self.bn(x))
+
+class Private(Base):
+    __constant = 2
+
+    def forward(self, x):
+        return F.silu(self.bn(x)) * self.__constant
+
+class Delegating(Base):
+    def forward(self, x):
+        return self._forward(x)
+
+    def _forward(this, x):
+        return this.act(this.bn(x))
+
+def made(scale, default=[1]):
+    class Made(Base):
+        def forward(self, x, times=default[0]):
+            return self.act(self.bn(x)) * scale * times
+    return Made
+
+Closure = made(3)
+
+def unchanged(function):
+    function.marked = True
+    return function
+
+class Marked(Base):
+    @unchanged
+    def forward(self, x: "torch.Tensor") -> "torch.Tensor":
+        return self.act(self.bn(x))
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", ["Plain", "Abstract", "Slots", "Of", "Super", "Private", "Delegating", "Closure", "Marked"]
+)
+def test_kinds_of_classes(kind: str, tmp_path: Path) -> None:
+    original = load(KINDS, tmp_path)[kind]
+    converted = assert_same(original())
+    assert fused(converted) == ["silu"]
+    assert inspect.signature(type(converted).forward) == inspect.signature(original.forward)
+    assert type(converted).forward.__doc__ == original.forward.__doc__
+    assert vars(type(converted).forward).get("marked") == vars(original.forward).get("marked")
+    assert type(revert(converted)) is original
+
+
+UNUSUAL = """
+import functools
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return F.silu(self.bn(x))
+
+class Registered(Base):
+    known = []
+    def __init_subclass__(cls):
+        cls.known.append(cls)
+
+class Pickled(Base):
+    def __reduce_ex__(self, protocol):
+        return super().__reduce_ex__(protocol)
+
+class Meta(type):
+    def __call__(cls, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+    def __new__(meta, name, bases, namespace, *, needed):
+        return super().__new__(meta, name, bases, namespace)
+    def __init__(cls, name, bases, namespace, *, needed): pass
+
+class Demanding(Base, metaclass=Meta, needed=True): pass
+
+def double(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return 2 * function(*args, **kwargs)
+    return wrapper
+
+class Decorated(Base):
+    @double
+    def forward(self, x):
+        return F.silu(self.bn(x))
+
+class Executed(Base):
+    exec("def forward(self, x): return F.silu(self.bn(x))")
+
+class Lambda(Base):
+    forward = lambda self, x: F.silu(self.bn(x))
+"""
+
+UNUSUAL_REASONS = {
+    "Registered": "Registered takes note of its subclasses",
+    "Pickled": "Pickled is pickled in a way of its own",
+    "Demanding": "Demanding cannot have a subclass: ",
+    "Decorated": "Decorated does not call it and then, with nothing else in between, an activation",
+    "Executed": "the source of Executed.forward is not to be had",
+    "Lambda": "Lambda does not call it and then, with nothing else in between, an activation",
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL_REASONS)
+def test_classes_that_are_left_alone(kind: str, tmp_path: Path) -> None:
+    known = load(UNUSUAL, tmp_path)
+    converted = assert_same(known[kind]())
+    assert reasons(converted)[0].startswith(UNUSUAL_REASONS[kind])
+    assert type(converted) is known[kind]
+    assert not known["Registered"].known
+
+
+def test_a_file_that_has_changed(tmp_path: Path) -> None:
+    source = NETWORK.replace("{body}", "        return F.relu(self.bn(x))")
+    kind = load(source, tmp_path)["Network"]
+    (tmp_path / "network.py").write_text((tmp_path / "network.py").read_text().replace("F.relu", "F.silu"))
+    assert reasons(assert_same(kind()))[0] == "the source of Network.forward is not to be had"
+
+
+def test_a_file_that_has_gone(tmp_path: Path) -> None:
+    kind = load(NETWORK.replace("{body}", "        return F.relu(self.bn(x))"), tmp_path)["Network"]
+    (tmp_path / "network.py").unlink()
+    linecache.clearcache()
+    assert not any(fused(assert_same(kind())))
+
+
+def test_a_copy_that_is_loaded_without_its_source_runs_as_it_is(tmp_path: Path, monkeypatch: Any) -> None:
+    known = load(NETWORK.replace("{body}", "        return F.relu(self.bn(x))"), tmp_path)
+    monkeypatch.setitem(sys.modules, "network", types.SimpleNamespace(**known))
+    model = convert(known["Network"]())
+    data = pickle.dumps(model)
+    (tmp_path / "network.py").unlink()
+    linecache.clearcache()
+    rewrite._rewrite.cache_clear()
+    loaded = pickle.loads(data)
+    assert type(loaded) is known["Network"]
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_errors_are_on_the_lines_of_the_file(tmp_path: Path) -> None:
+    body = """
+out = self.relu(self.bn(self.conv(x)))
+out = self.bn2(self.conv2(out))
+if self.shortcut is not None:
+    x = self.shortcut(x)
+out += x
+out = self.relu(out)
+return out + self.missing
+"""
+    model = network(body, tmp_path)
+    errors = []
+    for m in (model, convert(copy.deepcopy(model))):
+        with pytest.raises(AttributeError) as caught:
+            m(torch.randn(4, 3, 5, 5))
+        errors.append(traceback.extract_tb(caught.tb)[-2])  # the last is PyTorch's own
+    assert errors[0].filename == str(tmp_path / "network.py")
+    for part in ("filename", "lineno", "colno", "end_colno", "name", "line"):
+        assert getattr(errors[0], part) == getattr(errors[1], part)
+
+
+# --- Any program ------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A random method: idioms, and anything around them that could make them wrong."""
+
+    LAYERS = ("self.bn", "self.bn2", "self.bns[0]", "self.bns[1]")
+    CALLED = ("self.conv", "self.conv2", "self.same", "self.changing", "self.inner", "self.helper")
+    TESTS = ("self.training", "self.flag", "x.sum() > 0")
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.names = ["x", "a"]
+        lines = ["a = x * 1.5", *self.suite(self.random.randrange(2, 7))]
+        self.source = "\n".join([*lines, f"return {' + '.join(self.random.sample(self.names, 2))}"])
+
+    def name(self, new: bool = False) -> str:
+        name = self.random.choice("xabcd") if new else self.random.choice(self.names)
+        if name not in self.names:
+            self.names.append(name)
+        return name
+
+    def expression(self, depth: int) -> str:
+        if depth == 0 or self.random.random() < 0.15:
+            return self.name()
+        e = self.expression(depth - 1)
+        forms = [
+            f"{self.random.choice(self.LAYERS)}({e})",
+            f"{self.random.choice(self.LAYERS)}({self.random.choice(self.CALLED)}({e}))",
+            f"{self.random.choice(self.CALLED)}({e})",
+            *(f"self.relu({e})", f"F.silu({e})", f"F.relu({e}, inplace=True)", f"{e}.relu_()", f"{e}.mul_(0.5)"),
+            *[f"({e} + {self.expression(depth - 1)})"] * 3,
+            f"torch.add({e}, {self.expression(depth - 1)})",
+        ]
+        return self.random.choice(forms)
+
+    def idiom(self) -> list[str]:
+        conv, layer = self.random.choice(self.CALLED[:3]), self.random.choice(self.LAYERS)
+        source, value, test = self.name(), self.name(new=True), self.random.choice(self.TESTS)
+        lines = [f"{value} = {conv}({source})", f"{value} = {layer}({value})"]
+        if self.random.random() < 0.5:
+            lines += [f"if {test}:", f"    {self.name()} = {self.random.choice(self.CALLED)}({self.name()})"]
+        if self.random.random() < 0.8:
+            r = self.random.choice([self.name(), f"{self.random.choice(self.CALLED)}({self.name()})"])
+            sums = [f"{value} += {r}", f"{value} = {value} + {r}", f"{value} = {r} + {value}", f"{value}.add_({r})"]
+            lines.append(self.random.choice(sums))
+        result = value if self.random.random() < 0.5 else self.name(new=True)
+        forms = [
+            f"self.relu({value})",
+            f"{value}.relu()",
+            f"self.conv2(F.silu({value}))",
+            f"F.relu({value}) + {source}",
+        ]
+        lines.append(f"{result} = {self.random.choice(forms)}")
+        return [*lines, f"{self.name()}.mul_(0.5)"] if self.random.random() < 0.3 else lines
+
+    def suite(self, length: int, depth: int = 0) -> list[str]:
+        lines: list[str] = []
+        for _ in range(length):
+            kind = self.random.random()
+            if kind < 0.25:
+                lines += self.idiom()
+            elif kind < 0.6:
+                value = self.expression(self.random.randrange(1, 5))
+                lines.append(f"{self.name(new=True)} = {value}")
+            elif kind < 0.8:
+                lines.append(f"{self.name()} += {self.expression(self.random.randrange(3))}")
+            elif depth < 2:
+                before = list(self.names)
+                inside = self.suite(self.random.randrange(1, 4), depth + 1)
+                self.names = before  # what is assigned there may not be
+                head = self.random.choice([*(f"if {test}:" for test in self.TESTS), "for i in range(2):"])
+                lines += [head, *(f"    {line}" for line in inside)]
+        return lines or ["pass"]
+
+
+def run(model: nn.Module, training: bool, backward: bool) -> list[Tensor] | str:
+    """What a call leaves behind; or where PyTorch stops it, because something is changed in place that it needs."""
+    model = copy.deepcopy(model).train(training)
+    leaf = torch.randn(6, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    leaf.requires_grad_(backward)
+    try:
+        with torch.set_grad_enabled(backward):
+            y = model(leaf * 1.0)
+    except RuntimeError:
+        return "forward"
+    seen = [y.detach().clone(), *model.state_dict().values()]
+    if backward:
+        try:
+            y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape))
+        except RuntimeError:
+            return "backward"
+        seen += [torch.zeros(()) if p.grad is None else p.grad for p in (leaf, *model.parameters())]
+    return seen
+
+
+@pytest.mark.parametrize("seeds", range(4))
+def test_any_program(seeds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, compared = watch_calls(monkeypatch), 0
+    for seed in range(20 * seeds, 20 * (seeds + 1)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        program = Program(seed).source
+        model = randomize(network(program, folder))
+        model.relu.inplace, model.flag = seed % 2 == 0, seed % 3 == 0
+        converted = convert(copy.deepcopy(model))
+        for training, backward in itertools.product((True, False), (True, False)):
+            expected = run(model, training, backward)
+            if isinstance(expected, str):
+                continue
+            seen = run(converted, training, backward)
+            assert not isinstance(seen, str), f"{seen}:\n{program}"
+            compared += 1
+            for a, b in zip(expected, seen, strict=True):
+                scale = max(1.0, float(a.abs().max()))
+                torch.testing.assert_close(b / scale, a / scale, atol=1e-6, rtol=0, equal_nan=True, msg=program)
+    assert compared > 30
+    assert len(calls) > 10
