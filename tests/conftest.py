@@ -7,3 +7,4 @@ def kernels_for_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from batchnorm.torch import functional
 
     monkeypatch.setattr(functional, "SMALL", 0)
+    monkeypatch.setattr(functional, "SMALL_EVALUATION", 0)

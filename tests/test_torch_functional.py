@@ -43,6 +43,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Each of the three ways to the answer."""
     if request.param == "one operation":
         monkeypatch.setattr(functional, "SMALL", 1 << 62)
+        monkeypatch.setattr(functional, "SMALL_EVALUATION", 1 << 62)
     if request.param == "composed":
         monkeypatch.setattr(functional, "_takes_kernels", lambda *_: False)
     return str(request.param)

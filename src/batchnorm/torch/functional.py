@@ -6,6 +6,7 @@ its overhead would show take PyTorch's own operation. Everything else (other dev
 differentiable in any way.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Stati
 __all__ = ["batch_norm"]
 
 threads.follow(torch.get_num_threads)
+_parse = functools.lru_cache(maxsize=256)(parse_activation)
 
 
 def batch_norm(
@@ -107,8 +109,7 @@ def normalize(
     statistics: Statistics | None,
 ) -> Normalized:
     """What `batch_norm` does; it also says what became of the running statistics. For layers."""
-    _check(x, running_mean, running_var, weight, bias, residual)
-    activation = parse_activation(activation)
+    activation = _parse(activation)
     if statistics is not None and not isinstance(statistics, BatchStatistics | RunningStatistics):
         raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
     if not eps >= 0:
@@ -121,18 +122,19 @@ def normalize(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    weights = None if running or mask is None else _expand_mask(mask, x)
-    count = float("inf") if running else _count(x, weights)
-    mean, var = (running_mean, running_var) if running else (None, None)
-    if count == 0:
-        mean = var = x.new_zeros(x.shape[1])  # the moments of nothing
-    takes_kernels = _takes_kernels(x, residual, running_mean, running_var, weight, bias)
-    if takes_kernels and _takes_one_operation(x, weights, running):
+    plain = _is_plain(x)
+    if plain and _takes_one_operation(x, residual, mask, running):
         y = _one_operation(
             x, running_mean, running_var, weight, bias, not running, float(momentum), eps, activation, residual
         )
         return Normalized(y, None if running else True)
-    if takes_kernels:
+    _check(x, running_mean, running_var, weight, bias, residual)
+    weights = None if running or mask is None else _expand_mask(mask, x)
+    count = math.inf if running else _count(x, weights)
+    mean, var = (running_mean, running_var) if running else (None, None)
+    if count == 0:
+        mean = var = x.new_zeros(x.shape[1])  # the moments of nothing
+    if plain and _takes_kernels(x, residual, running_mean, running_var, weight, bias):
         batch = _Batch(count, mean, var, eps)
         y = _with_kernels(x, weight, bias, residual, weights, batch, activation)
         mean, var = batch.mean, batch.var
@@ -249,24 +251,32 @@ def _update_running(
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether this is an ordinary CPU tensor of a type that the kernels know, outside of transformations."""
+    return (
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and x.is_cpu
+        and x.dtype in _KERNEL_DTYPES
+        and not (
+            torch.compiler.is_compiling()
+            or torch._C._is_tracing()
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
+    )
+
+
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
-    """Whether the kernels can compute this: ordinary CPU tensors of a type they know, outside of transformations."""
-    if x.dtype not in _KERNEL_DTYPES or x.numel() == 0:
+    """Whether the kernels can compute this, where `x` is plain: whether all else is, too."""
+    if x.numel() == 0 or (residual is not None and residual.dtype is not x.dtype):
         return False
-    if residual is not None and residual.dtype is not x.dtype:
-        return False
-    for tensor in (x, residual, *parameters):
+    for tensor in (residual, *parameters):
         if tensor is None:
             continue
         if not tensor.is_cpu or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter):
             return False
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return True
 
 
 class _Batch:
@@ -295,6 +305,8 @@ def _with_kernels(
     batch: _Batch,
     activation: tuple[str, float],
 ) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _forward(x, _numbers(weight), _numbers(bias), residual, weights, batch, activation, _memory_format(x))
     y: Tensor = _BatchNorm.apply(x, weight, bias, residual, weights, batch, activation)
     return y
 
@@ -341,6 +353,38 @@ def _numbers(values: Tensor | None) -> Any:
     return values.contiguous().numpy(force=True)
 
 
+def _gradient(values: Any, parameter: Tensor) -> Tensor:
+    if parameter.dtype is torch.float32:  # NumPy is quicker
+        return torch.from_numpy(values.astype(np.float32))
+    return torch.from_numpy(values).to(parameter.dtype)
+
+
+def _forward(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    batch: _Batch,
+    activation: tuple[str, float],
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """`y`; fills in the statistics of `batch` if it has none yet."""
+    y = torch.empty_like(x, memory_format=memory_format)
+    x_array, y_array, residual_array = _array(x, memory_format), _array(y, memory_format), None
+    if residual is not None:
+        residual_array = _array(residual, memory_format)
+    if batch.mean is None:
+        batch.mean, batch.var, batch.rstd = np.empty((3, x.shape[1]))
+        kernels.forward(
+            x_array, residual_array, _mask_array(weights, memory_format), weight, bias,
+            batch.eps, activation, y_array, batch.mean, batch.var, batch.rstd,
+        )  # fmt: skip
+    else:
+        kernels.normalize(x_array, residual_array, batch.mean, batch.rstd, weight, bias, activation, y_array)
+    return y
+
+
 class _BatchNorm(torch.autograd.Function):
     """Forward and backward by the kernels. Between the two it keeps its inputs and the statistics."""
 
@@ -357,16 +401,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         memory_format = _memory_format(x)
         numbers = _numbers(weight), _numbers(bias)
-        y = torch.empty_like(x, memory_format=memory_format)
-        x_array, y_array, residual_array = (_array(t, memory_format) for t in (x, y, residual))
-        if batch.mean is None:
-            batch.mean, batch.var, batch.rstd = np.empty((3, x.shape[1]))
-            kernels.forward(
-                x_array, residual_array, _mask_array(weights, memory_format), *numbers,
-                batch.eps, activation, y_array, batch.mean, batch.var, batch.rstd,
-            )  # fmt: skip
-        else:
-            kernels.normalize(x_array, residual_array, batch.mean, batch.rstd, *numbers, activation, y_array)
+        y = _forward(x, *numbers, residual, weights, batch, activation, memory_format)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = residual is not None
         ctx.save_for_backward(x, weight, bias, residual if activation[0] != "none" else None, weights)
@@ -402,8 +437,8 @@ class _BatchNorm(torch.autograd.Function):
                 dy_array, x_array, residual_array, mask, *numbers, batch.count, activation,
                 sum_dz, sum_dz_xhat, dx_array, d_residual_array,
             )  # fmt: skip
-        d_weight = torch.from_numpy(sum_dz_xhat).to(weight.dtype) if needs_weight else None
-        d_bias = torch.from_numpy(sum_dz).to(bias.dtype) if needs_bias else None
+        d_weight = _gradient(sum_dz_xhat, weight) if needs_weight else None
+        d_bias = _gradient(sum_dz, bias) if needs_bias else None
         return dx, d_weight, d_bias, d_residual, None, None, None
 
 
@@ -448,22 +483,29 @@ def _differentiable_backward(
 
 # --- The path of PyTorch's own operation, for small tensors ----------------------------------------------------------
 
-SMALL = 1 << 16
-"""Values up to which calling a kernel costs more than it saves.
+SMALL, SMALL_EVALUATION = 1 << 17, 1 << 20
+"""Values from which on the kernels are called, in training (twice as many where channels are last) and in evaluation.
 
-An autograd function in Python takes about 30 us more, forward and backward, than PyTorch's operation in C++. From about
-this size on, on two cores, the kernels make up for it.
+An autograd function in Python takes about 30 us more, forward and backward, than PyTorch's operation in C++, and from
+cold caches several times that. From about these sizes on, on two cores, the kernels make up for it. In evaluation there
+is less to make up with: PyTorch's operation reads once and writes once, and the activation is applied in place.
 """
 
 
-def _takes_one_operation(x: Tensor, weights: Tensor | None, running: bool) -> bool:
+def _takes_one_operation(x: Tensor, residual: Tensor | None, mask: Tensor | None, running: bool) -> bool:
     """Whether this is small, has nothing that PyTorch's operation lacks, and would not spoil the running statistics."""
-    if x.numel() > SMALL or weights is not None or x.dtype is torch.bfloat16:
+    values = x.numel()
+    small = SMALL_EVALUATION if running else SMALL if x.is_contiguous() else 2 * SMALL
+    if values >= small or x.dtype is torch.bfloat16:
+        return False
+    if x.dim() < 2 or (residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype)):
         return False
     # Where the stride of an axis of length one hides that channels are last, PyTorch's gradient (2.13, CPU) is wrong.
     if not x.is_contiguous() and 1 in x.shape:
         return False
-    return running or math.isfinite(torch.linalg.vector_norm(x.detach()).item())
+    if running:
+        return True
+    return mask is None and values > x.shape[1] and math.isfinite(torch.linalg.vector_norm(x.detach()).item())
 
 
 def _one_operation(
@@ -479,6 +521,8 @@ def _one_operation(
     residual: Tensor | None,
 ) -> Tensor:
     """`torch.batch_norm`, then what follows it."""
+    if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
+        _check(x, running_mean, running_var, weight, bias, residual)  # PyTorch's operation takes any shape
     if running_mean is not None and running_var is not None:
         if not training and torch.is_grad_enabled():
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
@@ -487,10 +531,19 @@ def _one_operation(
             # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
             torch.autograd.graph.increment_version((running_mean, running_var))
             running_mean, running_var = running_mean.data, running_var.data
-    z = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
-    if residual is not None:
-        z = z + residual
+    try:
+        z = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    except RuntimeError:
+        _check(x, running_mean, running_var, weight, bias, residual)  # it knows better what is wrong
+        raise
     name, parameter = activation
+    if not torch.is_grad_enabled():  # no one else has z: what follows may take its place
+        if residual is not None:
+            z += residual
+        if name == "relu":
+            return torch.relu_(z)
+    elif residual is not None:
+        z = z + residual
     y: Tensor = _ACTIVATIONS[name](z, parameter)
     return y
 
@@ -499,7 +552,7 @@ def _one_operation(
 
 _ACTIVATIONS: dict[str, Any] = {
     "none": lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
+    "relu": lambda z, _: torch.relu(z),
     "relu6": lambda z, _: F.relu6(z),
     "leaky_relu": F.leaky_relu,
     "silu": lambda z, _: F.silu(z),

@@ -89,19 +89,21 @@ class _Layer(_Base):
             RuntimeError: If the number of channels or the floating-point types do not fit.
         """
         self._check_input_dim(input)
+        running_mean, running_var = self.running_mean, self.running_var
         tracks = self.training and self.track_running_stats
-        use_running = tracks or not self.training
+        batches = self.num_batches_tracked if tracks else None
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if tracks and self.momentum is None and self.num_batches_tracked is not None:
-            batches = self.num_batches_tracked + 1  # the average of all batches: the k-th counts 1/k
-            momentum = 1.0 / (batches if torch.compiler.is_compiling() else float(batches))
+        if self.momentum is None and batches is not None:
+            k = batches + 1  # the average of all batches: the k-th counts 1/k
+            momentum = 1.0 / (k if torch.compiler.is_compiling() else float(k))
+        uses_running = tracks or not self.training
         y, updated = normalize(
             input,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
+            running_mean if uses_running else None,
+            running_var if uses_running else None,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            self.training or (running_mean is None and running_var is None),
             momentum,
             self.eps,
             self.activation,
@@ -109,13 +111,13 @@ class _Layer(_Base):
             mask,
             self.statistics,
         )
-        if tracks and updated is not None and self.num_batches_tracked is not None:
+        if batches is not None and updated is not None:
             if updated is True:
-                self.num_batches_tracked.add_(1)
+                batches.add_(1)
             elif updated is False:
                 self.num_batches_skipped.add_(1)
             else:
-                self.num_batches_tracked.add_(updated)
+                batches.add_(updated)
                 self.num_batches_skipped.add_(~updated)
         return y
 
