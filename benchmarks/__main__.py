@@ -17,7 +17,7 @@ from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
-from benchmarks import gradients, memory, report, training
+from benchmarks import gradients, kernels, memory, report, training
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
 
@@ -29,6 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Name(StrEnum):
     LAYERS = "layers"
     EVAL = "eval"
+    KERNELS = "kernels"
     TRAINING = "training"
     INFERENCE = "inference"
     MEMORY = "memory"
@@ -58,8 +59,9 @@ SUBJECTS = len(list(subjects()))
 BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]]]]] = {
     Name.LAYERS: lambda s: _layers("training", 1.0, s),
     Name.EVAL: lambda s: _layers("evaluation", 0.4, s),
-    Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(4.0), s.quick)),
-    Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(1.5), s.quick)),
+    Name.KERNELS: lambda s: (len(kernels.KERNEL_CASES), kernels.run(s.seconds(0.6), s.quick)),
+    Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(12.0), s.quick)),
+    Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(3.0), s.quick)),
     Name.MEMORY: lambda s: (SUBJECTS, memory.run(s.quick)),
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),

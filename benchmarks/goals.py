@@ -76,6 +76,11 @@ def judge(tables: Tables) -> list[Goal]:
         goals.append(
             _judge(f"large tensors, {layout}, in copies: mean", wanted, _mean(large), _between(large), most=True)
         )
+        alone = summarize(copies(tables["kernels"], layout, "kernels"))
+        goals.append(
+            _judge("the same, the kernels alone: memory that is there already", wanted, _mean(alone), _between(alone),
+                   most=True)
+        )  # fmt: skip
     goals.append(
         _judge("forward + backward against torch.compile: mean", 8.0, _mean(over_compile), _between(over_compile))
     )

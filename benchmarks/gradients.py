@@ -27,11 +27,10 @@ def distances(seeds: int, quick: bool) -> Iterator[list[Record]]:
     """`|g - g64| / |g64|` for each model, layout and seed.
 
     One unit that rounding puts on the other side of its kink outweighs all other rounding, and whether there is one is
-    luck. So batches are large: there are always some. Voxels are fewer, since float64 convolutions of them are slow.
+    luck. So tensors are large: there are always some.
     """
     for subject in subjects():
-        voxels = len(subject.shape()) == 5
-        shape = subject.shape(*QUICK) if quick else subject.shape(halved=voxels)
+        shape = subject.shape(*QUICK) if quick else subject.shape(halved=True)
         for seed in range(seeds):
             [(x, target)] = subject.data(shape, seed=seed)
             pair = subject.pair(seed)

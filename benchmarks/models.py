@@ -297,10 +297,10 @@ class Model(NamedTuple):
 
 
 MODELS: dict[str, Model] = {
-    "resnet18": Model(resnet18, (32, 3, 64, 64)),
-    "mobilenet_v2": Model(mobilenet_v2, (32, 3, 64, 64)),
-    "densenet121": Model(densenet121, (16, 3, 64, 64)),
-    "efficientnet_b0": Model(efficientnet_b0, (32, 3, 64, 64)),
-    "unet3d": Model(unet3d, (2, 1, 32, 32, 32)),
+    "resnet18": Model(resnet18, (16, 3, 224, 224)),
+    "mobilenet_v2": Model(mobilenet_v2, (16, 3, 224, 224)),
+    "densenet121": Model(densenet121, (8, 3, 224, 224)),
+    "efficientnet_b0": Model(efficientnet_b0, (16, 3, 224, 224)),
+    "unet3d": Model(unet3d, (2, 1, 64, 64, 64)),
     "mlp": Model(mlp, (256, 64)),
 }

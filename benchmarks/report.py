@@ -11,7 +11,7 @@ from batchnorm.bench.summary import copies, losses, speedups, summarize
 from benchmarks import goals, plots
 from benchmarks.goals import Tables
 
-NAMES = ("layers", "eval", "training", "inference", "memory", "gradients", "losses")
+NAMES = ("layers", "eval", "kernels", "training", "inference", "memory", "gradients", "losses")
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
 
@@ -184,6 +184,20 @@ def _lost(tables: Tables) -> str:
     return "".join(f"- {line}\n" for line in lines) or ("Nowhere.\n" if any(tables.values()) else "")
 
 
+def _kernels(tables: Tables) -> str:
+    """In copies: what of a layer's time is the kernels', what is fresh memory, and what is left to Python."""
+    names = ("kernels", "fresh memory", "layer", "eager")
+    rows: dict[str, dict[str, str]] = {}
+    for r in tables["kernels"]:
+        rows.setdefault(r["case"], {})[r["candidate"]] = f"{r['copies']:.2f}"
+    text = markdown(("case, in copies", *names), ((case, *(row[n] for n in names)) for case, row in rows.items()))
+    means = []
+    for layout in ("channels-first", "channels-last"):
+        found = (summarize(copies(tables["kernels"], layout, name)) for name in names)
+        means.append((layout, *(f"{f.mean:.2f}" if f else "—" for f in found)))
+    return text + "\n" * bool(text) + markdown(("mean of the large ones", *names), means if text else ())
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -196,4 +210,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "losses": _losses,
     "layers": _layers("layers"),
     "eval": _layers("eval"),
+    "kernels": _kernels,
 }

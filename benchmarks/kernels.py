@@ -1,0 +1,59 @@
+"""Where the time of a layer goes: the kernels on memory that is there already, on fresh memory, and in the layer."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchnorm.bench import layers
+from batchnorm.bench.cases import CASES, Case
+from batchnorm.bench.clock import Candidate, Record, interleave, records
+from batchnorm.kernels import cpu
+
+KERNEL_CASES = [case for case in CASES if case.group == "network" and case.activation == "relu" and not case.residual]
+
+
+def _array(tensor: Tensor, case: Case) -> Any:
+    """As the kernels take it."""
+    n, channels = case.shape[:2]
+    if case.channels_last:
+        return tensor.movedim(1, -1).numpy().reshape(-1, channels, 1)
+    return tensor.numpy().reshape(n, channels, -1)
+
+
+def candidates(case: Case) -> dict[str, Candidate]:
+    """What is timed for a case, by name."""
+    x, dy, y, dx = (case.tensor() for _ in range(4))
+    channels, count = x.shape[1], x.numel() / x.shape[1]
+    x_array, dy_array = _array(x, case), _array(dy, case)
+    mean, var, rstd, sum_dz, sum_dz_xhat = np.empty((5, channels))
+    weight, bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
+
+    def both(y: Any, dx: Any) -> None:
+        cpu.forward(x_array, None, None, weight, bias, 1e-5, "relu", y, mean, var, rstd)
+        cpu.backward(
+            dy_array, x_array, None, None, mean, rstd, weight, bias, count, "relu", sum_dz, sum_dz_xhat, dx, None
+        )
+
+    whole = layers.candidates(case, "training")
+    return {
+        "copy": whole["copy"],
+        "kernels": partial(both, _array(y, case), _array(dx, case)),
+        "fresh memory": lambda: both(_array(torch.empty_like(x), case), _array(torch.empty_like(x), case)),
+        "layer": whole["batchnorm"],
+        "eager": whole["eager"],
+    }
+
+
+def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
+    """Forward + backward of each layer of real networks."""
+    for case in KERNEL_CASES:
+        if quick and case.large:
+            continue
+        found = records(interleave(candidates(case), seconds))
+        copy = next(record["median_us"] for record in found if record["candidate"] == "copy")
+        about = {"case": case.name, "group": case.group, "layout": case.layout, "large": int(case.large)}
+        yield [about | record | {"copies": round(record["median_us"] / copy, 3)} for record in found]
