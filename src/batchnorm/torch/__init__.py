@@ -1,5 +1,6 @@
 """Batch normalization for PyTorch: `batch_norm`, the layers, where their statistics come from, and whole models."""
 
+from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
 from batchnorm.torch.functional import batch_norm
@@ -18,12 +19,14 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchStatistics",
+    "Calibration",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "RunningStatistics",
     "Statistics",
     "batch_norm",
+    "calibrate",
     "convert",
     "explain",
     "revert",

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.definition import ActivationSpec, Moments, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
 from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "moments"]
 
 threads.follow(torch.get_num_threads)
 _parse = functools.lru_cache(maxsize=256)(parse_activation)
@@ -85,6 +85,39 @@ def batch_norm(
     return normalize(
         x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, mask, statistics
     ).y
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """Count, mean and biased variance of every channel, in float64: `definition.moments` of a tensor.
+
+    Args:
+        x: `(N, C, *spatial)`.
+        mask: As in `batch_norm`; it may leave nothing.
+
+    Returns:
+        The count, and arrays of `(C,)`; zeros where nothing is counted.
+
+    Raises:
+        ValueError: If `x` has fewer than two axes, or if the mask does not fit it.
+        NotImplementedError: If `x` is not of a floating-point type.
+    """
+    _check(x, None, None, None, None, None)
+    weights = None if mask is None else _expand_mask(mask, x)
+    count = float(x.numel() // max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64))
+    mean, var = np.zeros((2, x.shape[1]))
+    if count > 0 and _is_plain(x):
+        memory_format = _memory_format(x)
+        kernels.moments(_array(x.detach(), memory_format), _mask_array(weights, memory_format), mean, var)
+    elif count > 0:
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        z = x.detach().to(exact)
+        kept = torch.ones((), device=x.device, dtype=exact) if weights is None else weights.to(exact).unsqueeze(1)
+        axes, shape = (0, *range(2, x.dim())), (1, -1) + (1,) * (x.dim() - 2)
+        z = torch.where(kept > 0, z, 0)
+        center = (kept * z).sum(axes) / count
+        squares = (kept * (z - center.reshape(shape)) ** 2).sum(axes) / count
+        mean, var = (values.cpu().double().numpy() for values in (center, squares))
+    return Moments(count, mean, var)
 
 
 class Normalized(NamedTuple):

@@ -1,0 +1,93 @@
+"""Batches as data loaders give them, of any structure: how many samples, to which device, and how to call a model."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["call", "move", "size"]
+
+
+def _is_dataclass(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _is_named_tuple(batch: Any) -> bool:
+    return isinstance(batch, tuple) and hasattr(batch, "_fields")
+
+
+def _named(batch: Any) -> dict[str, Any] | None:
+    """The parts of a batch by name, if they have names."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if _is_dataclass(batch):
+        return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    if _is_named_tuple(batch):
+        return dict(batch._asdict())
+    return None
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device, of the same structure."""
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if _is_named_tuple(batch):
+        return type(batch)(*(move(part, device) for part in batch))
+    if type(batch) in (tuple, list):
+        return type(batch)(move(part, device) for part in batch)
+    if type(batch) is dict:
+        return {name: move(part, device) for name, part in batch.items()}
+    if _is_dataclass(batch):
+        fields = (f.name for f in dataclasses.fields(batch) if f.init)
+        return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in fields})
+    return batch
+
+
+def size(batch: Any) -> int | None:
+    """How many samples: the length of the first tensor; None without a tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    named = _named(batch)
+    parts = named.values() if named is not None else batch if isinstance(batch, tuple | list) else ()
+    return next((found for part in parts if (found := size(part)) is not None), None)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call a model with what of the batch it takes.
+
+    1. Parts with names become the arguments of these names.
+    2. A sequence gives as many of its items as the forward must have: labels are left out. Where its first item is a
+       sequence or a mapping and is not enough as it is, that one is taken in its place.
+    3. Anything else is the one argument.
+
+    Raises:
+        TypeError: If the forward needs what the batch does not have.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = _named(batch)
+    if named is not None:
+        taken = {name: part for name, part in named.items() if any_name or name in by_name}
+        if taken and all(p.name in taken for p in required):
+            return model(**taken)
+    count = max(1, len(required))
+    if isinstance(batch, tuple | list) and batch:
+        first = batch[0]
+        if isinstance(first, Tensor):
+            if count <= len(batch):
+                return model(*batch[:count])
+        elif isinstance(first, tuple | list | Mapping) or _is_dataclass(first):
+            return call(model, first)
+    elif count == 1 and (positional or any(p.kind is p.VAR_POSITIONAL for p in parameters)):
+        return model(batch)
+    names = "" if named is None else f" of {', '.join(map(str, named))}"
+    raise TypeError(
+        f"it is not clear how to call {type(model).__name__}.forward{inspect.signature(model.forward)} with a batch of "
+        f"type {type(batch).__name__}{names}; say it with forward=lambda model, batch: ..."
+    )
