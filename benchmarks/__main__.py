@@ -17,7 +17,7 @@ from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
-from benchmarks import gradients, kernels, memory, report, training
+from benchmarks import folding, gradients, kernels, memory, report, training
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
 
@@ -32,6 +32,7 @@ class Name(StrEnum):
     KERNELS = "kernels"
     TRAINING = "training"
     INFERENCE = "inference"
+    FOLDING = "folding"
     MEMORY = "memory"
     GRADIENTS = "gradients"
     LOSSES = "losses"
@@ -62,6 +63,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.KERNELS: lambda s: (len(kernels.KERNEL_CASES), kernels.run(s.seconds(0.6), s.quick)),
     Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(12.0), s.quick)),
     Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(3.0), s.quick)),
+    Name.FOLDING: lambda s: (SUBJECTS, folding.run(s.seconds(3.0), s.quick)),
     Name.MEMORY: lambda s: (SUBJECTS, memory.run(s.quick)),
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),

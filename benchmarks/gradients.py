@@ -30,7 +30,7 @@ def distances(seeds: int, quick: bool) -> Iterator[list[Record]]:
     luck. So tensors are large: there are always some.
     """
     for subject in subjects():
-        shape = subject.shape(*QUICK) if quick else subject.shape(halved=True)
+        shape = subject.shape(*QUICK) if quick else subject.shape(divisor=2)
         for seed in range(seeds):
             [(x, target)] = subject.data(shape, seed=seed)
             pair = subject.pair(seed)
@@ -50,7 +50,7 @@ def losses(steps: int, seeds: int, quick: bool) -> Iterator[list[Record]]:
     """The loss of each model in training on small pictures, from several seeds."""
     for model in dict.fromkeys(subject.model for subject in subjects()):
         subject = Subject(model)
-        shape = subject.shape(4 if quick else 8, halved=True)
+        shape = subject.shape(4 if quick else 8, 4)
         for seed in range(seeds):
             data = subject.data(shape, batches=8, seed=seed)
             for name, network in subject.pair(seed).items():

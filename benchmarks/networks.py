@@ -12,7 +12,7 @@ from batchnorm.torch.convert import convert
 from benchmarks.models import MODELS
 
 CANDIDATES = ("eager", "converted")
-QUICK = 4, True
+QUICK = 4, 2
 """The shape of which nothing is to be learnt but that all runs: `Subject.shape(*QUICK)`."""
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -27,10 +27,10 @@ class Subject(NamedTuple):
         """The first columns of a record."""
         return self._asdict() | {"shape": "x".join(map(str, shape))}
 
-    def shape(self, batch: int | None = None, halved: bool = False) -> tuple[int, ...]:
-        """Of a batch: the one that is timed, or with at most `batch` samples, or with half of each side."""
+    def shape(self, batch: int | None = None, divisor: int = 1) -> tuple[int, ...]:
+        """Of a batch: the one that is timed, or with at most `batch` samples, or with a part of each side."""
         size, channels, *sides = MODELS[self.model].shape
-        return (min(size, batch or size), channels, *(side // 2 if halved else side for side in sides))
+        return (min(size, batch or size), channels, *(side // divisor for side in sides))
 
     def lay(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=FORMATS[tensor.dim()]) if self.layout == "channels-last" else tensor
@@ -64,6 +64,21 @@ class Subject(NamedTuple):
                 target = torch.bucketize(x[:, 0], torch.linspace(-2, 2, 9))
             found.append((self.lay(x), target))
         return found
+
+
+def randomize_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give all batch normalizations statistics and weights that change something, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (layer.running_mean, -0.2, 0.2), (layer.running_var, 0.5, 1.5), (layer.weight, 0.5, 1.5),
+                (layer.bias, -0.2, 0.2),
+            ):  # fmt: skip
+                assert tensor is not None
+                with torch.no_grad():
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return model
 
 
 def subjects() -> Iterator[Subject]:

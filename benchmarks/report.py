@@ -11,7 +11,7 @@ from batchnorm.bench.summary import copies, losses, speedups, summarize
 from benchmarks import goals, plots
 from benchmarks.goals import Tables
 
-NAMES = ("layers", "eval", "kernels", "training", "inference", "memory", "gradients", "losses")
+NAMES = ("layers", "eval", "kernels", "training", "inference", "folding", "memory", "gradients", "losses")
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
 
@@ -184,6 +184,21 @@ def _lost(tables: Tables) -> str:
     return "".join(f"- {line}\n" for line in lines) or ("Nowhere.\n" if any(tables.values()) else "")
 
 
+def _folding(tables: Tables) -> str:
+    """Latencies in milliseconds, and times as fast as eager."""
+    names = list(dict.fromkeys(r["candidate"] for r in tables["folding"]))
+    rows: dict[tuple[str, str], dict[str, Record]] = {}
+    for r in tables["folding"]:
+        rows.setdefault((r["model"], r["layout"]), {})[r["candidate"]] = r
+    lines = []
+    for (model, layout), found in rows.items():
+        some, eager = next(iter(found.values())), found["eager"]["median_us"]
+        cells = (f"{r['median_us'] / 1e3:.1f} ({eager / r['median_us']:.2f})" for r in found.values())
+        gone = f"{some['folded']} of {some['folded'] + some['skipped']}"
+        lines.append((f"{model} {layout}", some["shape"], *cells, gone, f"{some['max_error']:.0e}"))
+    return markdown(("model", "input", *(f"{name}, ms (×)" for name in names), "folded", "error"), lines)
+
+
 def _kernels(tables: Tables) -> str:
     """In copies: what of a layer's time is the kernels', what is fresh memory, and what is left to Python."""
     names = ("kernels", "fresh memory", "layer", "eager")
@@ -205,6 +220,7 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "lost": _lost,
     "training": _models("training"),
     "inference": _models("inference"),
+    "folding": _folding,
     "memory": _memory,
     "gradients": _gradients,
     "losses": _losses,

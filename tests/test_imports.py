@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(next(iter(importlib.util.find_spec("batchnorm").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
-FRAMEWORKS = ("torch", "keras", "jax", "sklearn", "plotly")
+FRAMEWORKS = ("torch", "keras", "jax", "sklearn", "plotly", "onnxruntime", "onnx")
 
 ORDER = [
     "batchnorm",
     "batchnorm.definition",
+    "batchnorm.folded",
     "batchnorm.kernels",
     "batchnorm.torch.statistics",
     "batchnorm.torch.functional",
@@ -22,18 +23,20 @@ ORDER = [
     "batchnorm.torch.*",  # tools on whole models
     "batchnorm.torch",
     "batchnorm.study",
+    "batchnorm.onnx",
     "batchnorm.bench",
     "batchnorm.cli",
     "batchnorm.__main__",
 ]
 """From what is imported to what imports."""
 
-TOGETHER = ["batchnorm.kernels", "batchnorm.torch.*", "batchnorm.study", "batchnorm.bench"]
+TOGETHER = ["batchnorm.kernels", "batchnorm.torch.*", "batchnorm.study", "batchnorm.onnx", "batchnorm.bench"]
 """Places of several modules, which may import each other, though not in a circle."""
 
 ALLOWED = {
     "batchnorm.torch": {"torch"},
     "batchnorm.study": {"torch", "sklearn", "plotly"},
+    "batchnorm.onnx": {"onnx", "onnxruntime"},
     "batchnorm.bench": {"torch", "jax"},
 }
 """The frameworks that a package may import; all others none."""
@@ -54,6 +57,7 @@ def in_new_process(code: str) -> str:
         ("batchnorm.definition", (*FRAMEWORKS, "numba")),
         ("batchnorm.kernels.cpu", FRAMEWORKS),
         ("batchnorm.torch", FRAMEWORKS[1:]),
+        ("batchnorm.onnx", (*FRAMEWORKS[:-1], "numba")),
     ],
 )
 def test_only_what_is_needed_is_imported(module: str, absent: tuple[str, ...]) -> None:

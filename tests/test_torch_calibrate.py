@@ -1,8 +1,11 @@
 """`calibrate` against the definition: the moments of all data, however they are split, and nothing else changed."""
 
+import collections
 import copy
 import dataclasses
 import math
+import sys
+import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,9 +19,11 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from batchnorm import definition
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, RunningStatistics, calibrate, convert
+from batchnorm.torch import batches as batches
 
 METHODS = ("parallel", "sequential")
 
@@ -158,6 +163,69 @@ def test_masks_count() -> None:
     assert_moments(model.bn, kept, mask=mask)
 
 
+@pytest.mark.parametrize("old", [0.0, 1e6, math.nan])
+def test_a_first_batch_of_one_does_not_look_at_the_old_statistics(old: float) -> None:
+    x = data()[:, :, 0, 0]
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
+    found = []
+    for start in (0.5, old):
+        with torch.no_grad():
+            model[0].running_mean.fill_(start)
+        calibrate(model, [x[:1], x[1:]])
+        found.append(statistics(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+class Branches(nn.Module):
+    """Which layers run depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.BatchNorm1d(3).double() for _ in range(3))
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.before(x))
+
+
+def branched() -> tuple[list[Tensor], Tensor, Tensor]:
+    torch.manual_seed(3)
+    x = [3 + torch.randn(4, 3, dtype=torch.float64) * s for s in (1, 2, 3)]
+    x = [x[0], -x[1], 9 * x[2], -2 * x[1]]
+    return x, torch.cat([x[0], x[2]]), torch.cat([x[1], x[3]])
+
+
+def test_layers_that_only_some_batches_reach() -> None:
+    model = Branches()
+    batches, high, low = branched()
+    model.eval()
+    assert calibrate(model, batches, method="sequential").layers == ("a", "b", "c")
+    assert_moments(model.a, high)
+    assert_moments(model.b, low)
+    assert_moments(model.c, torch.cat([model.before(x) for x in batches]).detach())
+
+
+def test_empty_inputs_say_nothing() -> None:
+    class Gated(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            self.a(x[x[:, 0] > 1e9])
+            self.c(x[:1] if len(x) == 4 else x[:0])
+            return self.b(x)
+
+    for method in METHODS:
+        model, x = Gated(), branched()[0][0]
+        done = calibrate(model, [x, x[:3]], method=method)  # type: ignore[arg-type]
+        assert done.layers == ("b",)
+        assert done.skipped["a"] == "no sample came in through a call of this module"
+        assert done.skipped["c"] == "only one value came in, which has no variance"
+        assert_moments(model.b, torch.cat([x, x[:3]]))
+        for layer in (model.a, model.c):
+            torch.testing.assert_close(layer.running_mean, torch.zeros(3).double())
+            torch.testing.assert_close(layer.running_var, torch.ones(3).double())
+
+
 # --- Nothing else changes ---------------------------------------------------------------------------------------------
 
 
@@ -167,6 +235,7 @@ def test_nothing_but_the_statistics_changes(method: Any) -> None:
     model.train()
     model[4].eval()
     model[0].momentum = None
+    model[1].register_forward_hook(lambda conv, args, y: model[3].train() and None)  # a forward that changes modes
     before = copy.deepcopy(model)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -187,17 +256,71 @@ def test_frozen_layers_are_left_alone() -> None:
     before = statistics(model)
     done = calibrate(model, data().split(6))
     assert done.layers == ("6",)
-    assert done.skipped == {"0": "is frozen", "3": "is frozen: it evaluates in a model that trains"}
+    assert done.skipped == {"0": "is frozen", "3": "is frozen: it evaluates, while others train"}
     after = statistics(model)
     assert all(torch.equal(before[name], after[name]) == (not name.startswith("6")) for name in before)
 
 
 def test_layers_without_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.InstanceNorm2d(3, track_running_stats=True))
-    assert calibrate(model.double(), [data()]).skipped == {"0": "keeps no running statistics"}
+    model.append(nn.BatchNorm2d(3)).double()
+    assert calibrate(model, [data()]).skipped == {"0": "keeps no running statistics"}
     lazy = nn.Sequential(nn.LazyBatchNorm2d())
     with pytest.raises(RuntimeError, match="0 does not know its size yet: call the model on one batch first"):
         calibrate(lazy, [data()])
+
+
+class Last(nn.BatchNorm2d):
+    """Its channels are elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+
+def test_layers_with_a_forward_of_their_own() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), Last(4)).double()
+    done = calibrate(model, data().split(5))
+    assert done.skipped == {"1": "is a Last with a forward of its own: what it normalizes is not known"}
+    torch.testing.assert_close(model[1].running_mean, torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, torch.optim.swa_utils.AveragedModel, nn.DataParallel])
+def test_fresh_wrappers_of_a_model_that_evaluates(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    wrapped = wrap(network())
+    assert wrapped.training
+    batches = [X] if wrap is nn.Sequential else [(x, LABEL) for x in data().split(6)]
+    assert len(calibrate(wrapped, batches).layers) == 3
+
+
+def test_when_nothing_is_calibrated() -> None:
+    for model, reason in (
+        (nn.Linear(3, 3), "the model has none"),
+        (nn.BatchNorm2d(3, track_running_stats=False), "the layer: keeps no running statistics"),
+    ):
+        with pytest.raises(ValueError, match=f"no batch normalization was calibrated .{reason}"):
+            calibrate(model.double(), [data()[..., :3]])
+
+
+def test_threads_leave_compilation_as_it_was() -> None:
+    inside, outside = threading.Barrier(2), threading.Barrier(2)
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        inside.wait(10)
+        model(batch)
+
+    def work() -> None:
+        calibrate(network(), [data()], forward=forward)
+        outside.wait(10)
+
+    torch._dynamo.reset()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counter = CompileCounter()
+    torch.compile(lambda x: x + 1, backend=counter)(torch.ones(3))
+    assert counter.frame_count == 1
 
 
 def failing(error: BaseException) -> Iterator[Tensor]:
@@ -222,7 +345,9 @@ def test_statistics_that_are_not_finite(method: Any) -> None:
     model, x = network(), data()
     x[3, 1, 0, 0] = math.inf
     before = statistics(model)
-    with pytest.raises(ValueError, match=r"what comes into 0 are not finite; nothing has been changed"):
+    with pytest.raises(
+        ValueError, match=r"what comes into 0 are not finite in torch\.float64; nothing has been changed"
+    ):
         calibrate(model, x.split(6), method=method)
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
 
@@ -271,7 +396,7 @@ STRUCTURES: dict[str, tuple[type[nn.Module], Any]] = {
     "tensor": (One, X),
     "tuple with labels": (One, (X, LABEL)),
     "list with labels": (One, [X, LABEL]),
-    "nested tuple": (One, ((X, SCALE), LABEL)),
+    "nested tuple": (One, ((X,), LABEL)),
     "mapping": (One, {"image": X, "label": LABEL}),
     "mapping in a tuple": (One, ({"image": X}, LABEL)),
     "named tuple": (One, Named(LABEL, X)),
@@ -303,6 +428,37 @@ def test_structures_that_are_not_clear(batch: Any) -> None:
     done = calibrate(model, [batch], forward=lambda model, _: model(X, SCALE))
     assert done.samples == (8 if isinstance(batch, dict | tuple | Tensor) else 1)
     assert_moments(model.bn, X)
+
+
+def test_one_batch_is_no_data() -> None:
+    for batch in (X, {"image": X}, "x"):
+        with pytest.raises(TypeError, match=r"data must give batches, one after the other, got a \w+: pass \[data\]"):
+            calibrate(One(), batch)
+
+
+def test_batches_are_moved_as_they_are() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Scaled:
+        image: Tensor
+        size: int = dataclasses.field(init=False)
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "size", len(self.image) + 1)
+
+    meta = torch.device("meta")
+    nested = collections.OrderedDict(a=[X, "text"], b=collections.UserDict(c=Named(LABEL, (X,))))
+    moved = batches.move(nested, meta)
+    assert type(moved) is collections.OrderedDict
+    assert moved["a"][0].is_meta
+    assert moved["a"][1] == "text"
+    assert moved["b"]["c"].image[0].is_meta
+    assert nested["a"][0] is X
+    scaled = Scaled(X)
+    assert batches.move(scaled, torch.device("cpu")) is scaled
+    assert batches.move(scaled, meta).image.is_meta
+    packed = nn.utils.rnn.pack_sequence([X[0, 0], X[1, 0, :2]])
+    assert batches.call(nn.GRU(4, 2).double(), packed)[0].data.shape == (6, 2)
+    assert batches.call(nn.GRU(4, 2).double(), (packed, LABEL))[0].data.shape == (6, 2)
 
 
 def test_a_forward_of_ones_own() -> None:
@@ -337,8 +493,8 @@ def test_layers_that_are_never_reached() -> None:
     model.unused = nn.BatchNorm1d(2)
     for method in METHODS:
         done = calibrate(model, [(X, SCALE)], method=method)  # type: ignore[arg-type]
-        assert done.skipped == {"unused": "no sample reached it"}
-        assert "unused is as it was: no sample reached it" in str(done)
+        assert done.skipped == {"unused": "no sample came in through a call of this module"}
+        assert "unused is as it was: no sample came in" in str(done)
 
 
 def test_max_samples() -> None:
@@ -350,9 +506,9 @@ def test_max_samples() -> None:
 def test_wrong_arguments() -> None:
     model = network()
     before = statistics(model)
-    for batches in ([], iter([])):
+    for empty in ([], iter([])):
         with pytest.raises(ValueError, match="the data gave no samples"):
-            calibrate(model, batches)
+            calibrate(model, empty)
     with pytest.raises(ValueError, match="can be read only once: pass a DataLoader or a list"):
         calibrate(model, iter(data().split(5)), method="sequential")
     with pytest.raises(ValueError, match="one of parallel, sequential, got 'fast'"):
@@ -368,6 +524,17 @@ def test_wrong_arguments() -> None:
 def test_quiet_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
     calibrate(network(), data().split(5))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_in_a_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(data())
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    calibrate(network(), torch.utils.data.DataLoader(Stream(), batch_size=5))
+    assert "calibrating" in capfd.readouterr().err
 
 
 def test_compiled_models() -> None:
@@ -418,6 +585,52 @@ def test_processes_pool(tmp_path: Path) -> None:
         model = network()
         calibrate(model, [*data(18)[:17].split(4), data(18)[17:]], method=method)  # type: ignore[arg-type]
         torch.testing.assert_close(values, statistics(model), rtol=1e-12, atol=1e-12)
+
+
+def branched_share(rank: int) -> dict[str, Tensor]:
+    model, (x, _, _) = Branches(), branched()
+    calibrate(model, [x[:1], x[1:], []][rank], method="sequential")
+    return statistics(model)
+
+
+def test_processes_that_reach_other_layers_first(tmp_path: Path) -> None:
+    model = Branches()
+    calibrate(model, branched()[0], method="sequential")
+    for found in in_processes(branched_share, tmp_path):
+        torch.testing.assert_close(found, statistics(model), rtol=1e-12, atol=1e-12)
+
+
+def wrapped_share(rank: int) -> Any:
+    model = nn.parallel.DistributedDataParallel(network())
+    model(data(4)).sum().backward()
+    done = calibrate(model, data().split(6) if rank == 0 else [])
+    return done.samples, model.forward_sync_buffers
+
+
+def test_wrapped_models_wait_for_nobody(tmp_path: Path) -> None:
+    assert in_processes(wrapped_share, tmp_path) == [(23, True)] * 3
+
+
+class NoData:
+    def __iter__(self) -> Iterator[Tensor]:
+        raise OSError("disk")
+
+
+def failing_early(rank: int) -> list[str]:
+    said = []
+    for i, wrong in enumerate((NoData(), iter([data()]))):
+        try:
+            calibrate(network(), wrong if rank == i else [data()], method="sequential")
+        except (OSError, RuntimeError, ValueError) as error:
+            said.append(str(error)[:24])
+    return said
+
+
+def test_processes_that_fail_early_make_the_others_fail(tmp_path: Path) -> None:
+    others = ["process 0 of the group fa", "process 1 of the group fa"]
+    others = [text[:24] for text in others]
+    expected = [["disk", others[1]], [others[0], "method='sequential' read"], others]
+    assert in_processes(failing_early, tmp_path) == expected
 
 
 def failing_share(rank: int) -> str:

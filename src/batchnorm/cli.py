@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich")
+NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich", "onnx")
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 
 @contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
+def _one_sentence(what: str, extra: str = EXTRA) -> Iterator[None]:
     """Say what the user can mend in one sentence on stderr. Anything else is a bug, and its traceback belongs to it."""
     try:
         yield
@@ -38,7 +38,7 @@ def _one_sentence(what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
-        _stop(f"{what} needs {error.name}, which is not installed; {EXTRA} brings it.", 2)
+        _stop(f"{what} needs {error.name}, which is not installed; {extra} brings it.", 2)
     except KeyboardInterrupt:
         _stop("interrupted.", 130)
 
@@ -120,6 +120,28 @@ def bench(
         from batchnorm.bench import terminal
 
         terminal.bench(only, seconds, compile, jax, out)
+
+
+@app.command()
+def fold(
+    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model, with what it refers to beside it.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.onnx", help="Where the new model goes; it may be the same file.")
+    ],
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Write the new model without running both on random inputs.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing unless something is wrong.")] = False,
+) -> None:
+    """Fold the batch normalizations of an ONNX model into the layers beside them.
+
+    Prints what each went into, or why it stays. The new model is written only if its outputs are those of the old one
+    but for rounding; running both takes onnxruntime.
+    """
+    with _one_sentence("folding", 'pip install "batchnorm[onnx]"'):
+        from batchnorm.onnx.fold import fold_file
+
+        fold_file(source, target, not no_check, quiet)
 
 
 def main() -> None:

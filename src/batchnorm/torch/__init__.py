@@ -3,6 +3,7 @@
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
+from batchnorm.torch.fold import fold
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.layers import (
     BatchNorm1d,
@@ -29,5 +30,6 @@ __all__ = [
     "calibrate",
     "convert",
     "explain",
+    "fold",
     "revert",
 ]

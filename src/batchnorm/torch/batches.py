@@ -1,5 +1,6 @@
 """Batches as data loaders give them, of any structure: how many samples, to which device, and how to call a model."""
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["call", "move", "size"]
 
@@ -21,6 +23,8 @@ def _is_named_tuple(batch: Any) -> bool:
 
 def _named(batch: Any) -> dict[str, Any] | None:
     """The parts of a batch by name, if they have names."""
+    if isinstance(batch, PackedSequence):
+        return None
     if isinstance(batch, Mapping):
         return dict(batch)
     if _is_dataclass(batch):
@@ -31,19 +35,30 @@ def _named(batch: Any) -> dict[str, Any] | None:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device, of the same structure."""
+    """The batch with its tensors on the device, of the same structure; itself if they are there."""
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
-    if _is_named_tuple(batch):
-        return type(batch)(*(move(part, device) for part in batch))
-    if type(batch) in (tuple, list):
-        return type(batch)(move(part, device) for part in batch)
-    if type(batch) is dict:
-        return {name: move(part, device) for name, part in batch.items()}
-    if _is_dataclass(batch):
-        fields = (f.name for f in dataclasses.fields(batch) if f.init)
-        return dataclasses.replace(batch, **{name: move(getattr(batch, name), device) for name in fields})
-    return batch
+    if isinstance(batch, Mapping):
+        parts = dict(batch)
+    elif _is_dataclass(batch):
+        parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    elif isinstance(batch, tuple | list):
+        parts = dict(enumerate(batch))
+    else:
+        return batch
+    moved = {name: new for name, part in parts.items() if (new := move(part, device)) is not part}
+    if not moved:
+        return batch
+    if isinstance(batch, tuple):
+        items = (parts | moved).values()
+        return type(batch)(*items) if _is_named_tuple(batch) else type(batch)(items)
+    changed = copy.copy(batch)
+    for name, part in moved.items():
+        if _is_dataclass(batch):
+            object.__setattr__(changed, name, part)  # it may be frozen
+        else:
+            changed[name] = part
+    return changed
 
 
 def size(batch: Any) -> int | None:
@@ -60,13 +75,13 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     1. Parts with names become the arguments of these names.
     2. A sequence gives as many of its items as the forward must have: labels are left out. Where its first item is a
-       sequence or a mapping and is not enough as it is, that one is taken in its place.
+       batch itself, a mapping or a sequence of just so many items, that one is taken in its place.
     3. Anything else is the one argument.
 
     Raises:
         TypeError: If the forward needs what the batch does not have.
     """
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = list(inspect.signature(_inner(model).forward).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -77,17 +92,34 @@ def call(model: nn.Module, batch: Any) -> Any:
         if taken and all(p.name in taken for p in required):
             return model(**taken)
     count = max(1, len(required))
-    if isinstance(batch, tuple | list) and batch:
+    if isinstance(batch, tuple | list) and batch and not isinstance(batch, PackedSequence):
         first = batch[0]
         if isinstance(first, Tensor):
             if count <= len(batch):
                 return model(*batch[:count])
-        elif isinstance(first, tuple | list | Mapping) or _is_dataclass(first):
+        elif isinstance(first, PackedSequence):
+            return model(*batch[:count])
+        elif isinstance(first, Mapping) or _is_dataclass(first) or _is_named_tuple(first):
             return call(model, first)
+        elif isinstance(first, tuple | list) and len(first) == count:
+            return model(*first)
     elif count == 1 and (positional or any(p.kind is p.VAR_POSITIONAL for p in parameters)):
         return model(batch)
     names = "" if named is None else f" of {', '.join(map(str, named))}"
     raise TypeError(
-        f"it is not clear how to call {type(model).__name__}.forward{inspect.signature(model.forward)} with a batch of "
+        f"it is not clear how to call {type(_inner(model)).__name__}.forward{inspect.signature(_inner(model).forward)} "
+        "with a batch of "
         f"type {type(batch).__name__}{names}; say it with forward=lambda model, batch: ..."
     )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The module whose forward says what it takes: wrappers' take anything."""
+    while all(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inspect.signature(model.forward).parameters.values()
+    ):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model

@@ -6,8 +6,10 @@ calibrate(model, loader, method="sequential")     # one pass for each layer: tra
 ```
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from batchnorm.definition import Moments, merge_moments, reciprocal_std
 from batchnorm.torch import batches
 from batchnorm.torch.functional import moments
+from batchnorm.torch.layers import FORWARDS
 from batchnorm.torch.pool import Pool
 from batchnorm.torch.statistics import RunningStatistics
 
@@ -46,7 +50,7 @@ class Calibration:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of the layers that were calibrated, in the order in which they ran first."""
+        """The names of the layers that were calibrated."""
         return tuple(self.changes)
 
     @property
@@ -81,19 +85,20 @@ def calibrate(
     the result is the same, to rounding.
 
     Nothing else changes: the model evaluates (dropout is off), modes are put back, parameters, `num_batches_tracked`
-    and frozen layers stay as they are. After an exception everything is as before.
+    and frozen layers stay as they are. Frozen are layers with `RunningStatistics()`, and, in a model in which other
+    batch normalizations train, those that evaluate. After an exception everything is as before.
 
     Args:
         model: With PyTorch's layers or ours.
         data: Batches: tensors; tuples or lists; mappings, named tuples or dataclasses. A sequence gives the model as
-            many of its items as its forward must have (so labels are left out), names give it the arguments that it
-            has. Tensors are moved to the model's device. A `DataLoader`, or a list; "sequential" reads it several
-            times.
+            many of its items as its forward must have (so labels are left out, but optional masks too: name them, or
+            say `forward`), names give it the arguments that it has. Tensors are moved to the model's device. A
+            `DataLoader`, or a list; "sequential" reads it several times.
         method: "parallel": one pass. Each layer normalizes with the statistics of the batch at hand, so a layer's
             inputs depend on how the data were split before it. "sequential": one pass for each layer, those before it
             already evaluating with their new statistics. Exact for the deepest network: in evaluation the inputs of
-            each layer have the running statistics as their own. Each pass sees the same data only if the loader
-            neither shuffles an incomplete epoch nor augments at random.
+            each layer have the running statistics as their own (unless a layer takes what itself has given before).
+            Each pass sees the same data only if the loader neither shuffles an incomplete epoch nor augments at random.
         forward: `forward(model, batch)`, called in place of the rules above.
         max_samples: Stop after the batch that reaches so many, on each process; None takes all.
         unbiased: Whether the running variance is the unbiased one, as in training. Layers normalize with the biased one
@@ -106,10 +111,10 @@ def calibrate(
         What was done. Layers that no sample reached are among the skipped.
 
     Raises:
-        ValueError: If there are no data; if statistics are not finite; if `method` or `max_samples` is wrong; if the
-            data can be read only once and `method` is "sequential".
+        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
+            `max_samples` is wrong; if the data can be read only once and `method` is "sequential".
         RuntimeError: If another process of the group failed; if a lazy layer has not seen its first batch.
-        TypeError: If it is not clear what to call the model with.
+        TypeError: If `data` is one batch; if it is not clear what to call the model with.
 
     Differs from `torch.optim.swa_utils.update_bn`:
         1. Pooled statistics, not an average of batches' that counts a short last batch as a full one and leaves out the
@@ -123,21 +128,38 @@ def calibrate(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be positive, got {max_samples}")
-    if method == "sequential" and iter(data) is data:
-        raise ValueError(
-            "method='sequential' reads the data once for each layer, and these can be read only once: "
-            "pass a DataLoader or a list"
-        )
-    layers, skipped = _find(model)
+    if isinstance(data, Tensor | Mapping | str):
+        raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
     pool = Pool(process_group)
+    with pool.all_or_none():
+        if method == "sequential" and isinstance(data, Iterator):
+            raise ValueError(
+                "method='sequential' reads the data once for each layer, and these can be read only once: "
+                "pass a DataLoader or a list"
+            )
+        layers, skipped = _find(model)
+        pool.agree({name: layer.num_features for name, layer in layers.items()})
     passes = _Passes(model, data, forward or batches.call, max_samples, progress)
     with _undone_on_error(model, layers.values()):
         before = {name: _statistics(layer) for name, layer in layers.items()}
         find = _in_parallel if method == "parallel" else _in_sequence
-        samples, found = find(passes, layers, pool, unbiased)
-        changes = {name: _change(before[name], _statistics(layers[name]), layers[name].eps) for name in found}
-    skipped |= dict.fromkeys(layers.keys() - found.keys(), "no sample reached it")
-    return Calibration(samples, changes, {name: skipped[name] for name, _ in model.named_modules() if name in skipped})
+
+        def finish(name: str, pooled: Moments) -> None:
+            if pooled.count <= 1:
+                skipped[name] = "only one value came in, which has no variance"
+                _write(layers[name], *before[name])
+            else:
+                _finish(name, layers[name], pooled, unbiased)
+
+        samples, found = find(passes, layers, pool, finish)
+        changed = [name for name in layers if name in found and name not in skipped]
+        changes = {name: _change(before[name], _statistics(layers[name]), layers[name].eps) for name in changed}
+        skipped |= dict.fromkeys(layers.keys() - found.keys(), "no sample came in through a call of this module")
+        skipped = {name: skipped[name] for name, _ in model.named_modules() if name in skipped}
+        if not changes:
+            reasons = "; ".join(f"{name or 'the layer'}: {reason}" for name, reason in skipped.items())
+            raise ValueError(f"no batch normalization was calibrated ({reasons or 'the model has none'})")
+    return Calibration(samples, changes, skipped)
 
 
 # --- Layers ----------------------------------------------------------------------------------------------------------
@@ -158,20 +180,15 @@ def _find(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = "keeps no running statistics"
         elif isinstance(getattr(module, "statistics", None), RunningStatistics):
             skipped[name] = "is frozen"
-        elif model.training and not module.training:
-            skipped[name] = "is frozen: it evaluates in a model that trains"
+        elif type(module).forward not in FORWARDS or "forward" in vars(module):
+            skipped[name] = f"is a {type(module).__name__} with a forward of its own: what it normalizes is not known"
         else:
             layers[name] = module
+    if any(layer.training for layer in layers.values()):
+        frozen = [name for name, layer in layers.items() if not layer.training]
+        skipped |= dict.fromkeys(frozen, "is frozen: it evaluates, while others train")
+        layers = {name: layer for name, layer in layers.items() if layer.training}
     return layers, skipped
-
-
-def _sizes(layers: Layers) -> dict[str, int]:
-    return {name: layer.num_features for name, layer in layers.items()}
-
-
-def _demand(samples: int) -> None:
-    if samples == 0:
-        raise ValueError("there is nothing to calibrate with: the data gave no samples")
 
 
 def _statistics(layer: Any) -> tuple[Any, Any]:
@@ -181,8 +198,9 @@ def _statistics(layer: Any) -> tuple[Any, Any]:
 
 
 def _write(layer: Any, mean: Any, var: Any) -> None:
-    for running, values in ((layer.running_mean, mean), (layer.running_var, var)):
-        running.copy_(torch.from_numpy(np.asarray(values)))
+    with torch.no_grad():
+        for running, values in ((layer.running_mean, mean), (layer.running_var, var)):
+            running.copy_(torch.from_numpy(np.asarray(values)))
 
 
 def _finish(name: str, layer: Any, pooled: Moments, unbiased: bool) -> None:
@@ -191,8 +209,8 @@ def _finish(name: str, layer: Any, pooled: Moments, unbiased: bool) -> None:
     written = [torch.from_numpy(np.asarray(values)).to(layer.running_mean.dtype) for values in (pooled.mean, var)]
     if not all(bool(values.isfinite().all()) for values in written):
         raise ValueError(
-            f"the statistics of what comes into {name or 'the layer'} are not finite; nothing has been changed. "
-            "Look for NaN or infinity in the data, or in the layers before it"
+            f"the statistics of what comes into {name or 'the layer'} are not finite in {written[0].dtype}; "
+            "nothing has been changed. Look for NaN or infinity in the data, or in the layers before it"
         )
     _write(layer, pooled.mean, var)
 
@@ -203,19 +221,22 @@ def _change(old: tuple[Any, Any], new: tuple[Any, Any], eps: float) -> float:
         old_rstd, new_rstd = reciprocal_std(old_var, eps), reciprocal_std(new_var, eps)
         std = np.sqrt(new_var)
         differences = [np.abs(s * std * new_rstd - (new_mean + s * std - old_mean) * old_rstd) for s in (-1, 1)]
-    return float(np.max(differences, initial=0.0))
+        return float(np.max(np.nan_to_num(differences, nan=np.inf), initial=0.0))
 
 
 @contextmanager
 def _undone_on_error(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
     """All modules evaluate meanwhile; then their modes are as before, and after an exception the statistics too."""
     modes = [(module, module.training) for module in model.modules()]
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    synchronized = [wrapper.forward_sync_buffers for wrapper in wrappers]
     statistics = [(t, t.detach().clone()) for layer in layers for t in (layer.running_mean, layer.running_var)]
     try:
         for module, _ in modes:
             module.training = False  # not `model.eval()`, which a model may have made do something else
-        with torch.no_grad():
-            yield
+        for wrapper in wrappers:
+            wrapper.forward_sync_buffers = False  # a process without data would not take part
+        yield
     except BaseException:
         with torch.no_grad():
             for tensor, values in statistics:
@@ -224,12 +245,40 @@ def _undone_on_error(model: nn.Module, layers: Iterable[Any]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for wrapper, value in zip(wrappers, synchronized, strict=True):
+            wrapper.forward_sync_buffers = value
+
+
+_eager = threading.Lock()
+_calibrating, _stance = 0, nullcontext()
+
+
+@contextmanager
+def _not_compiled() -> Iterator[None]:
+    """Compiled code would not call the hooks. The switch is one for all threads, and thrown back by the last."""
+    global _calibrating, _stance
+    with _eager:
+        if _calibrating == 0:
+            used = "torch._dynamo" in sys.modules  # its import takes seconds
+            _stance = torch.compiler.set_stance("force_eager") if used else nullcontext()
+            _stance.__enter__()
+        _calibrating += 1
+    try:
+        yield
+    finally:
+        with _eager:
+            _calibrating -= 1
+            if _calibrating == 0:
+                _stance.__exit__(None, None, None)
 
 
 # --- Passes over the data --------------------------------------------------------------------------------------------
 
 Collect = Callable[[str, Any, Tensor, Tensor | None], None]
 """What is done with a layer's input: its name, the layer, the input, the mask."""
+
+Finish = Callable[[str, Moments], None]
+"""What is done with the moments of all that came into a layer."""
 
 
 class _Passes:
@@ -248,77 +297,125 @@ class _Passes:
         tensors = (*model.parameters(), *model.buffers())
         self.device = tensors[0].device if tensors else torch.device("cpu")
 
-    def run(self, layers: Layers, collect: Collect, what: str) -> int:
-        """One pass; `collect` sees what comes into the layers. Returns the number of samples."""
+    def run(self, layers: Layers, collect: Collect, what: str, start: Callable[[], None] = lambda: None) -> int:
+        """One pass; `collect` sees what comes into the layers, `start` when a batch begins. Returns the samples."""
 
         def hook(name: str) -> Callable[..., None]:
             def see(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                collect(name, layer, args[0] if args else kwargs["input"], kwargs.get("mask"))
+                layer.training = False  # whatever the model's forward has done
+                if name in layers:
+                    collect(name, layer, args[0] if args else kwargs["input"], kwargs.get("mask"))
 
             return see
 
         handles = [
             layer.register_forward_pre_hook(hook(name), with_kwargs=True)  # the last one: sees what the layer will see
-            for name, layer in layers.items()
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, _BatchNorm)
         ]
         samples = 0
         try:
-            with torch.compiler.set_stance("force_eager"):  # compiled code would not call the hooks
-                for batch in _watched(self.data, what, self.progress):
+            for batch in _watched(self.data, what, self.progress):
+                start()
+                with torch.no_grad(), _not_compiled():
                     self.forward(self.model, batches.move(batch, self.device))
-                    size = batches.size(batch)
-                    samples += 1 if size is None else size
-                    if self.max_samples is not None and samples >= self.max_samples:
-                        break
+                size = batches.size(batch)
+                samples += 1 if size is None else size
+                if self.max_samples is not None and samples >= self.max_samples:
+                    break
         finally:
             for handle in handles:
                 handle.remove()
         return samples
 
 
-def _in_parallel(passes: _Passes, layers: Layers, pool: Pool, unbiased: bool) -> tuple[int, dict[str, Moments]]:
+def _in_parallel(passes: _Passes, layers: Layers, pool: Pool, finish: Finish) -> tuple[int, dict[str, Moments]]:
     found: dict[str, Moments] = {}
 
     def collect(name: str, layer: Any, x: Tensor, mask: Tensor | None) -> None:
         batch = moments(x, mask)
-        found[name] = merge_moments(found[name], batch) if name in found else batch
+        if batch.count == 0:
+            return
+        found[name] = seen = merge_moments(found[name], batch) if name in found else batch
         # The layer evaluates with the statistics of the batch. One value has no variance: it takes those so far.
-        seen = found[name] if batch.count <= 1 else batch
-        if seen.count > 1:
-            _write(layer, seen.mean, seen.var)
+        if batch.count > 1:
+            seen = batch
+        _write(layer, seen.mean, seen.var if seen.count > 1 else np.ones_like(seen.var))
 
     with pool.all_or_none():
         samples = passes.run(layers, collect, "calibrating")
-        samples, found = pool.merge(samples, _sizes(layers), found)
+        samples, found, _ = pool.merge(samples, found)
     _demand(samples)
     for name, pooled in found.items():
-        _finish(name, layers[name], pooled, unbiased)
+        finish(name, pooled)
     return samples, found
 
 
-def _in_sequence(passes: _Passes, layers: Layers, pool: Pool, unbiased: bool) -> tuple[int, dict[str, Moments]]:
-    """In each pass the first layer that comes, among those not done yet, is calibrated."""
+class _Seen:
+    """The moments of some layers, and which of them ever run after another one of them."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Moments] = {}
+        self.late: set[str] = set()
+        self.first = ""
+
+    def start(self) -> None:
+        """A batch begins."""
+        self.first = ""
+
+    def collect(self, name: str, layer: Any, x: Tensor, mask: Tensor | None) -> None:
+        """See what comes into a layer."""
+        self.first = self.first or name or "."  # the name of the whole model is empty
+        if (name or ".") != self.first:
+            self.late.add(name)
+        batch = moments(x, mask)
+        if batch.count > 0:
+            self.found[name] = merge_moments(self.found[name], batch) if name in self.found else batch
+
+
+def _in_sequence(passes: _Passes, layers: Layers, pool: Pool, finish: Finish) -> tuple[int, dict[str, Moments]]:
+    """In each pass those layers are done before which, in every batch, only layers that were done have run."""
     done: dict[str, Moments] = {}
     samples = 0
     while len(done) < len(layers):
         left = {name: layer for name, layer in layers.items() if name not in done}
         found: dict[str, Moments] = {}
+        first: list[str] = []  # of those left, in the present batch
+        late: set[str] = set()
 
-        def collect(name: str, layer: Any, x: Tensor, mask: Tensor | None, found: dict[str, Moments] = found) -> None:
-            if not found or name in found:
-                batch = moments(x, mask)
-                found[name] = merge_moments(found[name], batch) if found else batch
+        def collect(
+            name: str,
+            layer: Any,
+            x: Tensor,
+            mask: Tensor | None,
+            found: Any = found,
+            first: Any = first,
+            late: Any = late,
+        ) -> None:
+            if not first:
+                first.append(name)
+            if name != first[0]:
+                late.add(name)
+            batch = moments(x, mask)
+            if batch.count > 0:
+                found[name] = merge_moments(found[name], batch) if name in found else batch
 
         with pool.all_or_none():
-            samples = passes.run(left, collect, f"calibrating layer {len(done) + 1} of {len(layers)}")
-            samples, found = pool.merge(samples, _sizes(left), found, first_only=True)
+            samples = passes.run(left, collect, f"calibrating, {len(done)} of {len(layers)} layers done", first.clear)
+            samples, found, late = pool.merge(samples, found, late)
         _demand(samples)
-        if not found:
+        ready = {name: pooled for name, pooled in found.items() if name not in late} or dict(list(found.items())[:1])
+        for name, pooled in ready.items():
+            finish(name, pooled)
+        if not ready:
             break
-        for name, pooled in found.items():
-            _finish(name, layers[name], pooled, unbiased)
-        done |= found
+        done |= ready
     return samples, done
+
+
+def _demand(samples: int) -> None:
+    if samples == 0:
+        raise ValueError("there is nothing to calibrate with: the data gave no samples")
 
 
 def _watched(data: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
@@ -328,8 +425,11 @@ def _watched(data: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
         from rich.progress import track
     except ModuleNotFoundError:
         progress = False
-    if progress and (console := Console(stderr=True)).is_terminal:
-        total = len(data) if isinstance(data, Sized) else None
-        yield from track(data, what, total=total, console=console, transient=True)
+    if progress and sys.stderr.isatty():
+        try:
+            total = len(data)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+        yield from track(data, what, total=total, console=Console(stderr=True), transient=True)
     else:
         yield from data

@@ -20,7 +20,7 @@ from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
 from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
 
-__all__ = ["batch_norm", "moments"]
+__all__ = ["ACTIVATIONS", "batch_norm", "moments"]
 
 threads.follow(torch.get_num_threads)
 _parse = functools.lru_cache(maxsize=256)(parse_activation)
@@ -98,11 +98,13 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         The count, and arrays of `(C,)`; zeros where nothing is counted.
 
     Raises:
-        ValueError: If `x` has fewer than two axes, or if the mask does not fit it.
+        ValueError: If `x` has fewer than two axes; if the mask does not fit it, or is negative.
         NotImplementedError: If `x` is not of a floating-point type.
     """
     _check(x, None, None, None, None, None)
     weights = None if mask is None else _expand_mask(mask, x)
+    if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(BAD_MASK)
     count = float(x.numel() // max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64))
     mean, var = np.zeros((2, x.shape[1]))
     if count > 0 and _is_plain(x):
@@ -118,6 +120,9 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         squares = (kept * (z - center.reshape(shape)) ** 2).sum(axes) / count
         mean, var = (values.cpu().double().numpy() for values in (center, squares))
     return Moments(count, mean, var)
+
+
+BAD_MASK = "mask must hold booleans, or weights that are finite and not negative"
 
 
 class Normalized(NamedTuple):
@@ -142,7 +147,7 @@ def normalize(
     statistics: Statistics | None,
 ) -> Normalized:
     """What `batch_norm` does; it also says what became of the running statistics. For layers."""
-    activation = _parse(activation)
+    activation = parse_activation(activation) if torch.compiler.is_compiling() else _parse(activation)
     if statistics is not None and not isinstance(statistics, BatchStatistics | RunningStatistics):
         raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
     if not eps >= 0:
@@ -155,20 +160,26 @@ def normalize(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    recomputed = not running and _is_recomputed()
+    if recomputed and running_mean is not None and running_var is not None:
+        running_mean, running_var = running_mean.clone(), running_var.clone()
     plain = _is_plain(x)
-    if plain and _takes_one_operation(x, residual, mask, running):
+    # A trace and what is made of it know PyTorch's operation, and it asks nothing of sizes that are not fixed.
+    if (plain and _takes_one_operation(x, residual, mask, running)) or (
+        running and not torch.compiler.is_compiling() and torch._C._is_tracing()
+    ):
         y = _one_operation(
             x, running_mean, running_var, weight, bias, not running, float(momentum), eps, activation, residual
         )
-        return Normalized(y, None if running else True)
+        return Normalized(y, None if running or recomputed else True)
     _check(x, running_mean, running_var, weight, bias, residual)
     weights = None if running or mask is None else _expand_mask(mask, x)
     count = math.inf if running else _count(x, weights)
     mean, var = (running_mean, running_var) if running else (None, None)
-    if count == 0:
+    if not isinstance(count, Tensor) and count == 0:
         mean = var = x.new_zeros(x.shape[1])  # the moments of nothing
     if plain and _takes_kernels(x, residual, running_mean, running_var, weight, bias):
-        batch = _Batch(count, mean, var, eps)
+        batch = _Batch(float(count), mean, var, eps)
         y = _with_kernels(x, weight, bias, residual, weights, batch, activation)
         mean, var = batch.mean, batch.var
     else:
@@ -177,7 +188,13 @@ def normalize(
         return Normalized(y, None)
     if running_mean is None or running_var is None:
         return Normalized(y, True)
-    return Normalized(y, _update_running(running_mean, running_var, count, mean, var, momentum))
+    updated = _update_running(running_mean, running_var, count, mean, var, momentum)
+    return Normalized(y, None if recomputed else updated)
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is under way: a checkpoint then repeats a forward pass that has been counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -230,12 +247,14 @@ def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     return weights.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)
 
 
-def _count(x: Tensor, weights: Tensor | None) -> float:
+def _count(x: Tensor, weights: Tensor | None) -> float | Tensor:
     """How many values each channel has, which must be two at least."""
     values = x.numel() // max(1, x.shape[1])
+    if weights is not None and torch.compiler.is_compiling():
+        return weights.sum(dtype=weights.dtype)  # a graph cannot depend on what a mask holds
     if weights is not None and values > 0:
         if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise ValueError("mask must hold booleans, or weights that are finite and not negative")
+            raise ValueError(BAD_MASK)
         values = int((weights > 0).sum())
         if values == 0:
             raise ValueError(
@@ -247,29 +266,39 @@ def _count(x: Tensor, weights: Tensor | None) -> float:
             f"{'' if weights is None else ' of which the mask keeps one'}. The variance of one value is 0. "
             "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
-    return float(values) if weights is None else float(weights.sum(dtype=torch.float64))
+    return torch.sym_float(values) if weights is None else float(weights.sum(dtype=torch.float64))
 
 
 # --- The running statistics ------------------------------------------------------------------------------------------
 
 
 def _update_running(
-    running_mean: Tensor, running_var: Tensor, count: float, mean: Any, var: Any, momentum: float | Tensor
+    running_mean: Tensor, running_var: Tensor, count: float | Tensor, mean: Any, var: Any, momentum: float | Tensor
 ) -> bool | Tensor:
     """`definition.update_running`, in place; a batch whose statistics are not finite, or that is empty, is left out."""
-    if count == 0:
+    if not isinstance(count, Tensor) and count == 0:
         return False
     if isinstance(mean, np.ndarray) and running_mean.dtype is torch.bfloat16:
         mean, var = torch.from_numpy(mean), torch.from_numpy(var)
     if isinstance(mean, np.ndarray):
         updated = np.empty(1, np.bool_)
         kernels.update_running(
-            mean, var, count, float(momentum), running_mean.detach().numpy(), running_var.detach().numpy(), updated
+            mean,
+            var,
+            float(count),
+            float(momentum),
+            running_mean.detach().numpy(),
+            running_var.detach().numpy(),
+            updated,
         )
         torch.autograd.graph.increment_version((running_mean, running_var))
         return bool(updated[0])
     with torch.no_grad():
-        correction = count / (count - 1) if count > 1 else 1.0
+        correction: float | Tensor
+        if isinstance(count, Tensor):
+            correction = torch.where(count > 1, count / (count - 1), 1.0)
+        else:
+            correction = count / (count - 1) if count > 1 else 1.0
         # Converted first: a variance above 65504 is finite, but not in the float16 of `model.half()`.
         mean, var = mean.to(running_mean.dtype), (var * correction).to(running_var.dtype)
         finite: Tensor = var.isfinite().all() & mean.isfinite().all()
@@ -557,7 +586,7 @@ def _one_operation(
     if (weight is not None and weight.dim() != 1) or (bias is not None and bias.dim() != 1):
         _check(x, running_mean, running_var, weight, bias, residual)  # PyTorch's operation takes any shape
     if running_mean is not None and running_var is not None:
-        if not training and torch.is_grad_enabled():
+        if not training and torch.is_grad_enabled() and not torch._C._is_tracing():
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
             running_mean, running_var = running_mean.clone(), running_var.clone()
         if training:
@@ -570,20 +599,20 @@ def _one_operation(
         _check(x, running_mean, running_var, weight, bias, residual)  # it knows better what is wrong
         raise
     name, parameter = activation
-    if not torch.is_grad_enabled():  # no one else has z: what follows may take its place
+    if not torch.is_grad_enabled() and not torch._C._is_tracing():  # no one else has z: what follows may take its place
         if residual is not None:
             z += residual
         if name == "relu":
             return torch.relu_(z)
     elif residual is not None:
         z = z + residual
-    y: Tensor = _ACTIVATIONS[name](z, parameter)
+    y: Tensor = ACTIVATIONS[name](z, parameter)
     return y
 
 
 # --- The path of PyTorch's own operations ----------------------------------------------------------------------------
 
-_ACTIVATIONS: dict[str, Any] = {
+ACTIVATIONS: dict[str, Any] = {
     "none": lambda z, _: z,
     "relu": lambda z, _: torch.relu(z),
     "relu6": lambda z, _: F.relu6(z),
@@ -636,4 +665,4 @@ def _composed(
     if residual is not None:
         z = z + residual
     name, parameter = activation
-    return _ACTIVATIONS[name](z, parameter).to(x.dtype), mean, var
+    return ACTIVATIONS[name](z, parameter).to(x.dtype), mean, var

@@ -14,6 +14,7 @@ from batchnorm.torch.functional import normalize
 from batchnorm.torch.statistics import Statistics
 
 __all__ = [
+    "FORWARDS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -58,8 +59,15 @@ class _Layer(_Base):
     num_batches_skipped: Tensor
 
     def __init__(
-        self, *args: Any, activation: ActivationSpec = None, statistics: Statistics | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        activation: ActivationSpec = None,
+        statistics: Statistics | None = None,
+        device: Any = None,
+        **kwargs: Any,
     ) -> None:
+        if device is not None:  # named, because `torch.nn.utils.skip_init` looks for the name
+            kwargs["device"] = device
         super().__init__(*args, **kwargs)
         parse_activation(activation)  # an unknown one is an error here, not at the first batch
         self.activation = activation
@@ -72,6 +80,15 @@ class _Layer(_Base):
         super().reset_running_stats()
         if "num_batches_skipped" in self._buffers:  # not yet, when PyTorch's constructor calls
             self.num_batches_skipped.zero_()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # It is in no state dict. `to_empty` and the meta device leave nothing that could be kept.
+        if self.num_batches_tracked is not None:
+            if self.num_batches_skipped.device == self.num_batches_tracked.device:
+                self.num_batches_skipped.zero_()
+            else:
+                self.num_batches_skipped = torch.zeros_like(self.num_batches_tracked)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`, and in training update the running statistics.
@@ -88,6 +105,10 @@ class _Layer(_Base):
             ValueError: If the shape of `x`, `residual` or `mask` is wrong, or if training has one value per channel.
             RuntimeError: If the number of channels or the floating-point types do not fit.
         """
+        if isinstance(input, torch.fx.Proxy):  # a symbolic trace takes the layers of torch.nn as a whole: ours, too
+            path = input.tracer.path_of_module(self)
+            given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+            return input.tracer.create_proxy("call_module", path, (input,), given)
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         tracks = self.training and self.track_running_stats
@@ -95,7 +116,7 @@ class _Layer(_Base):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:
             k = batches + 1  # the average of all batches: the k-th counts 1/k
-            momentum = 1.0 / (k if torch.compiler.is_compiling() else float(k))
+            momentum = 1.0 / (k.double() if torch.compiler.is_compiling() else float(k))
         uses_running = tracks or not self.training
         y, updated = normalize(
             input,
@@ -159,3 +180,7 @@ class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
     """A `BatchNorm3d` that takes the number of channels from its first input."""
 
     cls_to_become = BatchNorm3d
+
+
+FORWARDS = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _Layer.forward}
+"""The forwards that normalize the second axis of just what they are given; a subclass may do something else."""

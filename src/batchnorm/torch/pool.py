@@ -1,6 +1,7 @@
 """Moments that several processes have found, merged: the same on all of them."""
 
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +19,8 @@ FAILED = -1.0
 class Pool:
     """The processes of a group that call together; this one alone without `torch.distributed`.
 
-    Every process calls `merge` as often as the others. One that fails before makes the others fail too, if it does so
-    within `all_or_none`: they do not wait for what never comes.
+    Every process calls `agree` once, then `merge` as often as the others. One that fails before makes the others fail
+    too, if it does so within `all_or_none`: they do not wait for what never comes.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -27,11 +28,12 @@ class Pool:
         self.alone = not (dist.is_available() and dist.is_initialized())
         if group is not None and self.alone:
             raise ValueError("a process group was given, but torch.distributed is not initialized")
+        self.sizes: dict[str, int] = {}
         self._merged = False
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """One call of `merge`, and what leads to it."""
+        """One call of `agree` or `merge`, and what leads to it."""
         self._merged = False
         try:
             yield
@@ -40,43 +42,67 @@ class Pool:
                 self._gather([FAILED, 0, 0])
             raise
 
+    def agree(self, sizes: Mapping[str, int]) -> None:
+        """See that all processes have the same layers.
+
+        Args:
+            sizes: The channels of each layer.
+
+        Raises:
+            RuntimeError: If they have not, or if one of them failed.
+        """
+        self._merged = True
+        self.sizes = dict(sizes)
+        if not self.alone:
+            text = repr(sorted(sizes.items())).encode()
+            self._require([0, len(sizes), zlib.crc32(text)])
+
     def merge(
-        self, samples: int, sizes: Mapping[str, int], found: Mapping[str, Moments], *, first_only: bool = False
-    ) -> tuple[int, dict[str, Moments]]:
-        """Add up the samples, merge the moments.
+        self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
+    ) -> tuple[int, dict[str, Moments], set[str]]:
+        """Add up the samples, merge the moments, unite the marked layers.
 
         Args:
             samples: How many this process had.
-            sizes: The channels of each layer, the same on all processes.
-            found: The moments of some of them, in the order in which they came.
-            first_only: Whether only one layer is wanted: of those that came first in a process, the first in `sizes`.
+            found: The moments of some of the layers.
+            marked: Some of the layers.
 
         Raises:
-            RuntimeError: If another process failed, or has other layers.
+            RuntimeError: If another process failed.
         """
         self._merged = True
         if self.alone:
-            return samples, dict(found)
-        names = list(sizes)
-        first = names.index(next(iter(found))) if found else len(names)
-        headers = self._gather([samples, first, sum(sizes.values())])
-        failed = [str(rank) for rank, header in enumerate(headers) if header[0] == FAILED]
+            return samples, dict(found), set(marked)
+        samples = int(sum(header[1] for header in self._require([0, samples, 0])))
+        mine = [
+            np.r_[float(name in marked), m.count, m.mean, m.var]
+            for name, size in self.sizes.items()
+            for m in (found.get(name) or Moments(0.0, np.zeros(size), np.zeros(size)),)
+        ]
+        ends = np.cumsum([len(part) for part in mine])[:-1]
+        merged: dict[str, Moments] = {}
+        union: set[str] = set()
+        for row in self._gather(np.concatenate(mine)) if mine else ():
+            for name, part in zip(self.sizes, np.split(row, ends), strict=True):
+                theirs = Moments(float(part[1]), *np.split(part[2:], 2))
+                union |= {name} if part[0] else set()
+                if theirs.count > 0:
+                    merged[name] = merge_moments(merged[name], theirs) if name in merged else theirs
+        return samples, merged, union
+
+    def _require(self, header: list[float]) -> list[Any]:
+        """The header of each process; the last number must be the same in all.
+
+        Raises:
+            RuntimeError: If one of them failed, or if it is not.
+        """
+        headers = self._gather(header)
+        failed = [str(rank) for rank, theirs in enumerate(headers) if theirs[0] == FAILED]
         if failed:
             raise RuntimeError(f"process {', '.join(failed)} of the group failed; here nothing has been changed")
-        if len({header[2] for header in headers}) > 1:
-            raise RuntimeError("the processes of the group have models of different sizes")
-        if first_only:
-            names = names[int(min(header[1] for header in headers)) :][:1]
-        merged: dict[str, Moments] = {}
-        if names:
-            mine = [found.get(name) or _nothing(sizes[name]) for name in names]
-            ends = np.cumsum([1 + 2 * sizes[name] for name in names])[:-1]
-            for row in self._gather(np.concatenate([np.r_[m.count, m.mean, m.var] for m in mine])):
-                for name, part in zip(names, np.split(row, ends), strict=True):
-                    theirs = Moments(float(part[0]), *np.split(part[1:], 2))
-                    merged[name] = merge_moments(merged[name], theirs) if name in merged else theirs
-        total = int(sum(header[0] for header in headers))
-        return total, {name: moments for name, moments in merged.items() if moments.count > 0}
+        if len({theirs[2] for theirs in headers}) > 1:
+            raise RuntimeError("the processes of the group do not have the same layers to work on")
+        return headers
 
     def _gather(self, values: Any) -> list[Any]:
         """One row of each process."""
@@ -85,7 +111,3 @@ class Pool:
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(rows, mine, group=self.group)
         return [row.cpu().numpy() for row in rows]
-
-
-def _nothing(size: int) -> Moments:
-    return Moments(0.0, np.zeros(size), np.zeros(size))

@@ -1,0 +1,354 @@
+"""Which linear map computes what a normalization takes, or takes what it computes, and whether nothing else does."""
+
+import dataclasses
+import itertools
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.weight_norm import WeightNorm
+
+from batchnorm.torch import fuse
+
+__all__ = ["TRANSPOSED", "Flow", "Link", "Unproven", "is_linear_map", "is_watched", "join"]
+
+
+class Unproven(Exception):
+    """Why something is not certain."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A layer beside a normalization.
+
+    Attributes:
+        layer: Its name.
+        changed: What happens to the value on the way: nothing, `"transposed"` or `"flattened"`.
+        axes: With how many axes of the normalization's input its channels are those of the layer; None if that is
+            certain.
+    """
+
+    layer: str
+    changed: str = ""
+    axes: int | None = None
+
+
+# --- Modules ----------------------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+def is_linear_map(module: Any) -> bool:
+    """Whether a module is a convolution or a linear layer, and computes what PyTorch's does."""
+    for kind in (nn.Linear, *_CONVOLUTIONS, *TRANSPOSED):
+        if isinstance(module, kind):
+            methods = ["forward", *(["_conv_forward"] if kind in _CONVOLUTIONS else [])]
+            same = all(getattr(type(module), method) is getattr(kind, method) for method in methods)
+            return same and vars(module).keys().isdisjoint(methods)
+    return False
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks take part when a module is called, other than one that only makes its weight."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return bool(_has_any_global_hook()) or any(
+        not isinstance(hook, WeightNorm) for hooks in own for hook in hooks.values()
+    )
+
+
+def join(path: str, name: str) -> str:
+    """The name in the whole model of what has a name in the module at `path`."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+# --- What the graph says ----------------------------------------------------------------------------------------------
+
+_CHECKED_AXES: dict[Any, tuple[int, float]] = {
+    nn.BatchNorm1d._check_input_dim: (2, 3),
+    nn.BatchNorm2d._check_input_dim: (4, 4),
+    nn.BatchNorm3d._check_input_dim: (5, 5),
+}
+"""How many axes the input of a normalization has, at least and at most, when it raises no error."""
+
+
+@dataclass
+class Flow:
+    """The values in a module, when it is called in one way.
+
+    Attributes:
+        model: What the module belongs to.
+        path: Its name there.
+        graph: What it computes.
+        kept: Values that something outside of the graph sees, and what.
+        read: The names of the layers whose parameters or buffers are looked at without calling them.
+        calls: The calls of each layer, by its name.
+        gone: Normalizations that have been folded, with nothing left of them: they hand on what they get.
+        axes: How many axes the inputs of normalizations have, where that has been seen or is checked.
+    """
+
+    model: nn.Module
+    path: str
+    graph: fx.Graph
+    kept: dict[fx.Node, str]
+    read: set[str] = field(default_factory=set)
+    calls: dict[str, list[fx.Node]] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    axes: dict[str, int] = field(default_factory=dict)
+
+    def is_read(self, name: str) -> bool:
+        """Whether something looks into a layer in another way than by calling it."""
+        outside = any(read == name or read.startswith(f"{name}.") for read in self.read)
+        return outside or any(path in self.calls for path in itertools.accumulate(name.split(".")[:-1], join))
+
+    def source(self, name: str) -> Link:
+        """The linear map whose output a normalization takes, if nothing else does.
+
+        Args:
+            name: A normalization that is called once.
+
+        Returns:
+            The layer before it.
+
+        Raises:
+            Unproven: If there is none, if something else sees its output, or if its channels are on another axis.
+        """
+        user, changed = self.calls[name][0], ""
+        value = self._only_input(user)
+        while True:
+            if self._hands_on(value):
+                user, value = value, self._only_input(value)
+            elif _transposes(value) and not changed:
+                user, value, changed = value, self._only_input(value), "transposed"
+            else:
+                break
+        layer = self._module(value)
+        if not is_linear_map(layer) or (changed and not isinstance(layer, nn.Linear)):
+            raise Unproven(f"what comes before it is {self._describe(value)}{changed and ', transposed'}")
+        return self._link(name, value, changed)
+
+    def target(self, name: str) -> Link:
+        """The linear map that takes a normalization's output, if nothing else does, and all of it.
+
+        Args:
+            name: A normalization that is called once.
+
+        Returns:
+            The layer after it.
+
+        Raises:
+            Unproven: If there is none, if something else sees the output, if there are values that it does not come to,
+                or if the layer's channels are on another axis.
+        """
+        value, changed = self.calls[name][0], ""
+        while True:
+            if value in self.kept:
+                raise Unproven(f"its output is also seen by {self.kept[value]}")
+            users = list(value.users)
+            if len(users) != 1:
+                raise Unproven(f"its output is used by {' and '.join(map(self._describe, users)) or 'nothing'}")
+            user = users[0]
+            if _input(user) is not value or _uses(user, value) != 1:
+                raise Unproven(f"what comes after it is {self._describe(user)}")
+            if self._flattens(user) and not changed:
+                changed = "flattened"
+            elif not self._hands_on(user):
+                break
+            value = user
+        layer = self._module(user)
+        if not is_linear_map(layer) or (changed and not isinstance(layer, nn.Linear)):
+            raise Unproven(f"what comes after it is {'flatten, and then ' * bool(changed)}{self._describe(user)}")
+        _require_that_shift_reaches_all(layer)
+        node = self.calls[name][0]
+        while node is not user:
+            node = node.next
+            if node is not user and self._may_write(node):  # so it must read the values that are there before
+                raise Unproven(f"{self._describe(node)} may change its input before {self._describe(user)} reads it")
+        return self._link(name, user, changed)
+
+    def _link(self, name: str, node: fx.Node, changed: str) -> Link:
+        """The link to a layer, if the normalization's input can have the axes with which the channels are the same."""
+        layer: Any = self._module(node)
+        link = Link(join(self.path, str(node.target)), changed)
+        if changed == "flattened":
+            return link
+        axes = (3 if changed else 2) if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
+        least, most = self._axes(name)
+        if not least <= axes <= most:
+            number = str(least) if least == most else f"{least} or more" if most == math.inf else f"{least} or {most}"
+            raise Unproven(f"with {number} axes its channels are not those of {type(layer).__name__}")
+        return link if least == most and not changed else dataclasses.replace(link, axes=axes)
+
+    # --- Axes -----------------------------------------------------------------------------------------------------
+
+    def _axes(self, name: str) -> tuple[int, float]:
+        """How many axes a normalization's input has, at least and at most."""
+        if name in self.axes:
+            return self.axes[name], self.axes[name]
+        least, most = _CHECKED_AXES.get(_check_of(self.model.get_submodule(name)), (2, math.inf))
+        return least, min(most, self._most_axes(_input(self.calls[name][0])))
+
+    def _most_axes(self, node: fx.Node | None) -> float:
+        """How many axes a value has, at most, from what it has been through."""
+        most, fewer = math.inf, 0
+        while node is not None:
+            layer: Any = self._module(node)
+            if isinstance(layer, _BatchNorm):
+                known = self.axes.get(join(self.path, str(node.target)))
+                most = min(most, (known or _CHECKED_AXES.get(_check_of(layer), (2, math.inf))[1]) - fewer)
+            elif isinstance(layer, _CONVOLUTIONS + TRANSPOSED):
+                return min(most, len(layer.kernel_size) + 2 - fewer)
+            elif self._flattens(node):
+                return min(most, 2 - fewer)
+            elif _operation(node) in ("view", "reshape") and len(node.args) > 2:
+                return min(most, len(node.args) - 1 - fewer)
+            elif _operation(node) == "mean":
+                fewer += _reduced_axes(node)
+            elif not (self._hands_on(node) or isinstance(layer, nn.Linear) or self._is_activation(node)):
+                return most
+            node = _input(node)
+        return most
+
+    # --- Nodes ----------------------------------------------------------------------------------------------------
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(join(self.path, str(node.target))) if node.op == "call_module" else None
+
+    def _describe(self, node: fx.Node) -> str:
+        match node.op:
+            case "call_module":
+                layer: Any = self._module(node)
+                return f"{type(layer).__name__}{', with another forward' if 'forward' in vars(layer) else ''}"
+            case "placeholder" | "output":
+                end = "an input" if node.op == "placeholder" else "the output"
+                return f"{end} of {type(self.model.get_submodule(self.path)).__name__}"
+            case "get_attr":
+                return "a parameter"
+            case _:
+                name: Any = node.target
+                return _operation(node) or str(getattr(name, "__name__", name))
+
+    def _only_input(self, user: fx.Node) -> fx.Node:
+        """What a node takes, if nothing else does."""
+        value = _input(user)
+        if value is None:
+            raise Unproven("what comes before it is not known")
+        if value in self.kept:
+            raise Unproven(f"its input is also seen by {self.kept[value]}")
+        others = [self._describe(other) for other in value.users if other is not user]
+        if others:
+            raise Unproven(f"its input is also used by {' and '.join(others)}")
+        if _uses(user, value) != 1:
+            raise Unproven(f"{self._describe(user)} uses its input twice")
+        return value
+
+    def _hands_on(self, node: fx.Node) -> bool:
+        """Whether the output is the input, value for value."""
+        layer = self._module(node)
+        if layer is None:
+            drops = node.target in _DROPOUT_FUNCTIONS and node.kwargs.get("training") is not False
+            return _operation(node) == "contiguous" or (node.target in _DROPOUT_FUNCTIONS and not drops)
+        if join(self.path, str(node.target)) in self.gone:
+            return True
+        plain = type(layer) is nn.Identity or (type(layer) in _DROPOUTS and not layer.training)
+        return plain and not is_watched(layer) and "forward" not in vars(layer)
+
+    def _flattens(self, node: fx.Node) -> bool:
+        """Whether the first axis stays, and the others become one, with the channels outermost."""
+        layer: Any = self._module(node)
+        if layer is not None:
+            plain = type(layer) is nn.Flatten and not is_watched(layer) and "forward" not in vars(layer)
+            return plain and (layer.start_dim, layer.end_dim) == (1, -1)
+        arguments = (*node.args[1:], *node.kwargs.items())
+        return _operation(node) == "flatten" and arguments in ((1,), (1, -1), (("start_dim", 1),))
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        """Whether it is one that works value by value."""
+        if node.op == "call_module":
+            return fuse.recognize(self._module(node)) is not None
+        return node.op[:4] == "call" and fuse.recognize(node.target, node.args[1:], node.kwargs) is not None
+
+    def _may_write(self, node: fx.Node) -> bool:
+        """Whether it could change a tensor that was there before it."""
+        if node.op == "call_module":
+            return bool(getattr(self._module(node), "inplace", False))
+        if node.op not in ("call_method", "call_function"):
+            return False
+        if getattr(node.target, "__module__", None) == "_operator":  # a symbol sees `x += 1` as `x = x + 1`
+            return node.target is not operator.getitem
+        name = str(getattr(node.target, "__name__", node.target))
+        return name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+def _check_of(layer: nn.Module) -> Any:
+    return getattr(type(layer), "_check_input_dim", None)
+
+
+def _require_that_shift_reaches_all(layer: Any) -> None:
+    """Raise unless every output of a layer sees all of its kernel upon values of its input."""
+    name = type(layer).__name__
+    if isinstance(layer, TRANSPOSED):
+        raise Unproven(f"{name} after it brings the shift to each output in another way")
+    if (
+        isinstance(layer, _CONVOLUTIONS)
+        and layer.padding_mode == "zeros"
+        and any(layer._reversed_padding_repeated_twice)
+    ):
+        padding = layer.padding[0] if len(set(layer.padding)) == 1 else layer.padding
+        raise Unproven(f"{name}(..., padding={padding!r}) pads with zeros, which the shift does not reach")
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    return value if isinstance(value, fx.Node) else None
+
+
+def _uses(user: fx.Node, value: fx.Node) -> int:
+    """How often a value is among the arguments."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg((user.args, user.kwargs), nodes.append)
+    return sum(node is value for node in nodes)
+
+
+def _operation(node: fx.Node) -> str:
+    """The name of an operation on tensors, called as a function or as a method, or of an attribute; else empty."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.target is getattr:
+        return str(node.args[1])
+    name = str(getattr(node.target, "__name__", ""))
+    return name if getattr(torch, name, None) is node.target else ""
+
+
+def _transposes(node: fx.Node) -> bool:
+    """Whether of a value with three axes the last two change places."""
+    name, dims = _operation(node), node.args[1:]
+    if len(dims) == 1 and isinstance(dims[0], tuple | list):
+        dims = tuple(dims[0])
+    if name == "mT":
+        return True
+    if node.kwargs or not all(isinstance(dim, int) and -3 <= dim < 3 for dim in dims):
+        return False
+    axes = [dim % 3 for dim in dims if isinstance(dim, int)]
+    return (
+        axes == [0, 2, 1]
+        if name == "permute"
+        else (name in ("transpose", "swapaxes", "swapdims") and sorted(axes) == [1, 2])
+    )
+
+
+def _reduced_axes(node: fx.Node) -> int:
+    """How many axes the mean over some of them takes away."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    if keeps is not False or dims is None:
+        return 0
+    return len(dims) if isinstance(dims, tuple | list) else 1
