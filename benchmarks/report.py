@@ -165,7 +165,8 @@ def _losses(tables: Tables) -> str:
             means = [fmean(values) for values in last.values()]
             cells.append(f"{fmean(means):.4f}" + (f" ± {stdev(means):.4f}" if len(means) > 1 else ""))
         rows.append((model, *cells))
-    return markdown(("loss at the end", "eager", "converted"), rows)
+    text = markdown(("loss at the end", "eager", "converted"), rows)
+    return f"{text}\n![The loss of each model before and after convert](results/losses.svg)\n" if text else ""
 
 
 def _lost(tables: Tables) -> str:
