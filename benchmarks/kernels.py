@@ -6,29 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from batchnorm.bench import layers
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Candidate, Record, interleave, records
 from batchnorm.kernels import cpu
+from batchnorm.torch.functional import _array
 
 KERNEL_CASES = [case for case in CASES if case.group == "network" and case.activation == "relu" and not case.residual]
-
-
-def _array(tensor: Tensor, case: Case) -> Any:
-    """As the kernels take it."""
-    n, channels = case.shape[:2]
-    if case.channels_last:
-        return tensor.movedim(1, -1).numpy().reshape(-1, channels, 1)
-    return tensor.numpy().reshape(n, channels, -1)
 
 
 def candidates(case: Case) -> dict[str, Candidate]:
     """What is timed for a case, by name."""
     x, dy, y, dx = (case.tensor() for _ in range(4))
     channels, count = x.shape[1], x.numel() / x.shape[1]
-    x_array, dy_array = _array(x, case), _array(dy, case)
+    x_array, dy_array = _array(x, case.memory_format), _array(dy, case.memory_format)
     mean, var, rstd, sum_dz, sum_dz_xhat = np.empty((5, channels))
     weight, bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
 
@@ -41,8 +33,10 @@ def candidates(case: Case) -> dict[str, Candidate]:
     whole = layers.candidates(case, "training")
     return {
         "copy": whole["copy"],
-        "kernels": partial(both, _array(y, case), _array(dx, case)),
-        "fresh memory": lambda: both(_array(torch.empty_like(x), case), _array(torch.empty_like(x), case)),
+        "kernels": partial(both, _array(y, case.memory_format), _array(dx, case.memory_format)),
+        "fresh memory": lambda: both(
+            _array(torch.empty_like(x), case.memory_format), _array(torch.empty_like(x), case.memory_format)
+        ),
         "layer": whole["batchnorm"],
         "eager": whole["eager"],
     }

@@ -20,7 +20,7 @@ from batchnorm.bench import clock, layers, peers, summary, table, terminal
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 
 TINY = "4x32x4x4"
 README = Path(__file__).parents[1] / "benchmarks/README.md"
@@ -257,6 +257,8 @@ TABLES: goals.Tables = {
     "training": [*trained(3200, 2000), *trained(1000, 1250, layout="channels-last")],
     "inference": trained(1000, 1000),
     "memory": trained(300, 200),
+    "kernels": timed("b", copy=1, kernels=3, **{"fresh memory": 4}, layer=5, eager=9),
+    "folding": trained(1000, 500, folded=1, skipped=0, max_error=1e-7),
     "gradients": [*trained(2, 2), *trained(2, 8, seed=1)],
     "losses": curves(),
 }
@@ -272,7 +274,9 @@ def test_goals() -> None:
         ): True,
         ("the same: worst case of all, small ones and all types included", "0.50× (c channels-first)"): False,
         ("large tensors, channels-first, in copies: mean", f"{math.sqrt(8):.2f} (2.00 to 4.00)"): True,
+        ("the same, the kernels alone: memory that is there already", "3.00 (3.00 to 3.00)"): True,
         ("large tensors, channels-last, in copies: mean", "4.00 (4.00 to 4.00)"): True,
+        ("the same, the kernels alone: memory that is there already", "not measured"): None,
         ("forward + backward against torch.compile: mean", f"{math.sqrt(80):.2f}× (8.00 to 10.00)"): True,
         ("evaluation against eager: mean", f"{mean:.2f}× (3.00 to 12.00)"): True,
         ("evaluation against torch.compile: mean", f"{math.sqrt(80):.2f}× (8.00 to 10.00)"): True,
@@ -312,6 +316,10 @@ def test_the_report(tmp_path: Path) -> None:
     assert section(text, "environment").count("\n") == 1
     assert "| mobilenet_v2 channels-first | 2x3x4x4 | 300 | 200 | 1.50 |" in section(text, "memory")
     assert "| mobilenet_v2 channels-first | 2.0e-06 | 5.0e-06 | 2.00 |" in section(text, "gradients")
+    assert "| mobilenet_v2 channels-first | 2x3x4x4 | 1.0 (1.00) | 0.5 (2.00) | 1 of 1 | 1e-07 |" in section(
+        text, "folding"
+    )
+    assert "| b channels-first | 3.00 | 4.00 | 5.00 | 9.00 |" in section(text, "kernels")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:
         assert section(text, name).strip() not in ("", report.EMPTY.strip())

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 from batchnorm.study.data import Dataset, load, load_digits, read_idx
 
 CLASSES, PER_CLASS = 3, 30

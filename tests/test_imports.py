@@ -15,7 +15,9 @@ FRAMEWORKS = ("torch", "keras", "jax", "sklearn", "plotly", "onnxruntime", "onnx
 ORDER = [
     "batchnorm",
     "batchnorm.definition",
+    "batchnorm.errors",
     "batchnorm.folded",
+    "batchnorm.onnx",
     "batchnorm.kernels",
     "batchnorm.torch.statistics",
     "batchnorm.torch.functional",
@@ -23,7 +25,6 @@ ORDER = [
     "batchnorm.torch.*",  # tools on whole models
     "batchnorm.torch",
     "batchnorm.study",
-    "batchnorm.onnx",
     "batchnorm.bench",
     "batchnorm.cli",
     "batchnorm.__main__",

@@ -20,8 +20,8 @@ typer_testing = pytest.importorskip("typer.testing")
 from onnx import helper, numpy_helper
 
 from batchnorm import cli, definition
+from batchnorm.errors import InputError
 from batchnorm.onnx import fold
-from batchnorm.study import InputError
 
 fold_module = import_module("batchnorm.onnx.fold")  # the package's attribute of this name is the function
 

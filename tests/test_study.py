@@ -19,7 +19,8 @@ torch = pytest.importorskip("torch")
 for module in ("sklearn", "joblib", "plotly", "jinja2", "rich"):
     pytest.importorskip(module)
 
-from batchnorm.study import InputError, output, report
+from batchnorm.errors import InputError
+from batchnorm.study import output, report
 from batchnorm.study.claims import (
     CLAIMS,
     FEWEST_SEEDS,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import batchnorm
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 
 EXTRA = 'pip install "batchnorm[study]"'
 

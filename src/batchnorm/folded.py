@@ -1,9 +1,12 @@
-"""What `fold` gives back, for every kind of model."""
+"""What `fold` gives back, for every kind of model, and how it compares outputs."""
 
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Folded"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Folded", "difference"]
 
 Model = TypeVar("Model")
 
@@ -33,3 +36,20 @@ class Folded(Generic[Model]):
         lines += [f"  {name} -> {into}" for name, into in self.folded.items()]
         lines += [f"  {name} stays: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """The largest difference of two arrays, relative to the largest finite value that is expected.
+
+    Args:
+        expected: Numbers, float64 or complex; NaN and infinity are expected where they are.
+        found: Of the same shape.
+
+    Returns:
+        The difference; infinity if one of them is not finite where the other is another value.
+    """
+    same = (expected == found) | (np.isnan(expected) & np.isnan(found))
+    with np.errstate(invalid="ignore"):
+        apart = np.nan_to_num(np.abs(expected - found), nan=np.inf, posinf=np.inf)
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    return float(apart[~same].max(initial=0.0) / (largest or 1.0))

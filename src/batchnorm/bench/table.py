@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.bench.clock import Record
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 
 __all__ = ["read", "write"]
 

@@ -12,7 +12,7 @@ from batchnorm.bench import layers, peers, summary, table
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 
 __all__ = ["bench", "check", "select", "watch"]
 

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, shape_inference
 
 from batchnorm.definition import fold_linear
-from batchnorm.folded import Folded
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
+from batchnorm.folded import Folded, difference
 
 __all__ = ["UNCHECKED", "fold", "fold_file"]
 
@@ -677,12 +677,7 @@ def _distance(expected: Any, found: Any) -> float:
         return 0.0
     if expected.shape != found.shape:
         return np.inf
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        apart = np.nan_to_num(np.abs(a - b), nan=np.inf, posinf=np.inf)
-    largest = np.abs(a[np.isfinite(a)]).max(initial=0.0)
-    return float(apart[~same].max(initial=0.0) / (largest or 1.0))
+    return difference(expected.astype(np.float64), found.astype(np.float64))
 
 
 def _tolerance(model: ModelProto) -> float:

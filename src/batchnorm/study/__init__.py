@@ -4,9 +4,3 @@
 `figures` show it, `output` writes the files, and `terminal` is all of it as one command. It needs
 `pip install "batchnorm[study]"`.
 """
-
-__all__ = ["InputError"]
-
-
-class InputError(ValueError):
-    """What the user gave cannot be studied. The message is one sentence: what is wrong, and what to do."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 
 __all__ = ["Dataset", "Part", "load", "load_digits", "read_idx"]
 

@@ -9,6 +9,7 @@ trained at every learning rate of `RATES`, and each such run is one `Run`. Nothi
 """
 
 import math
+import threading
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 from batchnorm.study.data import Dataset, Part
 from batchnorm.torch import BatchNorm1d
 
@@ -141,6 +142,16 @@ def processes() -> int:
     return max(1, min(MOST_PROCESSES, int(joblib.cpu_count())))
 
 
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Threads that fail meanwhile print nothing: loky's may look for work that its end has just thrown away."""
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+
+
 def run_all(dataset: Dataset, settings: Settings) -> Iterator[Run]:
     """Train everything in `plan`, a thread per process, and yield each run when it is done, in no particular order.
 
@@ -161,7 +172,7 @@ def run_all(dataset: Dataset, settings: Settings) -> Iterator[Run]:
         for run in runs:  # noqa: UP028  `yield from` would close `runs` before the warnings are caught
             yield run
     finally:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_threads():
             warnings.simplefilter("ignore")  # whoever stops early knows that some runs were not trained
             runs.close()
 

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from batchnorm.study import InputError
+from batchnorm.errors import InputError
 
 __all__ = ["check_writable", "write"]
 

@@ -329,18 +329,22 @@ class _Passes:
         return samples
 
 
+def _add(found: dict[str, Moments], name: str, batch: Moments) -> None:
+    """Merge what came in now with what came in before; nothing does not count as something."""
+    if batch.count > 0:
+        found[name] = merge_moments(found[name], batch) if name in found else batch
+
+
 def _in_parallel(passes: _Passes, layers: Layers, pool: Pool, finish: Finish) -> tuple[int, dict[str, Moments]]:
     found: dict[str, Moments] = {}
 
     def collect(name: str, layer: Any, x: Tensor, mask: Tensor | None) -> None:
         batch = moments(x, mask)
-        if batch.count == 0:
-            return
-        found[name] = seen = merge_moments(found[name], batch) if name in found else batch
+        _add(found, name, batch)
         # The layer evaluates with the statistics of the batch. One value has no variance: it takes those so far.
-        if batch.count > 1:
-            seen = batch
-        _write(layer, seen.mean, seen.var if seen.count > 1 else np.ones_like(seen.var))
+        seen = found[name] if batch.count == 1 else batch
+        if seen.count > 0:
+            _write(layer, seen.mean, seen.var if seen.count > 1 else np.ones_like(seen.var))
 
     with pool.all_or_none():
         samples = passes.run(layers, collect, "calibrating")
@@ -368,9 +372,7 @@ class _Seen:
         self.first = self.first or name or "."  # the name of the whole model is empty
         if (name or ".") != self.first:
             self.late.add(name)
-        batch = moments(x, mask)
-        if batch.count > 0:
-            self.found[name] = merge_moments(self.found[name], batch) if name in self.found else batch
+        _add(self.found, name, moments(x, mask))
 
 
 def _in_sequence(passes: _Passes, layers: Layers, pool: Pool, finish: Finish) -> tuple[int, dict[str, Moments]]:
@@ -379,30 +381,11 @@ def _in_sequence(passes: _Passes, layers: Layers, pool: Pool, finish: Finish) ->
     samples = 0
     while len(done) < len(layers):
         left = {name: layer for name, layer in layers.items() if name not in done}
-        found: dict[str, Moments] = {}
-        first: list[str] = []  # of those left, in the present batch
-        late: set[str] = set()
-
-        def collect(
-            name: str,
-            layer: Any,
-            x: Tensor,
-            mask: Tensor | None,
-            found: Any = found,
-            first: Any = first,
-            late: Any = late,
-        ) -> None:
-            if not first:
-                first.append(name)
-            if name != first[0]:
-                late.add(name)
-            batch = moments(x, mask)
-            if batch.count > 0:
-                found[name] = merge_moments(found[name], batch) if name in found else batch
-
+        seen = _Seen()
         with pool.all_or_none():
-            samples = passes.run(left, collect, f"calibrating, {len(done)} of {len(layers)} layers done", first.clear)
-            samples, found, late = pool.merge(samples, found, late)
+            what = f"calibrating, {len(done)} of {len(layers)} layers done"
+            samples = passes.run(left, seen.collect, what, seen.start)
+            samples, found, late = pool.merge(samples, seen.found, seen.late)
         _demand(samples)
         ready = {name: pooled for name, pooled in found.items() if name not in late} or dict(list(found.items())[:1])
         for name, pooled in ready.items():

@@ -1,12 +1,12 @@
 """Two models on the same inputs: how far apart are their outputs?"""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.folded import difference
 from batchnorm.torch.tracing import duplicate, leaves
 
 __all__ = ["compare", "run"]
@@ -70,7 +70,7 @@ def compare(model: nn.Module, expected: Any, actual: Any) -> float | None:
         raise RuntimeError(f"the folded model's outputs are not of the same shapes: {new_shapes}, not {shapes}")
     tensors = (*model.parameters(), *model.buffers(), *before.values())
     limit = max((ROUNDING[tensor.dtype] for tensor in tensors if tensor.dtype in ROUNDING), default=1e-10)
-    error = max((_difference(y, after[path]) for path, y in before.items()), default=None)
+    error = max((difference(_array(y), _array(after[path])) for path, y in before.items()), default=None)
     if error is not None and not error <= limit:
         raise RuntimeError(
             f"the folded model's outputs on the example inputs differ by {error:.1e} of the largest, where rounding "
@@ -79,11 +79,5 @@ def compare(model: nn.Module, expected: Any, actual: Any) -> float | None:
     return error
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    if a.numel() == 0:
-        return 0.0
-    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
-    same = (a == b) | (a.isnan() & b.isnan())
-    distance = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0).max()
-    largest = a.abs().masked_fill(~a.isfinite(), 0.0).max()
-    return float(distance / largest) if largest > 0 else float(distance)
+def _array(y: Tensor) -> Any:
+    return (y.to(torch.complex128 if y.is_complex() else torch.float64)).detach().cpu().numpy()

@@ -103,8 +103,8 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     """
     _check(x, None, None, None, None, None)
     weights = None if mask is None else _expand_mask(mask, x)
-    if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(BAD_MASK)
+    if weights is not None:
+        _check_weights(weights)
     count = float(x.numel() // max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64))
     mean, var = np.zeros((2, x.shape[1]))
     if count > 0 and _is_plain(x):
@@ -112,17 +112,9 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         kernels.moments(_array(x.detach(), memory_format), _mask_array(weights, memory_format), mean, var)
     elif count > 0:
         exact = torch.float32 if x.device.type == "mps" else torch.float64
-        z = x.detach().to(exact)
-        kept = torch.ones((), device=x.device, dtype=exact) if weights is None else weights.to(exact).unsqueeze(1)
-        axes, shape = (0, *range(2, x.dim())), (1, -1) + (1,) * (x.dim() - 2)
-        z = torch.where(kept > 0, z, 0)
-        center = (kept * z).sum(axes) / count
-        squares = (kept * (z - center.reshape(shape)) ** 2).sum(axes) / count
-        mean, var = (values.cpu().double().numpy() for values in (center, squares))
+        found = _composed_moments(x.detach().to(exact), None if weights is None else weights.to(exact))
+        mean, var = (values.cpu().double().numpy() for values in found)
     return Moments(count, mean, var)
-
-
-BAD_MASK = "mask must hold booleans, or weights that are finite and not negative"
 
 
 class Normalized(NamedTuple):
@@ -247,14 +239,18 @@ def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     return weights.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)
 
 
+def _check_weights(weights: Tensor) -> None:
+    if not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError("mask must hold booleans, or weights that are finite and not negative")
+
+
 def _count(x: Tensor, weights: Tensor | None) -> float | Tensor:
     """How many values each channel has, which must be two at least."""
     values = x.numel() // max(1, x.shape[1])
     if weights is not None and torch.compiler.is_compiling():
         return weights.sum(dtype=weights.dtype)  # a graph cannot depend on what a mask holds
     if weights is not None and values > 0:
-        if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise ValueError(BAD_MASK)
+        _check_weights(weights)
         values = int((weights > 0).sum())
         if values == 0:
             raise ValueError(
@@ -626,6 +622,19 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
+def _composed_moments(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel, of the type of `z`."""
+    axes = (0, *range(2, z.dim()))
+    if weights is None:
+        var, mean = torch.var_mean(z, axes, correction=0)
+        return mean, var
+    weights = weights.unsqueeze(1)
+    total, kept = weights.sum(), weights > 0
+    mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
+    centered = z - mean.reshape((1, -1) + (1,) * (z.dim() - 2))
+    return mean, (weights * torch.where(kept, centered, 0) ** 2).sum(axes) / total
+
+
 def _composed(
     x: Tensor,
     weight: Tensor | None,
@@ -639,21 +648,13 @@ def _composed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`y`, and the statistics: `mean` and `var` if given, else the batch's. Half precision is computed in float32."""
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    axes = (0, *range(2, x.dim()))
 
     def per_channel(values: Tensor) -> Tensor:
         return values.to(dtype).reshape((1, -1) + (1,) * (x.dim() - 2))
 
     z = x.to(dtype)
     if mean is None or var is None:
-        if weights is None:
-            var, mean = torch.var_mean(z, axes, correction=0)
-        else:
-            weights = weights.unsqueeze(1)
-            total = weights.sum()
-            kept = weights > 0
-            mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
-            var = (weights * torch.where(kept, z - per_channel(mean), 0) ** 2).sum(axes) / total
+        mean, var = _composed_moments(z, weights)
     else:
         mean, var = mean.detach(), var.detach()
     scale = per_channel(torch.rsqrt(var.to(dtype) + eps))
