@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
 
@@ -30,6 +31,7 @@ class Name(StrEnum):
     LAYERS = "layers"
     EVAL = "eval"
     KERNELS = "kernels"
+    COMPILED = "compiled"
     TRAINING = "training"
     INFERENCE = "inference"
     FOLDING = "folding"
@@ -55,12 +57,18 @@ def _layers(mode: layers.Mode, seconds: float, settings: Settings) -> tuple[int,
     return len(cases), layers.run(cases, mode, seconds, compiled=settings.compiled, others=settings.others)
 
 
+def _compiled(seconds: float, settings: Settings) -> tuple[int, Iterable[Sequence[Record]]]:
+    cases = [case for case in CASES if case.dtype is torch.float32 and not (settings.quick and case.group != "small")]
+    return len(cases), layers.run(cases, "training", settings.seconds(seconds), compiled=True)
+
+
 SUBJECTS = len(list(subjects()))
 
 BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]]]]] = {
     Name.LAYERS: lambda s: _layers("training", 1.0, s),
     Name.EVAL: lambda s: _layers("evaluation", 0.4, s),
     Name.KERNELS: lambda s: (len(kernels.KERNEL_CASES), kernels.run(s.seconds(0.6), s.quick)),
+    Name.COMPILED: lambda s: _compiled(0.6, s),
     Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(12.0), s.quick)),
     Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(3.0), s.quick)),
     Name.FOLDING: lambda s: (SUBJECTS, folding.run(s.seconds(3.0), s.quick)),

@@ -11,7 +11,7 @@ from batchnorm.bench import layers
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Candidate, Record, interleave, records
 from batchnorm.kernels import cpu
-from batchnorm.torch.functional import _array
+from batchnorm.torch.arrays import array
 
 KERNEL_CASES = [case for case in CASES if case.group == "network" and case.activation == "relu" and not case.residual]
 
@@ -20,7 +20,7 @@ def candidates(case: Case) -> dict[str, Candidate]:
     """What is timed for a case, by name."""
     x, dy, y, dx = (case.tensor() for _ in range(4))
     channels, count = x.shape[1], x.numel() / x.shape[1]
-    x_array, dy_array = _array(x, case.memory_format), _array(dy, case.memory_format)
+    x_array, dy_array = array(x, case.memory_format), array(dy, case.memory_format)
     mean, var, rstd, sum_dz, sum_dz_xhat = np.empty((5, channels))
     weight, bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
 
@@ -33,9 +33,9 @@ def candidates(case: Case) -> dict[str, Candidate]:
     whole = layers.candidates(case, "training")
     return {
         "copy": whole["copy"],
-        "kernels": partial(both, _array(y, case.memory_format), _array(dx, case.memory_format)),
+        "kernels": partial(both, array(y, case.memory_format), array(dx, case.memory_format)),
         "fresh memory": lambda: both(
-            _array(torch.empty_like(x), case.memory_format), _array(torch.empty_like(x), case.memory_format)
+            array(torch.empty_like(x), case.memory_format), array(torch.empty_like(x), case.memory_format)
         ),
         "layer": whole["batchnorm"],
         "eager": whole["eager"],

@@ -11,7 +11,9 @@ from batchnorm.bench.summary import copies, losses, speedups, summarize
 from benchmarks import goals, plots
 from benchmarks.goals import Tables
 
-NAMES = ("layers", "eval", "kernels", "training", "inference", "folding", "memory", "gradients", "losses")
+NAMES = (
+    "layers", "eval", "kernels", "compiled", "training", "inference", "folding", "memory", "gradients", "losses",
+)  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
 
@@ -82,7 +84,11 @@ def _summary(tables: Tables) -> str:
 
 
 def _candidates(records: Sequence[Record]) -> list[str]:
-    return [name for name in dict.fromkeys(r["candidate"] for r in records) if name not in ("copy", "batchnorm")]
+    return [
+        name
+        for name in dict.fromkeys(r["candidate"] for r in records)
+        if name != "copy" and not name.startswith("batchnorm")
+    ]
 
 
 def _layers(name: str) -> Callable[[Tables], str]:
@@ -175,6 +181,8 @@ def _lost(tables: Tables) -> str:
     for name, mode in MODES.items():
         for other in _candidates(tables[name]):
             lines += [f"{mode}, {case}: {r:.2f}× {other}" for case, r in losses(tables[name], other).items()]
+    compiled = speedups(tables["compiled"], ours="batchnorm compiled")
+    lines += [f"compiled, {case}: {r:.2f}× eager" for case, r in sorted(compiled.items(), key=lambda i: i[1]) if r < 1]
     for name, what in (("training", "step of training"), ("inference", "evaluation of the model")):
         for eager, converted in _pairs(tables[name]):
             ratio = eager["median_us"] / converted["median_us"]
@@ -214,6 +222,18 @@ def _kernels(tables: Tables) -> str:
     return text + "\n" * bool(text) + markdown(("mean of the large ones", *names), means if text else ())
 
 
+def _compiled(tables: Tables) -> str:
+    """Both under `torch.compile`, in times as fast as eager PyTorch."""
+    records, ours = tables["compiled"], "batchnorm compiled"
+    rows = []
+    eager, theirs = (speedups(records, over, ours=ours) for over in ("eager", "compile"))
+    for record in records:
+        if record["candidate"] == ours:
+            case = record["case"]
+            rows.append((case, _time(record, 1), f"{eager[case]:.2f}", f"{theirs[case]:.2f}"))
+    return markdown(("case", "batchnorm compiled, µs", "× eager", "× PyTorch's compiled"), rows)
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -228,4 +248,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "layers": _layers("layers"),
     "eval": _layers("eval"),
     "kernels": _kernels,
+    "compiled": _compiled,
 }

@@ -8,3 +8,4 @@ def kernels_for_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(functional, "SMALL", 0)
     monkeypatch.setattr(functional, "SMALL_EVALUATION", 0)
+    monkeypatch.setattr(functional, "SMALL_COMPILED", 0)

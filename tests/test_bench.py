@@ -258,6 +258,7 @@ TABLES: goals.Tables = {
     "inference": trained(1000, 1000),
     "memory": trained(300, 200),
     "kernels": timed("b", copy=1, kernels=3, **{"fresh memory": 4}, layer=5, eager=9),
+    "compiled": timed("c", group="small", copy=1, eager=1, compile=4, batchnorm=3, **{"batchnorm compiled": 2}),
     "folding": trained(1000, 500, folded=1, skipped=0, max_error=1e-7),
     "gradients": [*trained(2, 2), *trained(2, 8, seed=1)],
     "losses": curves(),
@@ -278,6 +279,7 @@ def test_goals() -> None:
         ("large tensors, channels-last, in copies: mean", "4.00 (4.00 to 4.00)"): True,
         ("the same, the kernels alone: memory that is there already", "not measured"): None,
         ("forward + backward against torch.compile: mean", f"{math.sqrt(80):.2f}× (8.00 to 10.00)"): True,
+        ("forward + backward of a compiled graph against eager: worst case", "0.50× (c channels-first)"): False,
         ("evaluation against eager: mean", f"{mean:.2f}× (3.00 to 12.00)"): True,
         ("evaluation against torch.compile: mean", f"{math.sqrt(80):.2f}× (8.00 to 10.00)"): True,
         ("step of training, mobilenet_v2, channels-first", "1.60×"): True,
@@ -311,6 +313,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert section(text, "lost").splitlines() == [
         "- forward + backward, c channels-first: 0.50× eager",
         "- evaluation, c channels-first: 0.50× eager",
+        "- compiled, c channels-first: 0.50× eager",
         "- step of training, mobilenet_v2 channels-last: 0.80× eager",
     ]
     assert section(text, "environment").count("\n") == 1
@@ -320,6 +323,7 @@ def test_the_report(tmp_path: Path) -> None:
         text, "folding"
     )
     assert "| b channels-first | 3.00 | 4.00 | 5.00 | 9.00 |" in section(text, "kernels")
+    assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:
         assert section(text, name).strip() not in ("", report.EMPTY.strip())

@@ -20,6 +20,10 @@ ORDER = [
     "batchnorm.onnx",
     "batchnorm.kernels",
     "batchnorm.torch.statistics",
+    "batchnorm.torch.arrays",
+    "batchnorm.torch.composed",
+    "batchnorm.torch.autograd",
+    "batchnorm.torch.operators",
     "batchnorm.torch.functional",
     "batchnorm.torch.layers",
     "batchnorm.torch.*",  # tools on whole models

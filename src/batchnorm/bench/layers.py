@@ -32,7 +32,7 @@ def candidates(case: Case, mode: Mode, *, compiled: bool = False, others: bool =
     Args:
         case: The normalization.
         mode: What of it.
-        compiled: Whether PyTorch's is timed under `torch.compile` too.
+        compiled: Whether PyTorch's and ours are timed under `torch.compile` too.
         others: Whether the frameworks in `peers` are timed too, where they are installed.
 
     Returns:
@@ -60,6 +60,8 @@ def candidates(case: Case, mode: Mode, *, compiled: bool = False, others: bool =
         torch.compiler.reset()  # one function for each case: it must not become one for any shape
         layers["compile"] = torch.compile(eager, dynamic=False)
     layers["batchnorm"] = lambda x, residual=None: ours(x, residual=residual)
+    if compiled:
+        layers["batchnorm compiled"] = torch.compile(layers["batchnorm"], dynamic=False)
 
     inputs = [case.tensor() for _ in range(1 + case.residual)]
     dy, target = case.tensor(), torch.empty_like(inputs[0])

@@ -36,15 +36,15 @@ def summarize(ratios: dict[str, float]) -> Range | None:
     return Range(mean, ratios[lowest], ratios[highest], lowest, highest)
 
 
-def speedups(records: Iterable[Record], over: str = "eager", groups: Sequence[str] = ()) -> dict[str, float]:
-    """How many times as long as ours `over` takes, by case, in `groups` (all if empty), where both were timed."""
+def speedups(
+    records: Iterable[Record], over: str = "eager", groups: Sequence[str] = (), ours: str = "batchnorm"
+) -> dict[str, float]:
+    """How many times as long as `ours` `over` takes, by case, in `groups` (all if empty), where both were timed."""
     times: dict[str, dict[str, float]] = {}
     for record in records:
         if not groups or record["group"] in groups:
             times.setdefault(record["case"], {})[record["candidate"]] = record["median_us"]
-    return {
-        case: found[over] / found["batchnorm"] for case, found in times.items() if {over, "batchnorm"} <= set(found)
-    }
+    return {case: found[over] / found[ours] for case, found in times.items() if {over, ours} <= set(found)}
 
 
 def copies(records: Iterable[Record], layout: str, candidate: str = "batchnorm") -> dict[str, float]:

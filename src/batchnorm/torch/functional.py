@@ -1,9 +1,9 @@
-"""`batch_norm`: checks, choice of the path, automatic differentiation.
+"""`batch_norm`: checks, and the choice of the path.
 
-Three paths lead to the same answers. On the CPU the kernels run, inside one autograd function; tensors so small that
-its overhead would show take PyTorch's own operation. Everything else (other devices, other types of data,
-`torch.compile`, `torch.func`, forward-mode and higher derivatives) is composed of PyTorch's elementary operations, each
-differentiable in any way.
+Three paths lead to the same answers. On the CPU the kernels run, inside one autograd function, or as an operator in
+what `torch.compile` makes; tensors so small that its overhead would show take PyTorch's own operation. Everything else
+(other devices, other types of data, `torch.export`, `torch.func`, forward-mode and higher derivatives) is composed of
+PyTorch's elementary operations, each differentiable in any way.
 """
 
 import functools
@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.definition import ActivationSpec, Moments, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
+from batchnorm.torch import autograd, composed, operators
+from batchnorm.torch.arrays import array, mask_array, memory_format
 from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
 
-__all__ = ["ACTIVATIONS", "batch_norm", "moments"]
+__all__ = ["batch_norm", "moments"]
 
 threads.follow(torch.get_num_threads)
 _parse = functools.lru_cache(maxsize=256)(parse_activation)
@@ -108,11 +109,11 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     count = float(x.numel() // max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64))
     mean, var = np.zeros((2, x.shape[1]))
     if count > 0 and _is_plain(x):
-        memory_format = _memory_format(x)
-        kernels.moments(_array(x.detach(), memory_format), _mask_array(weights, memory_format), mean, var)
+        laid = memory_format(x)
+        kernels.moments(array(x.detach(), laid), mask_array(weights, laid), mean, var)
     elif count > 0:
         exact = torch.float32 if x.device.type == "mps" else torch.float64
-        found = _composed_moments(x.detach().to(exact), None if weights is None else weights.to(exact))
+        found = composed.moments(x.detach().to(exact), None if weights is None else weights.to(exact))
         mean, var = (values.cpu().double().numpy() for values in found)
     return Moments(count, mean, var)
 
@@ -171,11 +172,13 @@ def normalize(
     if not isinstance(count, Tensor) and count == 0:
         mean = var = x.new_zeros(x.shape[1])  # the moments of nothing
     if plain and _takes_kernels(x, residual, running_mean, running_var, weight, bias):
-        batch = _Batch(float(count), mean, var, eps)
-        y = _with_kernels(x, weight, bias, residual, weights, batch, activation)
+        batch = autograd.Batch(float(count), eps, mean, var)
+        y = autograd.batch_norm(x, weight, bias, residual, weights, batch, activation)
         mean, var = batch.mean, batch.var
+    elif not running and _takes_operator(x, residual):
+        y, mean, var = operators.batch_norm(x, weight, bias, residual, weights, eps, activation)
     else:
-        y, mean, var = _composed(x, weight, bias, residual, weights, mean, var, eps, activation)
+        y, mean, var = composed.forward(x, weight, bias, residual, weights, mean, var, eps, activation)
     if running:
         return Normalized(y, None)
     if running_mean is None or running_var is None:
@@ -303,7 +306,7 @@ def _update_running(
         return finite
 
 
-# --- The path of the kernels -----------------------------------------------------------------------------------------
+# --- The choice of the path -------------------------------------------------------------------------------------------
 
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -325,6 +328,18 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
+def _takes_operator(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the operators are for this: in a compiled graph, not in one that is exported to places without them."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and x.is_cpu
+        and x.dtype in _KERNEL_DTYPES
+        and x.numel() >= SMALL_COMPILED
+        and (residual is None or residual.dtype is x.dtype)
+    )
+
+
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
     """Whether the kernels can compute this, where `x` is plain: whether all else is, too."""
     if x.numel() == 0 or (residual is not None and residual.dtype is not x.dtype):
@@ -337,216 +352,16 @@ def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | Non
     return True
 
 
-class _Batch:
-    """The statistics of one call, arrays of `(C,)`: from the running ones, or filled in by the forward pass."""
-
-    __slots__ = ("count", "eps", "mean", "rstd", "var")
-
-    def __init__(self, count: float, running_mean: Tensor | None, running_var: Tensor | None, eps: float) -> None:
-        self.count = count
-        self.eps = eps
-        self.mean: Any = None
-        self.var: Any = None
-        self.rstd: Any = None
-        if running_mean is not None and running_var is not None:
-            # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
-            self.mean, self.var = (t.detach().to(torch.float64, copy=True).numpy() for t in (running_mean, running_var))
-            self.rstd = 1.0 / np.sqrt(self.var + self.eps)
-
-
-def _with_kernels(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weights: Tensor | None,
-    batch: _Batch,
-    activation: tuple[str, float],
-) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _forward(x, _numbers(weight), _numbers(bias), residual, weights, batch, activation, _memory_format(x))
-    y: Tensor = _BatchNorm.apply(x, weight, bias, residual, weights, batch, activation)
-    return y
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """The format of PyTorch's output: channels last if the strides of `x` say so, even with gaps; else contiguous."""
-    if x.is_contiguous() or x.dim() not in (4, 5):
-        return torch.contiguous_format
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    if x.is_contiguous(memory_format=channels_last):
-        return channels_last
-    span = 0
-    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.stride(axis) < span or x.stride(axis) == 0:
-            return torch.contiguous_format
-        span = x.stride(axis) * x.shape[axis]
-    return channels_last
-
-
-def _array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
-    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last; copied if need be."""
-    if x is None:
-        return None
-    x = x.contiguous(memory_format=memory_format)
-    if x.dtype is torch.bfloat16:
-        x = x.detach().view(torch.uint16)
-    if memory_format is torch.contiguous_format:
-        return x.numpy(force=True).reshape(x.shape[0], x.shape[1], -1)
-    return x.movedim(1, -1).numpy(force=True).reshape(-1, x.shape[1], 1)
-
-
-def _mask_array(weights: Tensor | None, memory_format: torch.memory_format) -> Any:
-    if weights is None:
-        return None
-    rows = weights.shape[0] if memory_format is torch.contiguous_format else weights.numel()
-    return weights.contiguous().numpy(force=True).reshape(rows, -1)
-
-
-def _numbers(values: Tensor | None) -> Any:
-    if values is None:
-        return None
-    if values.dtype is torch.bfloat16:
-        values = values.float()
-    return values.contiguous().numpy(force=True)
-
-
-def _gradient(values: Any, parameter: Tensor) -> Tensor:
-    if parameter.dtype is torch.float32:  # NumPy is quicker
-        return torch.from_numpy(values.astype(np.float32))
-    return torch.from_numpy(values).to(parameter.dtype)
-
-
-def _forward(
-    x: Tensor,
-    weight: Any,
-    bias: Any,
-    residual: Tensor | None,
-    weights: Tensor | None,
-    batch: _Batch,
-    activation: tuple[str, float],
-    memory_format: torch.memory_format,
-) -> Tensor:
-    """`y`; fills in the statistics of `batch` if it has none yet."""
-    y = torch.empty_like(x, memory_format=memory_format)
-    x_array, y_array, residual_array = _array(x, memory_format), _array(y, memory_format), None
-    if residual is not None:
-        residual_array = _array(residual, memory_format)
-    if batch.mean is None:
-        batch.mean, batch.var, batch.rstd = np.empty((3, x.shape[1]))
-        kernels.forward(
-            x_array, residual_array, _mask_array(weights, memory_format), weight, bias,
-            batch.eps, activation, y_array, batch.mean, batch.var, batch.rstd,
-        )  # fmt: skip
-    else:
-        kernels.normalize(x_array, residual_array, batch.mean, batch.rstd, weight, bias, activation, y_array)
-    return y
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Forward and backward by the kernels. Between the two it keeps its inputs and the statistics."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        weights: Tensor | None,
-        batch: _Batch,
-        activation: tuple[str, float],
-    ) -> Tensor:
-        memory_format = _memory_format(x)
-        numbers = _numbers(weight), _numbers(bias)
-        y = _forward(x, *numbers, residual, weights, batch, activation, memory_format)
-        # Without an activation dz = dy, whatever the residual is.
-        ctx.has_residual = residual is not None
-        ctx.save_for_backward(x, weight, bias, residual if activation[0] != "none" else None, weights)
-        ctx.batch, ctx.numbers, ctx.activation, ctx.memory_format = batch, numbers, activation, memory_format
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, bias, residual, weights = ctx.saved_tensors
-        batch, activation, memory_format = ctx.batch, ctx.activation, ctx.memory_format
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or _is_batched(dy):
-            return (*_differentiable_backward(ctx, dy, x, weight, bias, residual, weights), None, None, None)
-
-        dx = torch.empty_like(x, memory_format=memory_format) if needs_x else None
-        d_residual = None
-        if needs_residual:
-            d_residual = dy if residual is None else torch.empty_like(x, memory_format=memory_format)
-        x_array, dy_array, dx_array, residual_array = (_array(t, memory_format) for t in (x, dy, dx, residual))
-        d_residual_array = None if residual is None else _array(d_residual, memory_format)
-        numbers: tuple[Any, Any, Any, Any] = batch.mean, batch.rstd, *ctx.numbers
-        mask = _mask_array(weights, memory_format)
-        sum_dz, sum_dz_xhat = np.empty((2, x.shape[1]))
-        if dx_array is None and d_residual_array is None:
-            kernels.grad_sums(dy_array, x_array, residual_array, *numbers, activation, sum_dz, sum_dz_xhat)
-        else:
-            if dx_array is None:
-                dx_array = np.empty_like(x_array)
-            if residual_array is not None and d_residual_array is None:
-                d_residual_array = np.empty_like(x_array)
-            kernels.backward(
-                dy_array, x_array, residual_array, mask, *numbers, batch.count, activation,
-                sum_dz, sum_dz_xhat, dx_array, d_residual_array,
-            )  # fmt: skip
-        d_weight = _gradient(sum_dz_xhat, weight) if needs_weight else None
-        d_bias = _gradient(sum_dz, bias) if needs_bias else None
-        return dx, d_weight, d_bias, d_residual, None, None, None
-
-
-def _is_batched(dy: Tensor) -> bool:
-    """Whether `vmap` maps the backward pass over many `dy` at once: `is_grads_batched`, `jacobian(vectorize=True)`."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
-
-
-def _differentiable_backward(
-    ctx: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weights: Tensor | None,
-) -> list[Tensor | None]:
-    """The gradients as a graph of their own, for derivatives of a higher order."""
-    batch: _Batch = ctx.batch
-    mean, var = None, None
-    if np.isinf(batch.count):
-        mean = torch.from_numpy(batch.mean).to(x.dtype)
-        var = torch.from_numpy(batch.var).to(x.dtype)
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
-        # share.
-        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
-        x_, weight_, bias_, residual_ = inputs
-        assert x_ is not None
-        y, _, _ = _composed(x_, weight_, bias_, residual_, weights, mean, var, batch.eps, ctx.activation)
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())
-    result = [
-        next(found) if needed and t is not None else None
-        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-    ]
-    if ctx.has_residual and residual is None and ctx.needs_input_grad[3]:
-        result[3] = dy
-    return result
-
-
 # --- The path of PyTorch's own operation, for small tensors ----------------------------------------------------------
 
-SMALL, SMALL_EVALUATION = 1 << 17, 1 << 20
-"""Values from which on the kernels are called, in training (twice as many where channels are last) and in evaluation.
+SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 17, 1 << 20, 1 << 15
+"""Values from which on the kernels are called: in training (twice as many where channels are last), in evaluation, and
+in training in a compiled graph.
 
 An autograd function in Python takes about 30 us more, forward and backward, than PyTorch's operation in C++, and from
 cold caches several times that. From about these sizes on, on two cores, the kernels make up for it. In evaluation there
-is less to make up with: PyTorch's operation reads once and writes once, and the activation is applied in place.
+is less to make up with: PyTorch's operation reads once and writes once, and the activation is applied in place. In a
+compiled graph an operator in Python takes some 100 us more than loops of its own, which are several times as slow.
 """
 
 
@@ -602,68 +417,5 @@ def _one_operation(
             return torch.relu_(z)
     elif residual is not None:
         z = z + residual
-    y: Tensor = ACTIVATIONS[name](z, parameter)
+    y: Tensor = composed.ACTIVATIONS[name](z, parameter)
     return y
-
-
-# --- The path of PyTorch's own operations ----------------------------------------------------------------------------
-
-ACTIVATIONS: dict[str, Any] = {
-    "none": lambda z, _: z,
-    "relu": lambda z, _: torch.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": F.leaky_relu,
-    "silu": lambda z, _: F.silu(z),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "elu": F.elu,
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-    "gelu": lambda z, _: F.gelu(z),
-}
-
-
-def _composed_moments(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel, of the type of `z`."""
-    axes = (0, *range(2, z.dim()))
-    if weights is None:
-        var, mean = torch.var_mean(z, axes, correction=0)
-        return mean, var
-    weights = weights.unsqueeze(1)
-    total, kept = weights.sum(), weights > 0
-    mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
-    centered = z - mean.reshape((1, -1) + (1,) * (z.dim() - 2))
-    return mean, (weights * torch.where(kept, centered, 0) ** 2).sum(axes) / total
-
-
-def _composed(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weights: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    activation: tuple[str, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`y`, and the statistics: `mean` and `var` if given, else the batch's. Half precision is computed in float32."""
-    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-
-    def per_channel(values: Tensor) -> Tensor:
-        return values.to(dtype).reshape((1, -1) + (1,) * (x.dim() - 2))
-
-    z = x.to(dtype)
-    if mean is None or var is None:
-        mean, var = _composed_moments(z, weights)
-    else:
-        mean, var = mean.detach(), var.detach()
-    scale = per_channel(torch.rsqrt(var.to(dtype) + eps))
-    if weight is not None:
-        scale = scale * per_channel(weight)
-    z = (z - per_channel(mean)) * scale
-    if bias is not None:
-        z = z + per_channel(bias)
-    if residual is not None:
-        z = z + residual
-    name, parameter = activation
-    return ACTIVATIONS[name](z, parameter).to(x.dtype), mean, var
