@@ -24,6 +24,7 @@ ORDER = [
     "batchnorm.torch.composed",
     "batchnorm.torch.autograd",
     "batchnorm.torch.operators",
+    "batchnorm.torch.transforms",
     "batchnorm.torch.functional",
     "batchnorm.torch.layers",
     "batchnorm.torch.*",  # tools on whole models

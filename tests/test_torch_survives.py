@@ -390,67 +390,11 @@ def test_small_tensors_have_the_strides_of_torch(
         assert_close(*found)
 
 
-PERMUTED = ("matrix-transposed", "series-transposed", "images-transposed", "images-permuted", "volumes-permuted")
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(
-            layout,
-            marks=pytest.mark.xfail(
-                layout.name in PERMUTED, strict=True, reason="composed of others, y lies as x does"
-            ),
-        )
-        for layout in LAYOUTS
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_has_the_memory_format_of_torch(layout: Layout) -> None:
     x = layout.lay(draw(layout.shape)).half()
     x = layout.lay(x.contiguous())
     assert batch_norm(x, None, None, training=True).stride() == F.batch_norm(x, None, None, training=True).stride()
-
-
-# --- torch.func ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("training", [True, False])
-def test_an_ensemble_is_each_of_its_models(training: bool, path: str) -> None:
-    def build(seed: int) -> Any:
-        torch.manual_seed(seed)
-        layer = bn.BatchNorm1d(3, activation="silu", track_running_stats=not training, dtype=torch.float64)
-        return nn.Sequential(nn.Linear(3, 3).double(), randomized(layer, seed)).train(training)
-
-    models, x, dy = [build(seed) for seed in range(3)], draw((5, 3)), draw((5, 3), 1)
-    base = copy.deepcopy(models[0])
-    parameters, buffers = torch.func.stack_module_state(models)
-
-    def call(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
-        y: Tensor = torch.func.functional_call(base, (parameters, buffers), (x,))
-        return y
-
-    got = torch.func.vmap(call, (0, 0, None))(parameters, buffers, x)
-    assert_close(got, [model(x) for model in models])
-
-    def loss(parameters: Any, buffers: Any) -> Tensor:
-        return (call(parameters, buffers, x) * dy).sum()
-
-    grads = torch.func.vmap(torch.func.grad(loss))(parameters, buffers)
-    for i, model in enumerate(models):
-        (model(x) * dy).sum().backward()
-        for name, p in model.named_parameters():
-            assert_close([grads[name][i]], [p.grad])
-
-    def single(x: Tensor) -> Tensor:
-        y: Tensor = models[0](x)
-        return y
-
-    want = torch.autograd.functional.jacobian(single, x)
-    assert_close([torch.func.jacrev(single)(x)], [want])
-    _, tangent = torch.func.jvp(single, (x,), (dy,))
-    assert_close([tangent], [(want * dy).sum((-2, -1))])
 
 
 # --- PyTorch's own test material -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from batchnorm.definition import ActivationSpec, Moments, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
-from batchnorm.torch import autograd, composed, operators
+from batchnorm.torch import autograd, composed, operators, transforms
 from batchnorm.torch.arrays import array, mask_array, memory_format
 from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
 
@@ -175,10 +175,13 @@ def normalize(
         batch = autograd.Batch(float(count), eps, mean, var)
         y = autograd.batch_norm(x, weight, bias, residual, weights, batch, activation)
         mean, var = batch.mean, batch.var
-    elif not running and _takes_operator(x, residual):
-        y, mean, var = operators.batch_norm(x, weight, bias, residual, weights, eps, activation)
+    elif mean is None and _takes_operator(x, residual):
+        through = transforms if transforms.active() else operators
+        y, mean, var = through.batch_norm(x, weight, bias, residual, weights, eps, activation)
     else:
         y, mean, var = composed.forward(x, weight, bias, residual, weights, mean, var, eps, activation)
+        if not transforms.active():
+            y = y.contiguous(memory_format=memory_format(x))
     if running:
         return Normalized(y, None)
     if running_mean is None or running_var is None:
@@ -250,8 +253,8 @@ def _check_weights(weights: Tensor) -> None:
 def _count(x: Tensor, weights: Tensor | None) -> float | Tensor:
     """How many values each channel has, which must be two at least."""
     values = x.numel() // max(1, x.shape[1])
-    if weights is not None and torch.compiler.is_compiling():
-        return weights.sum(dtype=weights.dtype)  # a graph cannot depend on what a mask holds
+    if weights is not None and (torch.compiler.is_compiling() or transforms.active()):
+        return weights.sum(dtype=weights.dtype)  # what is the same for all cannot depend on what a mask holds
     if weights is not None and values > 0:
         _check_weights(weights)
         values = int((weights > 0).sum())
@@ -292,6 +295,10 @@ def _update_running(
         )
         torch.autograd.graph.increment_version((running_mean, running_var))
         return bool(updated[0])
+    if transforms.active() and not torch.compiler.is_compiling():
+        return transforms.update_running(running_mean, running_var, count, mean, var, momentum)
+    if torch.autograd.forward_ad._current_level >= 0:
+        mean, var = (torch.autograd.forward_ad.unpack_dual(values).primal for values in (mean, var))
     with torch.no_grad():
         correction: float | Tensor
         if isinstance(count, Tensor):
@@ -329,15 +336,18 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _takes_operator(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the operators are for this: in a compiled graph, not in one that is exported to places without them."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and x.is_cpu
-        and x.dtype in _KERNEL_DTYPES
-        and x.numel() >= SMALL_COMPILED
-        and (residual is None or residual.dtype is x.dtype)
-    )
+    """Whether the operators are for this: inside `torch.func`, or in a compiled graph that stays here."""
+    if torch.compiler.is_compiling():
+        fits = not (torch.compiler.is_exporting() or transforms.active()) and x.numel() >= SMALL_COMPILED
+    else:
+        fits = (
+            transforms.active()
+            and transforms.reach_kernels()
+            and torch.autograd.forward_ad._current_level < 0
+            and torch._C._len_torch_dispatch_stack() == 0
+            and x.numel() > 0
+        )
+    return fits and x.is_cpu and x.dtype in _KERNEL_DTYPES and (residual is None or residual.dtype is x.dtype)
 
 
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch import transforms
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.statistics import Statistics
 
@@ -116,7 +117,7 @@ class _Layer(_Base):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.momentum is None and batches is not None:
             k = batches + 1  # the average of all batches: the k-th counts 1/k
-            momentum = 1.0 / (k.double() if torch.compiler.is_compiling() else float(k))
+            momentum = 1.0 / (k.double() if torch.compiler.is_compiling() or transforms.active() else float(k))
         uses_running = tracks or not self.training
         y, updated = normalize(
             input,
@@ -137,6 +138,8 @@ class _Layer(_Base):
                 batches.add_(1)
             elif updated is False:
                 self.num_batches_skipped.add_(1)
+            elif transforms.active() and not torch.compiler.is_compiling():
+                transforms.count_batch(batches, self.num_batches_skipped, updated)
             else:
                 batches.add_(updated)
                 self.num_batches_skipped.add_(~updated)

@@ -15,7 +15,7 @@ from batchnorm.torch import autograd as kernels
 from batchnorm.torch import composed
 from batchnorm.torch.arrays import memory_format, numbers
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "differentiate_backward", "differentiate_forward", "keep_backward", "keep_forward"]
 
 OPTIONAL = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
 HOW = "float eps, str activation, float parameter"
@@ -131,7 +131,8 @@ def _like_backward(
 # --- Their derivatives -----------------------------------------------------------------------------------------------
 
 
-def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep what the gradients of `forward` need."""
     x, weight, bias, residual, mask, eps, activation, parameter = inputs
     _, mean, var = output
     ctx.has_residual = residual is not None
@@ -141,10 +142,13 @@ def _keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.mark_non_differentiable(mean, var)
 
 
-def _differentiate_forward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+def differentiate_forward(
+    ctx: Any, dy: Tensor, *_: Any, backward: Any = torch.ops.batchnorm.backward
+) -> tuple[Any, ...]:
+    """The gradients of all inputs, by `backward`."""
     x, weight, bias, residual, mask, mean, var = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    dx, d_weight, d_bias, d_residual = torch.ops.batchnorm.backward(
+    dx, d_weight, d_bias, d_residual = backward(
         dy, x, weight, bias, residual, mask, mean, var, *ctx.how, needs_x, needs_residual and residual is not None
     )
     if ctx.has_residual and residual is None:
@@ -153,13 +157,14 @@ def _differentiate_forward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*(gradient if needed else None for gradient, needed in found), None, None, None, None)
 
 
-def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what the gradients of `backward` need."""
     ctx.save_for_backward(*inputs[:6])
     ctx.how = inputs[8:11]
     ctx.needs = inputs[11:]
 
 
-def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """The gradients of the gradients; the statistics are taken as what they are, functions of `x`."""
     dy, x, weight, bias, residual, mask = ctx.saved_tensors
     eps, name, parameter = ctx.how
@@ -183,5 +188,5 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 register_fake("batchnorm::forward", _like_forward, lib=LIBRARY)
 register_fake("batchnorm::backward", _like_backward, lib=LIBRARY)
-register_autograd("batchnorm::forward", _differentiate_forward, setup_context=_keep_forward, lib=LIBRARY)
-register_autograd("batchnorm::backward", _differentiate_backward, setup_context=_keep_backward, lib=LIBRARY)
+register_autograd("batchnorm::forward", differentiate_forward, setup_context=keep_forward, lib=LIBRARY)
+register_autograd("batchnorm::backward", differentiate_backward, setup_context=keep_backward, lib=LIBRARY)

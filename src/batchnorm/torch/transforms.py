@@ -1,0 +1,194 @@
+"""Batch normalization inside `torch.func`: an ensemble under `vmap` is one batch normalization of more channels.
+
+`grad`, `vjp` and `vmap`, in any order, reach the kernels; `jvp` and `functionalize` know only elementary operations.
+Running statistics are changed as if there were no transform: those of an ensemble each by its own batch, and one that
+`vmap` sees but once by all the batches together, as if they had been one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from batchnorm.torch import operators
+
+__all__ = ["active", "batch_norm", "count_batch", "reach_kernels", "unwrap", "update_running", "without"]
+
+
+def active() -> bool:
+    """Whether this runs inside a transform."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def reach_kernels() -> bool:
+    """Whether the transforms that are active leave plain tensors in the end."""
+    known = _functorch.TransformType.Vmap, _functorch.TransformType.Grad
+    return all(each.key() in known for each in _functorch.get_interpreter_stack() or ())
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    eps: float,
+    activation: tuple[str, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y`, and the mean and the biased variance of the batch, float64, which have no gradient."""
+    y, mean, var = _Forward.apply(x, weight, bias, residual, weights, eps, *activation)
+    return y, mean, var
+
+
+# --- The operators, folded -------------------------------------------------------------------------------------------
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """`(N, B*C, *spatial)` of a tensor that has an axis of the ensemble at `dim`, or none; `(B*C,)` of `(C,)`."""
+    if t is None:
+        return None
+    channels = 1 if t.dim() - (dim is not None) > 1 else 0
+    if dim is not None:
+        t = t.movedim(dim, channels)
+    else:
+        t = t.unsqueeze(channels)
+        t = t.expand(*t.shape[:channels], size, *t.shape[channels + 1 :])
+    return t.flatten(channels, channels + 1)
+
+
+def _unfold(t: Tensor, size: int) -> tuple[Tensor, int | None]:
+    """The reverse, and where the axis of the ensemble is then; what was not asked for is empty, and has none."""
+    if t.shape == (0,):
+        return t, None
+    channels = min(t.dim() - 1, 1)
+    return t.unflatten(channels, (size, -1) if t.shape[channels] else (size, 0)), channels
+
+
+def _map(
+    function: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...], mask: int
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The rule of `vmap` for an operator: more channels; one after the other where each has a mask of its own."""
+    size = info.batch_size
+    if in_dims[mask] is None:
+        folded = (
+            _fold(t, dim, size) if isinstance(t, Tensor) and i != mask else t
+            for i, (t, dim) in enumerate(zip(arguments, in_dims, strict=True))
+        )
+        outputs, dims = zip(*(_unfold(t, size) for t in function.apply(*folded)), strict=True)
+        return outputs, dims
+    each = [
+        function.apply(*(t if dim is None else t.select(dim, i) for t, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    stacked = tuple(torch.stack(outputs) for outputs in zip(*each, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+class _Forward(torch.autograd.Function):
+    """The operator `batchnorm::forward`."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = torch.ops.batchnorm.forward(*arguments)
+        return y, mean, var
+
+    setup_context = staticmethod(operators.keep_forward)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return operators.differentiate_forward(ctx, *grads, backward=_Backward.apply)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _map(_Forward, info, in_dims, arguments, mask=4)
+
+
+class _Backward(torch.autograd.Function):
+    """The operator `batchnorm::backward`."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx, d_weight, d_bias, d_residual = torch.ops.batchnorm.backward(*arguments)
+        return dx, d_weight, d_bias, d_residual
+
+    setup_context = staticmethod(operators.keep_backward)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return operators.differentiate_backward(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return _map(_Backward, info, in_dims, arguments, mask=5)
+
+
+# --- The running statistics ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """Outside of all transforms, for tensors that have been unwrapped."""
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[int]]:
+    """The plain tensor under all wrappers, the axes that `vmap` maps first; and these axes' levels, from within.
+
+    To be called outside of the transforms. With `levels`, all of these have an axis, of length one where there is none.
+    """
+    dims = []
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            dims.append((_functorch.maybe_get_level(t), _functorch.maybe_get_bdim(t)))
+        t = _functorch.get_unwrapped(t)
+    t = t.detach()
+    dims.reverse()
+    for place, (_, dim) in enumerate(dims):
+        t = t.movedim(dim + place, place)
+    own = [level for level, _ in dims]
+    for place, level in enumerate(levels or ()):
+        if level not in own:
+            t = t.unsqueeze(place)
+    return t, own
+
+
+def update_running(
+    running_mean: Tensor, running_var: Tensor, count: Any, mean: Tensor, var: Tensor, momentum: Any
+) -> Tensor:
+    """Move the running statistics, which may be of an ensemble, by batches that may be many; tell which were moved."""
+    with without(), torch.no_grad():
+        given = [count, momentum, mean, var, running_mean, running_var]
+        tensors = [
+            torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64) for value in given
+        ]
+        levels = sorted({level for t in tensors for level in unwrap(t)[1]})
+        count, momentum, mean, var, old_mean, old_var = (unwrap(t, levels)[0] for t in tensors)
+        own = set(unwrap(running_mean)[1]) | set(unwrap(running_var)[1])
+        pooled = [place for place, level in enumerate(levels) if level not in own]
+        count = count.unsqueeze(-1).expand(*mean.shape[:-1], 1).double()
+        momentum = momentum.unsqueeze(-1)
+        if pooled:
+            total = count.sum(pooled, keepdim=True)
+            center = (count * mean).sum(pooled, keepdim=True) / total
+            var = (count * (var + (mean - center) ** 2)).sum(pooled, keepdim=True) / total
+            mean, count = center, total
+        var = var * torch.where(count > 1, count / (count - 1), 1.0)
+        mean, var = mean.to(old_mean.dtype), var.to(old_var.dtype)
+        finite = (mean.isfinite() & var.isfinite()).all(-1, keepdim=True)
+        for running, batch in ((old_mean, mean), (old_var, var)):
+            moved = torch.where(finite, running + momentum * (batch - running), running)
+            running.copy_(moved.to(running.dtype))
+        return finite.squeeze(-1).squeeze(pooled)
+
+
+def count_batch(batches: Tensor, skipped: Tensor, updated: Tensor) -> None:
+    """Add to the counters of a layer what `update_running` tells."""
+    with without(), torch.no_grad():
+        for counter, told in ((batches, updated), (skipped, ~updated)):
+            counter, _ = unwrap(counter)
+            counter.add_(told if counter.dim() else told.all())
