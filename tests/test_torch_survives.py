@@ -504,8 +504,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], Tensor, str]] = {
     "channels, no affine": ("BatchNorm2d", {"affine": False}, torch.ones(2, 4, 5, 5), r"\(2, 4, 5, 5\)"),
     "channels, no statistics": ("BatchNorm1d", {"track_running_stats": False}, torch.ones(4, 2), r"\(4, 2\)"),
     "channels last": ("BatchNorm2d", {}, torch.ones(2, 5, 5, 3), r"\(2, 5, 5, 3\)"),
-    "no samples' axis": ("BatchNorm2d", {}, torch.ones(3, 5, 5), "3D"),
-    "rank": ("BatchNorm3d", {}, torch.ones(2, 3, 5, 5), "4D"),
+    "no samples' axis": ("BatchNorm2d", {}, torch.ones(3, 5, 5), r"3D.*\(3, 5, 5\).*unsqueeze"),
+    "rank": ("BatchNorm3d", {}, torch.ones(2, 3, 5, 5), r"4D.*\(2, 3, 5, 5\)"),
     "one value": ("BatchNorm2d", {}, torch.ones(1, 3, 1, 1), r"\[1, 3, 1, 1\]"),
     "another type": ("BatchNorm1d", {}, torch.ones(2, 3, dtype=torch.float64), "float64"),
     "integers": ("BatchNorm1d", {}, torch.ones(2, 3, dtype=torch.long), "int64"),
@@ -515,7 +515,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], Tensor, str]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_inputs_raise_what_torch_raises_and_say_the_shape(name: str, dtype: torch.dtype, path: str) -> None:
+def test_wrong_inputs_raise_what_torch_raises_and_name_the_layer_and_the_shape(
+    name: str, dtype: torch.dtype, path: str
+) -> None:
     class_name, options, x, words = WRONG[name]
     if x.dtype is torch.float32:
         x = x.to(dtype)
@@ -526,3 +528,4 @@ def test_wrong_inputs_raise_what_torch_raises_and_say_the_shape(name: str, dtype
     with pytest.raises(want, match=words) as raised:
         getattr(bn, class_name)(3, **options)(x)
     assert raised.type is want
+    assert str(raised.value).startswith(f"{class_name}(3): ")

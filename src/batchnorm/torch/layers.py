@@ -110,6 +110,20 @@ class _Layer(_Base):
             path = input.tracer.path_of_module(self)
             given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return input.tracer.create_proxy("call_module", path, (input,), given)
+        try:
+            return self._normalize(input, residual, mask)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            if type(error) not in (ValueError, RuntimeError, NotImplementedError):
+                raise
+            raise type(error)(self._explain(str(error), input)) from error
+
+    def _explain(self, problem: str, x: Tensor) -> str:
+        """Say which layer has the problem, and with what."""
+        if problem.startswith("expected ") and problem.endswith(" input)"):  # PyTorch's check of the rank
+            problem += f" of shape {tuple(x.shape)}; the axes are (N, C, *spatial), one sample is x.unsqueeze(0)"
+        return f"{type(self).__name__}({self.num_features}): {problem}"
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         tracks = self.training and self.track_running_stats
