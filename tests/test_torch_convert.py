@@ -382,7 +382,6 @@ def test_other_layers_are_left_alone() -> None:
     parametrized = nn.BatchNorm2d(3)
     register_parametrization(parametrized, "weight", nn.Identity())
     for layer, reason in (
-        (nn.SyncBatchNorm(3), "its statistics are those of all processes"),
         (Shifted(3), "Shifted is not PyTorch's own class, and may compute something else"),
         (replaced, "its forward has been replaced"),
         (parametrized, "ParametrizedBatchNorm2d is not PyTorch's own class, and may compute something else"),

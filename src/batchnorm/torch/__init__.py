@@ -4,6 +4,7 @@ from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
 from batchnorm.torch.fold import fold
+from batchnorm.torch.freeze import freeze, unfreeze
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.layers import (
     BatchNorm1d,
@@ -12,8 +13,17 @@ from batchnorm.torch.layers import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
-from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
+from batchnorm.torch.standardize import Standardize
+from batchnorm.torch.statistics import (
+    BatchStatistics,
+    GhostStatistics,
+    Renorm,
+    RunningStatistics,
+    Statistics,
+    SyncStatistics,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -21,15 +31,22 @@ __all__ = [
     "BatchNorm3d",
     "BatchStatistics",
     "Calibration",
+    "GhostStatistics",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Renorm",
     "RunningStatistics",
+    "Standardize",
     "Statistics",
+    "SyncBatchNorm",
+    "SyncStatistics",
     "batch_norm",
     "calibrate",
     "convert",
     "explain",
     "fold",
+    "freeze",
     "revert",
+    "unfreeze",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from batchnorm.kernels import cpu as kernels
 from batchnorm.torch import composed
 from batchnorm.torch.arrays import array, mask_array, memory_format, numbers
+from batchnorm.torch.sync import Group
 
 __all__ = ["Batch", "backward", "batch_norm", "forward", "gradient"]
 
@@ -20,9 +21,11 @@ class Batch:
         count: How many values are behind the statistics; infinity if they are constants.
         eps: Added to the variance.
         mean, var, rstd: float64; None until they are known.
+        group: The processes over which the sums of the backward pass are taken; None for this one.
+        parts: Samples that are normalized by statistics of their own, in place of those here; None for all together.
     """
 
-    __slots__ = ("count", "eps", "mean", "rstd", "var")
+    __slots__ = ("count", "eps", "group", "mean", "parts", "rstd", "var")
 
     def __init__(self, count: float, eps: float, mean: Tensor | None = None, var: Tensor | None = None) -> None:
         self.count = count
@@ -30,10 +33,22 @@ class Batch:
         self.mean: Any = None
         self.var: Any = None
         self.rstd: Any = None
+        self.group: Group | None = None
+        self.parts: list[tuple[slice, Batch]] | None = None
         if mean is not None and var is not None:
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
-            self.mean, self.var = (t.detach().to(torch.float64, copy=True).numpy() for t in (mean, var))
-            self.rstd = 1.0 / np.sqrt(self.var + self.eps)
+            self.fill(*(t.detach().to(torch.float64, copy=True).numpy() for t in (mean, var)))
+
+    def fill(self, mean: Any, var: Any) -> None:
+        """Give the statistics."""
+        self.mean, self.var = mean, var
+        self.rstd = 1.0 / np.sqrt(var + self.eps)
+
+    def rows(self, length: int) -> "list[tuple[slice, Batch]]":
+        """The rows of an array of the kernels, `length` for a sample, and the statistics that normalize them."""
+        if self.parts is None:
+            return [(slice(None), self)]
+        return [(slice(samples.start * length, samples.stop * length), part) for samples, part in self.parts]
 
 
 def batch_norm(
@@ -64,17 +79,23 @@ def forward(
 ) -> Tensor:
     """`y`; fills in the statistics of `batch` if it has none yet. `weight` and `bias` are arrays."""
     y = torch.empty_like(x, memory_format=memory_format)
-    x_array, y_array, residual_array = array(x, memory_format), array(y, memory_format), None
+    if x.numel() == 0:
+        return y
+    x_array, y_array, residual_array, mask = array(x, memory_format), array(y, memory_format), None, None
     if residual is not None:
         residual_array = array(residual, memory_format)
-    if batch.mean is None:
-        batch.mean, batch.var, batch.rstd = (np.empty(x.shape[1]) for _ in range(3))
-        kernels.forward(
-            x_array, residual_array, mask_array(weights, memory_format), weight, bias,
-            batch.eps, activation, y_array, batch.mean, batch.var, batch.rstd,
-        )  # fmt: skip
-    else:
-        kernels.normalize(x_array, residual_array, batch.mean, batch.rstd, weight, bias, activation, y_array)
+    if weights is not None:
+        mask = mask_array(weights, memory_format)
+    for rows, part in batch.rows(len(x_array) // len(x)):
+        added = None if residual_array is None else residual_array[rows]
+        if part.mean is None:
+            part.mean, part.var, part.rstd = (np.empty(x.shape[1]) for _ in range(3))
+            kernels.forward(
+                x_array[rows], added, None if mask is None else mask[rows], weight, bias, part.eps, activation,
+                y_array[rows], part.mean, part.var, part.rstd,
+            )  # fmt: skip
+        else:
+            kernels.normalize(x_array[rows], added, part.mean, part.rstd, weight, bias, activation, y_array[rows])
     return y
 
 
@@ -99,20 +120,50 @@ def backward(
     x_array, dy_array, dx_array, residual_array, d_residual_array = (
         array(t, memory_format) for t in (x, dy, dx, residual, d_residual)
     )
+    needed = dx_array is not None or d_residual_array is not None
+    if needed and dx_array is None:
+        dx_array = np.empty_like(x_array)
+    if needed and residual_array is not None and d_residual_array is None:
+        d_residual_array = np.empty_like(x_array)
+    mask = mask_array(weights, memory_format)
+    d_weight, d_bias = None, None
+    for rows, part in batch.rows(len(x_array) // max(1, len(x))):
+        given = [None if each is None else each[rows] for each in (dy_array, x_array, residual_array, mask)]
+        written = [None if each is None else each[rows] for each in (dx_array, d_residual_array)]
+        sum_dz, sum_dz_xhat = _backward(
+            given, weight, bias, part, activation, written, batch.group if needs_x else None
+        )
+        d_weight = sum_dz_xhat if d_weight is None else d_weight + sum_dz_xhat
+        d_bias = sum_dz if d_bias is None else d_bias + sum_dz
+    return dx, d_weight, d_bias, d_residual
+
+
+def _backward(
+    given: list[Any],
+    weight: Any,
+    bias: Any,
+    batch: Batch,
+    activation: tuple[str, float],
+    written: list[Any],
+    group: Group | None,
+) -> tuple[Any, Any]:
+    """`sum dz` and `sum dz*xhat` of what is given, dy, x, residual and mask; writes dx and d_residual if wanted."""
+    dy, x, residual, mask = given
+    dx, d_residual = written
     numbers: tuple[Any, Any, Any, Any] = batch.mean, batch.rstd, weight, bias
-    sum_dz, sum_dz_xhat = (np.empty(x.shape[1]) for _ in range(2))
-    if dx_array is None and d_residual_array is None:
-        kernels.grad_sums(dy_array, x_array, residual_array, *numbers, activation, sum_dz, sum_dz_xhat)
-    else:
-        if dx_array is None:
-            dx_array = np.empty_like(x_array)
-        if residual_array is not None and d_residual_array is None:
-            d_residual_array = np.empty_like(x_array)
-        kernels.backward(
-            dy_array, x_array, residual_array, mask_array(weights, memory_format), *numbers, batch.count, activation,
-            sum_dz, sum_dz_xhat, dx_array, d_residual_array,
-        )  # fmt: skip
-    return dx, sum_dz_xhat, sum_dz, d_residual
+    sum_dz, sum_dz_xhat = (np.zeros(x.shape[1]) for _ in range(2))
+    if x.size > 0 and group is None and dx is not None:
+        kernels.backward(dy, x, residual, mask, *numbers, batch.count, activation, sum_dz, sum_dz_xhat, dx, d_residual)
+        return sum_dz, sum_dz_xhat
+    if x.size > 0:
+        kernels.grad_sums(dy, x, residual, *numbers, activation, sum_dz, sum_dz_xhat)
+    if group is not None:
+        total_dz, total_dz_xhat = group.reduce(torch.from_numpy(np.stack([sum_dz, sum_dz_xhat]))).numpy()
+        if x.size > 0:
+            kernels.grad_input(
+                dy, x, residual, mask, *numbers, total_dz, total_dz_xhat, batch.count, activation, dx, d_residual
+            )
+    return sum_dz, sum_dz_xhat
 
 
 def gradient(values: Any, parameter: Tensor) -> Tensor:
@@ -183,10 +234,6 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The gradients as a graph of their own, for derivatives of a higher order."""
     batch: Batch = ctx.batch
-    mean, var = None, None
-    if np.isinf(batch.count):
-        mean = torch.from_numpy(batch.mean).to(x.dtype)
-        var = torch.from_numpy(batch.var).to(x.dtype)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
@@ -194,7 +241,16 @@ def _differentiable_backward(
         inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
         x_, weight_, bias_, residual_ = inputs
         assert x_ is not None
-        y, _, _ = composed.forward(x_, weight_, bias_, residual_, weights, mean, var, batch.eps, ctx.activation)
+        how = batch.eps, ctx.activation
+        if batch.parts is not None:
+            parts = [samples for samples, _ in batch.parts]
+            y, _, _ = composed.forward_by_parts(x_, weight_, bias_, residual_, weights, parts, *how)
+        else:
+            if np.isinf(batch.count):
+                mean, var = (torch.from_numpy(values).to(x.dtype) for values in (batch.mean, batch.var))
+            else:
+                _, mean, var = composed.statistics(x_, weights, batch.group)
+            y, _, _ = composed.forward(x_, weight_, bias_, residual_, weights, mean, var, *how)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())
     result = [

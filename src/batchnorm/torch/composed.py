@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "forward", "moments"]
+from batchnorm.torch.sync import Group
+
+__all__ = ["ACTIVATIONS", "forward", "forward_by_parts", "moments", "statistics"]
 
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda z, _: z,
@@ -29,10 +31,43 @@ def moments(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         var, mean = torch.var_mean(z, axes, correction=0)
         return mean, var
     weights = weights.unsqueeze(1)
-    total, kept = weights.sum(), weights > 0
+    total, kept = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny), weights > 0
     mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
     centered = z - mean.reshape((1, -1) + (1,) * (z.dim() - 2))
     return mean, (weights * torch.where(kept, centered, 0) ** 2).sum(axes) / total
+
+
+def statistics(x: Tensor, weights: Tensor | None, group: Group | None) -> tuple[Any, Tensor, Tensor]:
+    """Count, mean and biased variance of a batch, which may be empty; over all processes of a group."""
+    z = x.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
+    count: Any = x.numel() / max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64)
+    if x.numel() == 0:
+        mean = var = z.sum((0, *range(2, z.dim())))  # zeros, with a gradient: all processes take part backward
+    else:
+        mean, var = moments(z, weights)
+    return (count, mean, var) if group is None else group.pool(x, count, mean, var)
+
+
+def forward_by_parts(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    parts: list[slice],
+    eps: float,
+    activation: tuple[str, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`y`, each part of the samples normalized by its own statistics; and these, a row for each part."""
+    found = [
+        forward(
+            x[part], weight, bias, None if residual is None else residual[part],
+            None if weights is None else weights[part], None, None, eps, activation,
+        )
+        for part in parts
+    ]  # fmt: skip
+    y, mean, var = zip(*found, strict=True)
+    return torch.cat(y), torch.stack(mean), torch.stack(var)
 
 
 def forward(
@@ -55,8 +90,6 @@ def forward(
     z = x.to(dtype)
     if mean is None or var is None:
         mean, var = moments(z, weights)
-    else:
-        mean, var = mean.detach(), var.detach()
     scale = per_channel(torch.rsqrt(var.to(dtype) + eps))
     if weight is not None:
         scale = scale * per_channel(weight)

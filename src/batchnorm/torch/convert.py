@@ -10,35 +10,15 @@ model = revert(model)      # as it was
 from contextlib import suppress
 from typing import TypeVar
 
-import torch
 from torch import nn
 
-from batchnorm.torch.layers import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-)
+from batchnorm.torch.layers import OURS, THEIRS, adopt, release
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
-from batchnorm.torch.statistics import Statistics
+from batchnorm.torch.statistics import Statistics, expect
 
 __all__ = ["convert", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
-
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-    nn.LazyBatchNorm1d: LazyBatchNorm1d,
-    nn.LazyBatchNorm2d: LazyBatchNorm2d,
-    nn.LazyBatchNorm3d: LazyBatchNorm3d,
-}
-"""Of exactly these types: a subclass may compute something else."""
-
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
 def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None) -> M:
@@ -64,11 +44,10 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
     Raises:
         TypeError: If `statistics` are not.
     """
-    if not isinstance(statistics, Statistics | None):
-        raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
+    expect(statistics)
     for module in model.modules():
         if type(module) in OURS and "forward" not in vars(module):
-            _adopt(module)
+            adopt(module)
         if type(module) in THEIRS and statistics is not None:
             module.statistics = statistics  # type: ignore[assignment]
     shared = at_several_places(model)
@@ -94,20 +73,5 @@ def revert(model: M) -> M:
     for module in model.modules():
         module.__class__ = original_class(module)
         if type(module) in THEIRS and module.activation is None:
-            _release(module)
+            release(module)
     return model
-
-
-def _adopt(layer: nn.Module) -> None:
-    """Make PyTorch's layer ours."""
-    layer.__class__ = OURS[type(layer)]
-    layer.activation = None  # type: ignore[assignment]
-    layer.statistics = None  # type: ignore[assignment]
-    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
-    layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
-
-
-def _release(layer: nn.Module) -> None:
-    """Make our layer PyTorch's."""
-    del layer.num_batches_skipped, layer.activation, layer.statistics
-    layer.__class__ = THEIRS[type(layer)]

@@ -84,8 +84,6 @@ def explain(model: nn.Module) -> Report:
 
 
 def _unconverted(layer: nn.Module) -> str:
-    if type(layer) is nn.SyncBatchNorm:
-        return "its statistics are those of all processes"
     if type(layer).__module__ != nn.BatchNorm1d.__module__:
         return f"{type(layer).__name__} is not PyTorch's own class, and may compute something else"
     return "its forward has been replaced" if "forward" in vars(layer) else "not converted"

@@ -17,9 +17,9 @@ from torch import Tensor
 from batchnorm.definition import ActivationSpec, Moments, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
-from batchnorm.torch import autograd, composed, operators, transforms
+from batchnorm.torch import autograd, composed, operators, transforms, variants
 from batchnorm.torch.arrays import array, mask_array, memory_format
-from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics
+from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics, expect
 
 __all__ = ["batch_norm", "moments"]
 
@@ -138,11 +138,12 @@ def normalize(
     residual: Tensor | None,
     mask: Tensor | None,
     statistics: Statistics | None,
+    steps: Tensor | None = None,
 ) -> Normalized:
-    """What `batch_norm` does; it also says what became of the running statistics. For layers."""
+    """What `batch_norm` does; it also says what became of the running statistics. For layers, which count `steps`."""
     activation = parse_activation(activation) if torch.compiler.is_compiling() else _parse(activation)
-    if statistics is not None and not isinstance(statistics, BatchStatistics | RunningStatistics):
-        raise TypeError(f"statistics must be BatchStatistics() or RunningStatistics(), got {statistics!r}")
+    if statistics is not None:
+        expect(statistics)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     running = not training or isinstance(statistics, RunningStatistics)
@@ -156,6 +157,11 @@ def normalize(
     recomputed = not running and _is_recomputed()
     if recomputed and running_mean is not None and running_var is not None:
         running_mean, running_var = running_mean.clone(), running_var.clone()
+    if not running and statistics is not None and not isinstance(statistics, BatchStatistics):
+        return _normalize_variant(
+            x, running_mean, running_var, weight, bias, momentum, eps, activation, residual, mask, statistics, steps,
+            recomputed,
+        )  # fmt: skip
     plain = _is_plain(x)
     # A trace and what is made of it know PyTorch's operation, and it asks nothing of sizes that are not fixed.
     if (plain and _takes_one_operation(x, residual, mask, running)) or (
@@ -179,11 +185,58 @@ def normalize(
         through = transforms if transforms.active() else operators
         y, mean, var = through.batch_norm(x, weight, bias, residual, weights, eps, activation)
     else:
+        if running and running_mean is not None and running_var is not None:
+            mean, var = running_mean.detach(), running_var.detach()
         y, mean, var = composed.forward(x, weight, bias, residual, weights, mean, var, eps, activation)
         if not transforms.active():
             y = y.contiguous(memory_format=memory_format(x))
     if running:
         return Normalized(y, None)
+    if running_mean is None or running_var is None:
+        return Normalized(y, True)
+    updated = _update_running(running_mean, running_var, count, mean, var, momentum)
+    return Normalized(y, None if recomputed else updated)
+
+
+def _normalize_variant(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    activation: tuple[str, float],
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Any,
+    steps: Tensor | None,
+    recomputed: bool,
+) -> Normalized:
+    """Training by other statistics than those of the batch."""
+    group = variants.group_of(statistics)
+    try:
+        _check(x, running_mean, running_var, weight, bias, residual)
+        weights = None if mask is None else _expand_mask(mask, x)
+        if group is None:
+            _count(x, weights)
+        elif weights is not None:
+            _check_weights(weights)
+    except Exception:
+        if group is not None:
+            group.fail(next((len(t) for t in (running_mean, weight, bias) if t is not None), x.shape[1]), x.device)
+        raise
+    if x.numel() == 0 and group is None:  # the moments of nothing
+        mean = x.new_zeros(x.shape[1])
+        y, _, _ = composed.forward(x, weight, bias, residual, None, mean, mean, eps, activation)
+        return Normalized(y, False)
+    by_kernels = _is_plain(x) and _are_plain(x, residual, running_mean, running_var, weight, bias)
+    y, count, mean, var = variants.normalize(
+        x, weight, bias, residual, weights, running_mean, running_var, eps, activation, statistics, group, steps,
+        by_kernels,
+    )  # fmt: skip
+    if not by_kernels and not transforms.active():
+        y = y.contiguous(memory_format=memory_format(x))
     if running_mean is None or running_var is None:
         return Normalized(y, True)
     updated = _update_running(running_mean, running_var, count, mean, var, momentum)
@@ -352,7 +405,11 @@ def _takes_operator(x: Tensor, residual: Tensor | None) -> bool:
 
 def _takes_kernels(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
     """Whether the kernels can compute this, where `x` is plain: whether all else is, too."""
-    if x.numel() == 0 or (residual is not None and residual.dtype is not x.dtype):
+    return x.numel() > 0 and _are_plain(x, residual, *parameters)
+
+
+def _are_plain(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> bool:
+    if residual is not None and residual.dtype is not x.dtype:
         return False
     for tensor in (residual, *parameters):
         if tensor is None:

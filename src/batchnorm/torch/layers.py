@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch import transforms
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.statistics import Statistics
+from batchnorm.torch.statistics import Statistics, SyncStatistics, expect
 
 __all__ = [
     "FORWARDS",
+    "OURS",
+    "THEIRS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
+    "adopt",
+    "release",
 ]
 
 if TYPE_CHECKING:
@@ -70,6 +75,7 @@ class _Layer(_Base):
         if device is not None:  # named, because `torch.nn.utils.skip_init` looks for the name
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
+        expect(statistics)
         parse_activation(activation)  # an unknown one is an error here, not at the first batch
         self.activation = activation
         self.statistics = statistics
@@ -146,6 +152,7 @@ class _Layer(_Base):
             residual,
             mask,
             self.statistics,
+            batches,
         )
         if batches is not None and updated is not None:
             if updated is True:
@@ -199,5 +206,77 @@ class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
+class SyncBatchNorm(_Layer, nn.SyncBatchNorm):
+    """Batch normalization by the statistics of all processes, on any device. See `torch.nn.SyncBatchNorm`.
+
+    The same as another of these layers with `statistics=SyncStatistics(process_group)`, for inputs of any rank.
+
+    Differs from `torch.nn.SyncBatchNorm`:
+        1. It works on the CPU, with gloo.
+        2. A process may have no samples, or another number of them than the others; second derivatives are right.
+        3. `convert_sync_batchnorm` gives the layers `SyncStatistics` and leaves them of their class.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: ActivationSpec = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, process_group, dtype=dtype, device=device,
+            activation=activation, statistics=SyncStatistics(process_group) if statistics is None else statistics,
+        )  # fmt: skip
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Let all batch normalizations of a model take the statistics of all processes, in place."""
+        for layer in module.modules():
+            if type(layer) in OURS and "forward" not in vars(layer):
+                adopt(layer)
+            if type(layer) in THEIRS:
+                layer.statistics = SyncStatistics(process_group)  # type: ignore[assignment]
+        return module
+
+
 FORWARDS = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _Layer.forward}
 """The forwards that normalize the second axis of just what they are given; a subclass may do something else."""
+
+
+# --- Layers of PyTorch's that become ours -----------------------------------------------------------------------------
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: LazyBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+}
+"""Of exactly these types: a subclass may compute something else."""
+
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def adopt(layer: nn.Module) -> None:
+    """Make PyTorch's layer ours, in place."""
+    layer.__class__ = OURS[type(layer)]
+    layer.activation = None  # type: ignore[assignment]
+    layer.statistics = SyncStatistics(layer.process_group) if isinstance(layer, SyncBatchNorm) else None  # type: ignore[assignment]
+    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
+    layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+
+
+def release(layer: nn.Module) -> None:
+    """Make our layer PyTorch's, in place."""
+    del layer.num_batches_skipped, layer.activation, layer.statistics
+    layer.__class__ = THEIRS[type(layer)]

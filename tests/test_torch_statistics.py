@@ -1,0 +1,440 @@
+"""Statistics that are not just the batch's: groups, renormalization, frozen layers; against the definition."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CHANNELS_LAST, CONTIGUOUS, Layout, batch, relative_error, tolerance
+from hypothesis import given as for_all
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import batchnorm.torch as bn
+from batchnorm import definition
+from batchnorm.torch import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchStatistics,
+    GhostStatistics,
+    Renorm,
+    RunningStatistics,
+    SyncStatistics,
+    batch_norm,
+    functional,
+)
+
+LAYOUTS = [*CONTIGUOUS, *CHANNELS_LAST]
+CLIPPED = Renorm(1.0001, 0.0001, 0)  # its r and d are at their limits, and so constant
+VARIANTS = [GhostStatistics(2), CLIPPED, Renorm(statistics=SyncStatistics(), warmup_steps=0), SyncStatistics()]
+
+
+@pytest.fixture(params=["kernels", "composed"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "composed":
+        monkeypatch.setattr(functional, "_are_plain", lambda *_: False)
+    return str(request.param)
+
+
+def tensors(layout: Layout, *, mask: bool = False, dtype: Any = np.float64) -> dict[str, Any]:
+    """What `batch_norm` takes, that may need a gradient."""
+    b = batch(layout.shape, dtype)
+    found: dict[str, Any] = {name: torch.from_numpy(getattr(b, name)) for name in ("x", "weight", "bias", "residual")}
+    found |= {name: layout.lay(found[name]).detach() for name in ("x", "residual")}
+    found = {name: t.requires_grad_() for name, t in found.items()}
+    return found | {"mask": torch.from_numpy(b.mask) if mask else None}
+
+
+def running(layout: Layout, dtype: Any = np.float64) -> tuple[Tensor, Tensor]:
+    b = batch(layout.shape, dtype)
+    return torch.from_numpy(b.running_mean.copy()), torch.from_numpy(b.running_var.copy())
+
+
+def numpy(t: Tensor | None) -> Any:
+    return None if t is None else t.detach().numpy()
+
+
+def assert_close(got: Any, want: Any, terms: int = 200) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert relative_error(np.asarray(numpy(a) if isinstance(a, Tensor) else a), np.asarray(b)) < 16 * tolerance(
+            np.float64, terms
+        )
+
+
+def outcome(given: dict[str, Any], statistics: Any, layout: Layout, **options: Any) -> tuple[list[Tensor], Any]:
+    """Output and gradients of x, weight, bias and residual; and the running statistics."""
+    moved = running(layout)
+    y = batch_norm(
+        **given, running_mean=moved[0], running_var=moved[1], training=True, statistics=statistics, **options
+    )
+    dy = torch.from_numpy(batch(layout.shape, np.float64).dy)
+    inputs = [given[name] for name in ("x", "weight", "bias", "residual")]
+    return [y, *torch.autograd.grad(y, inputs, dy)], moved
+
+
+# --- Groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "sizes"),
+    [(8, 4, [4, 4]), (8, 3, [4, 4]), (7, 3, [4, 3]), (3, 4, [3]), (5, 2, [3, 2]), (4, 1, [1] * 4), (1, 3, [1])],
+)
+def test_no_group_is_smaller_than_wanted(samples: int, size: int, sizes: list[int]) -> None:
+    assert GhostStatistics(size).sizes(samples) == sizes
+
+
+@for_all(samples=st.integers(1, 300), size=st.integers(1, 40))
+def test_groups_share_the_samples_evenly(samples: int, size: int) -> None:
+    sizes = GhostStatistics(size).sizes(samples)
+    assert sum(sizes) == samples
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= min(size, samples)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_each_group_is_a_batch_of_its_own(layout: Layout, mask: bool, path: str) -> None:
+    given = tensors(layout, mask=mask)
+    if layout.shape[0] == 3:
+        sizes, size = [3], 3
+    else:
+        sizes, size = [layout.shape[0] // 2] * 2, layout.shape[0] // 2
+    found, moved = outcome(given, GhostStatistics(size), layout, activation="silu")
+    x, weight, bias, residual, weights = (numpy(given[n]) for n in ("x", "weight", "bias", "residual", "mask"))
+    dy = batch(layout.shape, np.float64).dy
+    want: list[Any] = []
+    for part in np.split(np.arange(len(x)), np.cumsum(sizes)[:-1]):
+        of = {"mask": None if weights is None else weights[part], "activation": "silu"}
+        y, _ = definition.forward(x[part], weight, bias, residual[part], **of)
+        want.append([y, *definition.backward(dy[part], x[part], weight, bias, residual[part], **of)])
+    y, dx, d_weight, d_bias, d_residual = zip(*want, strict=True)
+    assert_close(found, [np.concatenate(y), np.concatenate(dx), sum(d_weight), sum(d_bias), np.concatenate(d_residual)])
+    whole = definition.moments(x, weights)
+    assert_close(moved, definition.update_running(*map(numpy, running(layout)), whole, 0.1)[:2])
+    like_x = torch.empty_like(given["x"]).stride()
+    assert found[0].stride() == like_x
+    assert path == "composed" or found[1].stride() == like_x
+
+
+def test_groups_are_for_training_only() -> None:
+    layer = BatchNorm1d(3, statistics=GhostStatistics(2)).double().eval()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    assert torch.equal(layer(x), BatchNorm1d(3).double().eval()(x))
+
+
+def test_running_statistics_are_updated_once_with_those_of_the_batch() -> None:
+    ghost, plain = BatchNorm2d(3, statistics=GhostStatistics(2)).double(), BatchNorm2d(3).double()
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    for layer in (ghost, plain):
+        layer(x)
+    assert_close(ghost.buffers(), map(numpy, plain.buffers()))
+    assert ghost.num_batches_tracked == 1
+
+
+def test_a_group_of_one_value_says_what_to_do() -> None:
+    layer = BatchNorm1d(3, statistics=GhostStatistics(1))
+    with pytest.raises(ValueError, match=r"BatchNorm1d\(3\): Expected more than 1 value per channel.*batch_size=2"):
+        layer(torch.randn(4, 3))
+    mask = torch.tensor([True, True, True, False])
+    with pytest.raises(ValueError, match="samples 2 to 3"):
+        BatchNorm1d(3, statistics=GhostStatistics(2))(torch.randn(4, 3), mask=mask)
+    assert layer.num_batches_tracked == 0
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="batch_size"):
+            GhostStatistics(wrong)  # type: ignore[arg-type]
+
+
+# --- Renormalization -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("limits", [(1.1, 0.1), (3.0, 5.0), (1.0, 0.0), (1e9, 1e9)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_renormalized_by_the_definition(layout: Layout, limits: tuple[float, float], mask: bool, path: str) -> None:
+    given = tensors(layout, mask=mask)
+    found, moved = outcome(given, Renorm(*limits, warmup_steps=0), layout, activation="silu")
+    x, weight, bias, residual, weights = (numpy(given[n]) for n in ("x", "weight", "bias", "residual", "mask"))
+    old_mean, old_var = map(numpy, running(layout))
+    whole = definition.moments(x, weights)
+    rstd = definition.reciprocal_std(old_var)
+    r_max, d_max = limits
+    r = np.clip(rstd / definition.reciprocal_std(whole.var), 1 / r_max, r_max)
+    d = np.clip((whole.mean - old_mean) * rstd, -d_max, d_max)
+    how = {"mask": weights, "activation": "silu"}
+    y, _ = definition.forward(x, weight * r, bias + weight * d, residual, **how)
+    dx, d_weight, d_bias, d_residual = definition.backward(
+        batch(layout.shape, np.float64).dy, x, weight * r, bias + weight * d, residual, **how
+    )
+    assert_close(found, [y, dx, r * d_weight + d * d_bias, d_bias, d_residual])
+    assert_close(moved, definition.update_running(old_mean, old_var, whole, 0.1)[:2])
+    if limits == (1e9, 1e9):
+        evaluated = definition.normalize(x, old_mean, rstd, weight, bias, residual, "silu")
+        assert_close(found[:1], [evaluated])
+
+
+def test_the_limits_grow_as_in_the_paper() -> None:
+    renorm = Renorm()
+    for steps, limits in {
+        0: (1, 0), 5000: (1, 0), 15000: (1 + 2 * 2 / 7, 2.5), 25000: (1 + 2 * 4 / 7, 5), 40000: (3, 5), 10**6: (3, 5)
+    }.items():  # fmt: skip
+        assert renorm.limits(steps) == pytest.approx(limits)
+        assert [float(v) for v in renorm.limits(torch.tensor(steps))] == pytest.approx(limits)
+    assert renorm.limits(None) == (3, 5)
+    assert Renorm(2.0, 1.0, 0).limits(0) == (2, 1)
+
+
+def test_a_saved_layer_goes_on_where_it_was() -> None:
+    renorm = Renorm(2.0, 1.0, warmup_steps=2)
+    layer, x = BatchNorm1d(3, statistics=renorm).double(), torch.randn(8, 3, dtype=torch.float64) * 3 + 1
+    for _ in range(7):
+        layer(x)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = BatchNorm1d(3, statistics=renorm).double()
+    first = other(x)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(layer(x), other(x))
+    assert not torch.equal(first, other(x))
+    assert torch.equal(first, BatchNorm1d(3).double()(x)), "in the beginning there is no correction"
+
+
+def test_renormalization_needs_running_statistics() -> None:
+    with pytest.raises(RuntimeError, match=r"Renorm\(\) corrects towards running statistics"):
+        BatchNorm1d(3, track_running_stats=False, statistics=Renorm())(torch.randn(4, 3))
+    for wrong in ({"r_max": 0.5}, {"d_max": -1}, {"warmup_steps": -1}):
+        with pytest.raises(ValueError, match="r_max must be at least 1"):
+            Renorm(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="BatchStatistics"):
+        Renorm(statistics=GhostStatistics(2))  # type: ignore[arg-type]
+
+
+# --- All of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("statistics", [GhostStatistics(3), CLIPPED, SyncStatistics()], ids=repr)
+@pytest.mark.parametrize("layout", [CONTIGUOUS[0], CHANNELS_LAST[0]], ids=str)
+def test_derivatives(layout: Layout, statistics: Any, mask: bool, path: str) -> None:
+    given = tensors(layout, mask=mask)
+    names = ["x", "weight", "bias", "residual"]
+
+    def function(*values: Tensor) -> Tensor:
+        mean, var = running(layout)
+        now = given | dict(zip(names, values, strict=True))
+        return batch_norm(
+            **now, running_mean=mean, running_var=var, training=True, statistics=statistics, activation="silu"
+        )
+
+    inputs = [given[name] for name in names]
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("statistics", VARIANTS, ids=repr)
+def test_other_types(statistics: Any, dtype: torch.dtype) -> None:
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    layers = [BatchNorm1d(3, statistics=statistics).double(), BatchNorm1d(3, statistics=statistics)]
+    exact, y = layers[0](x), layers[1](x.to(dtype))
+    assert y.dtype is dtype
+    assert (y.double() - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("statistics", [*VARIANTS, BatchStatistics()], ids=repr)
+def test_nothing_changes_where_nothing_can_be_learned(statistics: Any, path: str) -> None:
+    layer = BatchNorm1d(3, statistics=statistics).double()
+    before = copy.deepcopy(layer.state_dict())
+    assert layer(torch.empty(0, 3, dtype=torch.float64)).shape == (0, 3)
+    layer(torch.full((4, 3), torch.inf, dtype=torch.float64))
+    assert layer.num_batches_skipped == 2
+    with pytest.raises(ValueError, match="mask leaves nothing"):
+        layer(torch.randn(4, 3, dtype=torch.float64), mask=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="weights that are finite and not negative"):
+        layer(torch.randn(4, 3, dtype=torch.float64), mask=-torch.ones(4))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        layer(torch.randn(1, 3, dtype=torch.float64))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("statistics", [GhostStatistics(2), Renorm(warmup_steps=1)], ids=repr)
+def test_compiled(statistics: Any) -> None:
+    torch._dynamo.reset()
+    layers = [BatchNorm1d(3, statistics=statistics, activation="silu").double() for _ in range(2)]
+    compiled = torch.compile(layers[1], backend="aot_eager", fullgraph=True)
+    for seed in range(4):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = []
+        for call in (layers[0], compiled):
+            given = x.clone().requires_grad_()
+            y = call(given)
+            (y * x).sum().backward()
+            found.append([y, given.grad])
+        assert_close(found[1], map(numpy, found[0]))
+    assert_close(layers[1].buffers(), map(numpy, layers[0].buffers()))
+    torch._dynamo.reset()
+
+
+def test_a_checkpoint_counts_once() -> None:
+    for statistics in VARIANTS:
+        layers = [BatchNorm1d(3, statistics=statistics).double() for _ in range(2)]
+        x = torch.randn(6, 3, dtype=torch.float64)
+        layers[0](x.clone().requires_grad_()).sin().sum().backward()
+        given = x.clone().requires_grad_()
+        torch.utils.checkpoint.checkpoint(layers[1], given, use_reentrant=False).sin().sum().backward()
+        assert_close(layers[1].buffers(), map(numpy, layers[0].buffers()))
+
+
+@pytest.mark.parametrize("statistics", [*VARIANTS, RunningStatistics()], ids=repr)
+def test_copies_and_pickles(statistics: Any) -> None:
+    layer = BatchNorm1d(3, statistics=statistics)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.statistics == statistics
+    assert f"statistics={statistics!r}" in repr(layer)
+
+
+@pytest.mark.parametrize("wrong", ["batch", GhostStatistics, 3])
+def test_what_are_no_statistics(wrong: Any) -> None:
+    for call in (
+        lambda: BatchNorm1d(3, statistics=wrong),
+        lambda: bn.convert(nn.BatchNorm1d(3), statistics=wrong),
+        lambda: batch_norm(torch.randn(4, 3), training=True, statistics=wrong),
+    ):
+        with pytest.raises(TypeError, match="statistics must be"):
+            call()
+
+
+# --- Freezing --------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(),
+        BatchNorm2d(4, activation="relu", statistics=GhostStatistics(2)),
+        nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4, affine=False),
+    )  # fmt: skip
+    model[1].bias.requires_grad_(False)
+    model(torch.randn(4, 3, 2, 2))
+    return model
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_nothing_undoes_a_freeze_but_unfreeze(affine: bool) -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    state = copy.deepcopy(model.state_dict())
+    assert bn.freeze(model, affine=affine) is model
+    model.train()
+    model.apply(lambda module: module.train())
+    x = torch.randn(4, 3, 2, 2)
+    y = model(x)
+    y.sum().backward()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(y, before.eval()(x))
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {"0.weight", "0.bias"} | (
+        {"1.weight", "3.weight", "3.bias", "4.weight", "4.bias"} if not affine else set()
+    )
+    bn.freeze(model)  # again
+    bn.unfreeze(model)
+    before.train()
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert model[3].statistics == GhostStatistics(2)
+    assert torch.equal(model(x), before(x))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before.buffers(), strict=True))
+
+
+def test_a_frozen_model_is_copied_and_saved_and_unfrozen() -> None:
+    for other in (copy.deepcopy(bn.freeze(network())), pickle.loads(pickle.dumps(bn.freeze(network())))):
+        bn.unfreeze(other)
+        assert [type(m) for m in other] == [type(m) for m in network()]
+
+
+def test_what_cannot_be_frozen_leaves_all_as_it_is() -> None:
+    class Own(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return input
+
+    for last, error, words in (
+        (nn.BatchNorm2d(4, track_running_stats=False), ValueError, "1, a BatchNorm2d, keeps no running"),
+        (nn.LazyBatchNorm2d(), RuntimeError, "does not know its size"),
+        (Own(4), ValueError, "1, a Own, has a forward of its own"),
+    ):
+        model = nn.Sequential(nn.BatchNorm2d(4), last)
+        with pytest.raises(error, match=words):
+            bn.freeze(model)
+        assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="no batch normalization"):
+        bn.freeze(nn.Linear(2, 2))
+
+
+def test_layers_made_with_running_statistics_stay() -> None:
+    layer = BatchNorm1d(3, statistics=RunningStatistics())
+    assert bn.unfreeze(bn.freeze(layer)).statistics == RunningStatistics()
+
+
+# --- Standardize -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@for_all(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), offset=st.floats(-1e6, 1e6))
+def test_any_split_gives_the_same(sizes: list[int], offset: float) -> None:
+    x = torch.from_numpy(batch((sum(sizes) + 2, 3, 4), np.float64).x) + offset
+    whole = bn.Standardize(3, dtype=torch.float64).fit(x)
+    split = bn.Standardize(3, dtype=torch.float64).fit(x.split([*sizes, 2]))
+    moments = definition.moments(x.numpy())
+    scale = tolerance(np.float64, x.numel()) * max(1.0, abs(offset))
+    for found in (whole, split):
+        assert np.abs(found.mean.numpy() - moments.mean).max() < 4 * scale
+        assert np.abs(found.std.numpy() - np.sqrt(moments.var)).max() < 4 * scale
+        assert found.count == moments.count
+
+
+def test_there_and_back() -> None:
+    x = (torch.randn(20, 3, 4, dtype=torch.float64) + 5) * torch.tensor([1e-9, 1.0, 1e9]).reshape(1, 3, 1).double()
+    x[:, 1] = 7.0
+    standardize = bn.Standardize(3, dtype=torch.float64).fit([(part, "label") for part in x.split(6)])
+    y = standardize(x)
+    assert_close([y[:, ::2].mean((0, 2))], [np.zeros(2)], 10**6)
+    assert abs(float(y[:, 2].var(correction=0)) - 1) < 1e-12
+    assert torch.equal(y[:, 1], torch.zeros(20, 4).double()), "a constant is centered"
+    torch.testing.assert_close(standardize.inverse(y), x, rtol=1e-12, atol=0)
+    other = bn.Standardize(3, dtype=torch.float64)
+    other.load_state_dict(standardize.state_dict())
+    assert torch.equal(other(x), y)
+
+
+def test_what_counts_and_what_is_meant() -> None:
+    x, mask = torch.randint(0, 255, (6, 1, 4, 4), dtype=torch.uint8), torch.rand(6, 4, 4) > 0.3
+    batches = [{"image": x[i], "kept": mask[i]} for i in (slice(0, 4), slice(4, 6))]
+    found = bn.Standardize(1).fit(batches, select=lambda b: b["image"], mask=lambda b: b["kept"])
+    kept = x[:, 0][mask].double()
+    torch.testing.assert_close(found.mean.double(), kept.mean().reshape(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.std.double(), kept.std(correction=0).reshape(1), rtol=1e-6, atol=0)
+    assert found(x).dtype is torch.float32
+
+
+def test_wrong_data_changes_nothing() -> None:
+    fitted = bn.Standardize(2).fit(torch.randn(5, 2))
+    before = copy.deepcopy(fitted.state_dict())
+    for data, error, words in (
+        (torch.randn(5, 3), ValueError, r"\(N, 2, \*spatial\), got \(5, 3\)"),
+        ([], ValueError, "nothing to fit to"),
+        ([torch.ones(3, 2), torch.full((3, 2), torch.nan)], ValueError, r"not finite, in channels \[0, 1\]"),
+        ([{"x": 1}], TypeError, "select="),
+    ):
+        with pytest.raises(error, match=words):
+            fitted.fit(data)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in fitted.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"fit\(data\)"):
+        bn.Standardize(2)(torch.randn(3, 2))
+    with pytest.raises(ValueError, match="num_features"):
+        bn.Standardize(0)
