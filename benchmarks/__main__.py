@@ -18,7 +18,7 @@ from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
-from benchmarks import folding, gradients, kernels, memory, report, training
+from benchmarks import folding, gradients, kernels, memory, report, small_batches, training, variants
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
 
@@ -32,12 +32,14 @@ class Name(StrEnum):
     EVAL = "eval"
     KERNELS = "kernels"
     COMPILED = "compiled"
+    VARIANTS = "variants"
     TRAINING = "training"
     INFERENCE = "inference"
     FOLDING = "folding"
     MEMORY = "memory"
     GRADIENTS = "gradients"
     LOSSES = "losses"
+    SMALL = "small"
     REPORT = "report"
 
 
@@ -69,12 +71,14 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.EVAL: lambda s: _layers("evaluation", 0.4, s),
     Name.KERNELS: lambda s: (len(kernels.KERNEL_CASES), kernels.run(s.seconds(0.6), s.quick)),
     Name.COMPILED: lambda s: _compiled(0.6, s),
+    Name.VARIANTS: lambda s: (len(variants.VARIANT_CASES), variants.run(s.seconds(1.0), s.quick)),
     Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(12.0), s.quick)),
     Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(3.0), s.quick)),
     Name.FOLDING: lambda s: (SUBJECTS, folding.run(s.seconds(3.0), s.quick)),
     Name.MEMORY: lambda s: (SUBJECTS, memory.run(s.quick)),
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),
+    Name.SMALL: lambda s: (len(small_batches.VARIANTS) * s.seeds, small_batches.run(s.seeds, s.quick)),
 }
 """What is measured: how many runs, and their records. The seconds are for each case."""
 
@@ -96,7 +100,7 @@ def main(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Layers against torch.compile too; slow.")] = False,
     others: Annotated[bool, typer.Option("--jax", help="Layers against JAX and TensorFlow, where installed.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Of gradients and losses.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Of gradients, losses and small batches.")] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Where README.md and results/ go. [default: benchmarks; build/bench if quick]")
     ] = None,

@@ -95,6 +95,15 @@ def judge(tables: Tables) -> list[Goal]:
     for model, (first, last) in STEPS.items():
         for layout, wanted in (("channels-first", first), ("channels-last", last)):
             goals.append(_judge(f"step of training, {model}, {layout}", wanted, step_ratio(training, model, layout)))
+    times: dict[str, dict[str, float]] = {}
+    for record in tables["variants"]:
+        times.setdefault(record["case"], {})[record["candidate"]] = record["median_us"]
+    slower = {f"{name}, {case}": time / found["batch"] for case, found in times.items() for name, time in found.items()}
+    worst_variant = summarize(slower)
+    goals.append(
+        _judge("a variant, in the time of the batch's own statistics: worst case", 1.3,
+               worst_variant and worst_variant.high, f" ({worst_variant.highest})" if worst_variant else "", most=True)
+    )  # fmt: skip
     gradient = summarize(gradient_ratios(tables["gradients"]))
     goals.append(
         _judge("gradient, distance from a float64 run, in eager's distances: worst model", 2.0,

@@ -12,7 +12,8 @@ from benchmarks import goals, plots
 from benchmarks.goals import Tables
 
 NAMES = (
-    "layers", "eval", "kernels", "compiled", "training", "inference", "folding", "memory", "gradients", "losses",
+    "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
+    "losses", "small",
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -234,6 +235,32 @@ def _compiled(tables: Tables) -> str:
     return markdown(("case", "batchnorm compiled, µs", "× eager", "× PyTorch's compiled"), rows)
 
 
+def _variants(tables: Tables) -> str:
+    """How many times as long as with the batch's own statistics."""
+    names = [name for name in dict.fromkeys(r["candidate"] for r in tables["variants"]) if name != "batch"]
+    rows: dict[str, dict[str, Record]] = {}
+    for r in tables["variants"]:
+        rows.setdefault(r["case"], {})[r["candidate"]] = r
+    lines = [
+        (case, _time(found["batch"], 1), *(f"{found[n]['median_us'] / found['batch']['median_us']:.2f}" for n in names))
+        for case, found in rows.items()
+    ]
+    return markdown(("case", "batch, µs", *(f"{name}, in its time" for name in names)), lines)
+
+
+def _small(tables: Tables) -> str:
+    """The part of the test images that are wrong, in percent: mean over seeds, and how far these lie apart."""
+    wrong: dict[tuple[str, str, str], list[float]] = {}
+    for r in tables["small"]:
+        wrong.setdefault((r["data"], str(r["samples"]), r["statistics"]), []).append(100 * r["wrong"])
+    lines = [
+        (statistics, samples, f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
+        for (_, samples, statistics), values in wrong.items()
+    ]
+    data = next(iter(wrong), ("",))[0]
+    return markdown((f"statistics ({data})", "samples of a process", "wrong in evaluation, %"), lines)
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -249,4 +276,6 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "eval": _layers("eval"),
     "kernels": _kernels,
     "compiled": _compiled,
+    "variants": _variants,
+    "small": _small,
 }

@@ -259,6 +259,15 @@ TABLES: goals.Tables = {
     "memory": trained(300, 200),
     "kernels": timed("b", copy=1, kernels=3, **{"fresh memory": 4}, layer=5, eager=9),
     "compiled": timed("c", group="small", copy=1, eager=1, compile=4, batchnorm=3, **{"batchnorm compiled": 2}),
+    "variants": [
+        {"case": "a", "candidate": name, "median_us": time, "q10_us": time, "q90_us": time}
+        | {"layout": "channels-first", "large": 1, "rounds": 7}
+        for name, time in (("batch", 10.0), ("renorm", 12.0), ("mask", 15.0))
+    ],
+    "small": [
+        {"data": "digits", "samples": 2, "statistics": "renorm", "seed": seed, "wrong": 0.1 + 0.1 * seed}
+        for seed in (0, 1)
+    ],
     "folding": trained(1000, 500, folded=1, skipped=0, max_error=1e-7),
     "gradients": [*trained(2, 2), *trained(2, 8, seed=1)],
     "losses": curves(),
@@ -289,6 +298,7 @@ def test_goals() -> None:
             for model in ("resnet18", "densenet121", "efficientnet_b0")
             for layout in ("channels-first", "channels-last")
         },
+        ("a variant, in the time of the batch's own statistics: worst case", "1.50 (mask, a)"): False,
         (
             "gradient, distance from a float64 run, in eager's distances: worst model",
             "2.00 (mobilenet_v2 channels-first)",
@@ -323,6 +333,8 @@ def test_the_report(tmp_path: Path) -> None:
         text, "folding"
     )
     assert "| b channels-first | 3.00 | 4.00 | 5.00 | 9.00 |" in section(text, "kernels")
+    assert "| a | 10.0 (10.0 to 10.0) | 1.20 | 1.50 |" in section(text, "variants")
+    assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:

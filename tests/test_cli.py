@@ -137,7 +137,8 @@ def test_an_interrupt_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_midst_of_training_ends_all_processes(tmp_path: Path, kind: signal.Signals) -> None:
     code = (
-        "import os, batchnorm.study.experiments as e, batchnorm.study.terminal as t\n"
+        "import os, signal, batchnorm.study.experiments as e, batchnorm.study.terminal as t\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it may be ignored
         "from batchnorm.cli import main\n"
         "def run_all(*a):\n"
         "    for run in e.run_all(*a):\n"

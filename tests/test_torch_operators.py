@@ -47,15 +47,26 @@ def without(arguments: list[Any], absent: tuple[int, ...]) -> list[Any]:
     return [None if i in absent else t for i, t in enumerate(arguments)]
 
 
+QUICK = "test_schema", "test_autograd_registration", "test_faketensor"
+
+
 @pytest.mark.parametrize("absent", OPTIONAL, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("grad", [True, False])
-def test_opcheck(grad: bool, dtype: torch.dtype, absent: tuple[int, ...]) -> None:
-    for layout in (MATRIX, CHANNELS_LAST[0]):
+def test_opcheck(dtype: torch.dtype, absent: tuple[int, ...]) -> None:
+    forward, backward = torch.ops.batchnorm.forward.default, torch.ops.batchnorm.backward.default
+    for layout, grad in ((MATRIX, False), (CHANNELS_LAST[0], True)):
         arguments = without(given(layout, dtype, grad=grad), absent)
-        torch.library.opcheck(torch.ops.batchnorm.forward.default, (*arguments, *HOW))
+        torch.library.opcheck(forward, (*arguments, *HOW), test_utils=QUICK)
         for needs in ((True, True), (False, True), (True, False), (False, False)):
-            torch.library.opcheck(torch.ops.batchnorm.backward.default, (*backward_of(arguments), *needs))
+            torch.library.opcheck(backward, (*backward_of(arguments), *needs), test_utils=QUICK)
+
+
+@pytest.mark.parametrize("absent", [(), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_opcheck_of_whole_graphs(grad: bool, absent: tuple[int, ...]) -> None:
+    arguments = without(given(CHANNELS_LAST[0], torch.float32, grad=grad), absent)
+    torch.library.opcheck(torch.ops.batchnorm.forward.default, (*arguments, *HOW))
+    torch.library.opcheck(torch.ops.batchnorm.backward.default, (*backward_of(arguments), True, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

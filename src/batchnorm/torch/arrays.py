@@ -31,7 +31,7 @@ def array(x: Tensor | None, memory_format: torch.memory_format) -> Any:
     if x.dtype is torch.bfloat16:
         x = x.detach().view(torch.uint16)
     if memory_format is torch.contiguous_format:
-        return x.numpy(force=True).reshape(x.shape[0], x.shape[1], -1)
+        return x.numpy(force=True).reshape(x.shape[0], x.shape[1], x.shape[2:].numel())
     return x.movedim(1, -1).numpy(force=True).reshape(-1, x.shape[1], 1)
 
 
@@ -40,7 +40,7 @@ def mask_array(weights: Tensor | None, memory_format: torch.memory_format) -> An
     if weights is None:
         return None
     rows = weights.shape[0] if memory_format is torch.contiguous_format else weights.numel()
-    return weights.contiguous().numpy(force=True).reshape(rows, -1)
+    return weights.contiguous().numpy(force=True).reshape(rows, weights.numel() // max(1, rows))
 
 
 def numbers(values: Tensor | None) -> Any:

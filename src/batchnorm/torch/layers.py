@@ -13,6 +13,7 @@ from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch import transforms
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.statistics import Statistics, SyncStatistics, expect
+from batchnorm.torch.variants import group_of
 
 __all__ = [
     "FORWARDS",
@@ -130,7 +131,12 @@ class _Layer(_Base):
         return f"{type(self).__name__}({self.num_features}): {problem}"
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
-        self._check_input_dim(input)
+        try:
+            self._check_input_dim(input)
+        except ValueError:
+            if self.training and self.statistics is not None and (group := group_of(self.statistics)) is not None:
+                group.fail(self.num_features, input.device)  # the others wait for this process
+            raise
         running_mean, running_var = self.running_mean, self.running_var
         tracks = self.training and self.track_running_stats
         batches = self.num_batches_tracked if tracks else None
@@ -206,10 +212,11 @@ class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
-class SyncBatchNorm(_Layer, nn.SyncBatchNorm):
+class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
     """Batch normalization by the statistics of all processes, on any device. See `torch.nn.SyncBatchNorm`.
 
-    The same as another of these layers with `statistics=SyncStatistics(process_group)`, for inputs of any rank.
+    The same as another of these layers with `statistics=SyncStatistics(process_group)`, for inputs of any rank. It is
+    no subclass of PyTorch's, because `DistributedDataParallel` refuses these on the CPU.
 
     Differs from `torch.nn.SyncBatchNorm`:
         1. It works on the CPU, with gloo.
@@ -232,9 +239,18 @@ class SyncBatchNorm(_Layer, nn.SyncBatchNorm):
         statistics: Statistics | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, process_group, dtype=dtype, device=device,
+            num_features, eps, momentum, affine, track_running_stats, dtype=dtype, device=device,
             activation=activation, statistics=SyncStatistics(process_group) if statistics is None else statistics,
         )  # fmt: skip
+
+    @property
+    def process_group(self) -> Any:
+        """Of its statistics."""
+        return self.statistics.process_group if isinstance(self.statistics, SyncStatistics) else None
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -271,12 +287,15 @@ def adopt(layer: nn.Module) -> None:
     """Make PyTorch's layer ours, in place."""
     layer.__class__ = OURS[type(layer)]
     layer.activation = None  # type: ignore[assignment]
-    layer.statistics = SyncStatistics(layer.process_group) if isinstance(layer, SyncBatchNorm) else None  # type: ignore[assignment]
+    synchronized = isinstance(layer, SyncBatchNorm)
+    layer.statistics = SyncStatistics(vars(layer).pop("process_group", None)) if synchronized else None  # type: ignore[assignment]
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
 
 def release(layer: nn.Module) -> None:
     """Make our layer PyTorch's, in place."""
+    if isinstance(layer, SyncBatchNorm):
+        vars(layer)["process_group"] = layer.process_group
     del layer.num_batches_skipped, layer.activation, layer.statistics
     layer.__class__ = THEIRS[type(layer)]

@@ -59,7 +59,7 @@ class Group:
         own = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1)
         rows = _Gather.apply(torch.cat([header, own, mean.double(), var.double()]), self)
         self._require(rows.detach())
-        counts = rows[:, 3:4]
+        counts = rows.detach()[:, 3:4]
         means, variances = rows[:, HEADER:].chunk(2, 1)
         total = counts.sum()
         center = (counts * means).sum(0) / total

@@ -1,0 +1,351 @@
+"""Statistics of several real processes: the same as one process with all the samples, and errors in place of hangs."""
+
+import copy
+import datetime
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import CHANNELS_LAST, MATRIX, Layout, batch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm.torch as bn
+from batchnorm import definition
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, Renorm, SyncBatchNorm, SyncStatistics, batch_norm, functional
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and files")
+WORLD = 3
+BOUND = 1e-8
+"""For float64, of numbers of size 1."""
+
+
+def in_process(rank: int, file: str, work: Callable[[int], Any]) -> None:
+    torch.set_num_threads(1)
+    functional.SMALL = functional.SMALL_EVALUATION = 0
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD, timeout=timeout)
+    try:
+        work(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(work: Callable[[int], Any], folder: Path) -> None:
+    """In three processes; an error in one is one here."""
+    mp.spawn(in_process, (str(folder / "meeting"), work), nprocs=WORLD)
+
+
+def share(sizes: tuple[int, ...], rank: int) -> slice:
+    """The samples of one process."""
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def total(t: Tensor | None) -> Tensor | None:
+    """The sum over the processes."""
+    if t is not None:
+        t = t.detach().clone()
+        dist.all_reduce(t)
+    return t
+
+
+def assert_close(got: Tensor | None, want: Tensor | None) -> None:
+    if got is None or want is None:
+        assert got is want
+    else:
+        assert got.shape == want.shape
+        got, want = got.detach(), want.detach()
+        assert got.numel() == 0 or float((got - want).abs().max()) < BOUND * max(1.0, float(want.abs().max()))
+
+
+NAMES = "x", "weight", "bias", "residual"
+
+
+def outcome(layout: Layout, samples: slice, statistics: Any, masked: bool, activation: Any) -> dict[str, Any]:
+    """Output, gradients, second derivatives and running statistics of some of the samples."""
+    b = batch(layout.shape, np.float64)
+    t = {name: torch.from_numpy(np.array(values)) for name, values in vars(b).items()}
+    given = {name: layout.lay(t[name])[samples].detach() for name in ("x", "residual")}
+    given |= {name: t[name] for name in ("weight", "bias")}
+    for value in given.values():
+        value.requires_grad_()
+    running = t["running_mean"], t["running_var"]
+    initial = [t.clone() for t in running]
+    y = batch_norm(
+        **given, running_mean=running[0], running_var=running[1], training=True, activation=activation,
+        mask=t["mask"][samples] if masked else None, statistics=statistics,
+    )  # fmt: skip
+    inputs = [given[name] for name in NAMES]
+    first = torch.autograd.grad(y, inputs, t["dy"][samples], create_graph=True)
+    again = torch.autograd.grad(
+        sum((g * g.detach().cos()).sum() for g in first[:1]), inputs, allow_unused=True, materialize_grads=True
+    )
+    plain = torch.autograd.grad(
+        batch_norm(**given, training=True, activation=activation, mask=t["mask"][samples] if masked else None,
+                   running_mean=initial[0], running_var=initial[1], statistics=statistics),
+        inputs, t["dy"][samples],
+    )  # fmt: skip
+    for a, c in zip(first, plain, strict=True):
+        assert_close(a, c)
+    found: dict[str, Any] = {"y": y, "running": running}
+    return found | {f"d {n}": g for n, g in zip(NAMES, first, strict=True)} | {
+        f"dd {n}": g for n, g in zip(NAMES, again, strict=True)
+    }  # fmt: skip
+
+
+@contextmanager
+def composed(yes: bool) -> Iterator[None]:
+    before = functional._are_plain
+    if yes:
+        functional._are_plain = lambda *_: False
+    try:
+        yield
+    finally:
+        functional._are_plain = before
+
+
+SPLITS = [(5, 1, 0), (0, 6, 0), (2, 1, 3)]
+SYNCHRONIZED = [(SyncStatistics(), None), (Renorm(1.0001, 1e-4, 0, SyncStatistics()), Renorm(1.0001, 1e-4, 0))]
+LAYOUTS = [
+    Layout("matrix", MATRIX, lambda t: t),
+    Layout("images", (6, 3, 2, 5), lambda t: t),
+    Layout("images-channels-last", (6, 3, 2, 5), CHANNELS_LAST[0].lay),
+]
+
+
+def like_one_process(rank: int) -> None:
+    for layout, sizes, masked, (statistics, alone), path in product(
+        LAYOUTS, SPLITS, (False, True), SYNCHRONIZED, (False, True)
+    ):
+        samples = share(sizes, rank)
+        with composed(path):
+            found = outcome(layout, samples, statistics, masked, "silu")
+            want = outcome(layout, slice(0, 6), alone, masked, "silu")
+        for name in ("y", "d x", "d residual", "dd x", "dd residual"):
+            assert_close(found[name], want[name][samples])
+        for name in ("d weight", "d bias", "dd weight", "dd bias"):
+            assert_close(total(found[name]), want[name])
+        for got, exact in zip(found["running"], want["running"], strict=True):
+            assert_close(got, exact)
+
+
+def test_three_processes_are_one_with_all_the_samples(tmp_path: Path) -> None:
+    in_processes(like_one_process, tmp_path)
+
+
+# --- Layers ----------------------------------------------------------------------------------------------------------
+
+
+def network(norm: Callable[[], nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), norm(), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def layers(rank: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    samples = share((5, 1, 0), rank)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).sin().sum()
+
+    alone = network(lambda: BatchNorm1d(4))
+    loss(alone, x).backward()
+    for build in (
+        lambda: network(lambda: SyncBatchNorm(4)),
+        lambda: network(lambda: BatchNorm1d(4, statistics=SyncStatistics())),
+        lambda: bn.convert(network(lambda: nn.BatchNorm1d(4)), statistics=SyncStatistics()),
+        lambda: bn.convert(nn.SyncBatchNorm.convert_sync_batchnorm(network(lambda: nn.BatchNorm1d(4)))),
+        lambda: SyncBatchNorm.convert_sync_batchnorm(network(lambda: nn.BatchNorm1d(4))),
+    ):
+        model: Any = build()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        loss(wrapped, x[samples]).backward()
+        for p, exact in zip(model.parameters(), alone.parameters(), strict=True):
+            assert p.grad is not None
+            assert exact.grad is not None
+            assert_close(p.grad * WORLD, exact.grad)
+        for buffer, exact in zip(model.buffers(), alone.buffers(), strict=True):
+            assert_close(buffer.double(), exact.double())
+        assert_close(wrapped.eval()(x), copy.deepcopy(alone).eval()(x))
+
+    # A checkpoint repeats the forward pass within the backward pass, in all processes alike.
+    model = network(lambda: SyncBatchNorm(4))
+    checkpoint(model, x[samples], use_reentrant=False).sin().sum().backward()
+    for p, exact in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_close(total(p.grad), exact.grad)
+    assert_close(model[1].running_var, alone[1].running_var)
+
+    # A batch that overflows in one process is skipped in all.
+    layer = SyncBatchNorm(3).double()
+    state = copy.deepcopy(layer.state_dict())
+    layer(x[2 * rank : 2 * rank + 2] * (torch.inf if rank == 1 else 1))
+    assert layer.num_batches_skipped == 1
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+    # One group of two; the third is by itself.
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        layer = SyncBatchNorm(3, process_group=pair).double()
+        assert copy.deepcopy(layer).statistics.process_group is pair
+        assert_close(layer(x[rank : rank + 3]), definition_of(torch.cat([x[:3], x[1:4]]))[3 * rank :][:3])
+    else:
+        with pytest.raises(RuntimeError, match="not in the process group"):
+            SyncBatchNorm(3, process_group=pair).double()(x)
+
+    # Half precision, by PyTorch's own operations.
+    half = SyncBatchNorm(3)(x[samples].half())
+    assert half.dtype is torch.float16
+    assert half.numel() == 0 or (half - definition_of(x)[samples]).abs().max() < 4e-3
+
+    # Input normalization, each process with its own part.
+    standardize = bn.Standardize(3, dtype=torch.float64).fit(x[samples].split(2))
+    moments = definition.moments(x.numpy())
+    assert_close(standardize.mean, torch.from_numpy(moments.mean))
+    assert_close(standardize.std, torch.from_numpy(moments.var).sqrt())
+
+
+def definition_of(x: Tensor) -> Tensor:
+    return torch.from_numpy(definition.forward(x.detach().numpy())[0])
+
+
+def test_layers(tmp_path: Path) -> None:
+    in_processes(layers, tmp_path)
+
+
+def collectives(rank: int) -> None:
+    calls: list[str] = []
+    for name in ("all_gather", "all_reduce", "all_gather_object", "broadcast", "barrier", "all_gather_into_tensor"):
+        call = getattr(dist, name)
+
+        def counted(*args: Any, name: str = name, call: Any = call, **kwargs: Any) -> Any:
+            calls.append(name)
+            return call(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    layer = SyncBatchNorm(3, activation="relu").double()
+    for masked in (None, None, torch.ones(4, dtype=torch.bool)):
+        calls.clear()
+        x = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
+        layer(x, mask=masked).sum().backward()
+    assert calls == ["all_gather", "all_reduce"]
+    calls.clear()
+    layer.eval()(x)
+    layer.train()
+    layer.statistics = None
+    layer(x).sum().backward()
+    assert calls == []
+
+
+def test_one_collective_forward_and_one_backward(tmp_path: Path) -> None:
+    in_processes(collectives, tmp_path)
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def errors(rank: int) -> None:
+    sync = SyncStatistics()
+
+    def train(x: Tensor, **options: Any) -> Tensor:
+        return batch_norm(x, training=True, statistics=sync, **options)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = error_of(lambda: train(torch.randn(4, 3 + (rank == 2))))
+    assert "same channels in all processes: 3 in process 0, 3 in process 1, 4 in process 2" in found
+    train(x)
+    found = error_of(lambda: train(x.float() if rank == 0 else x))
+    assert "same type in all processes: float32 in process 0, float64 in process 1" in found
+    found = error_of(lambda: train(x.clone().requires_grad_(rank == 1)))
+    assert "needs a gradient in some processes only: False in process 0, True in process 1" in found
+    found = error_of(lambda: train(x, mask=-torch.ones(4) if rank == 1 else torch.ones(4)))
+    assert ("not negative" if rank == 1 else "process 1 of 3 failed; its own error says why") in found
+    found = error_of(lambda: train(x[: rank == 0]))
+    assert "ValueError: Expected more than 1 value per channel when training, got 1 in all 3 processes" in found
+    found = error_of(lambda: train(x, mask=torch.zeros(4)))
+    assert "got 0 in all 3 processes" in found
+
+    # The layer raises before it looks at anything else.
+    layer = BatchNorm2d(7, statistics=sync)
+    state = copy.deepcopy(layer.state_dict())
+    found = error_of(lambda: layer(torch.randn(2, 7, 3, 3) if rank else torch.randn(7, 3, 3)))
+    assert ("expected 4D input" if rank == 0 else "process 0 of 3 failed") in found
+    found = error_of(lambda: layer(torch.randn(2, 7 - (rank == 1), 3, 3)))
+    assert ("should contain 6 elements" if rank == 1 else "process 1 of 3 failed") in found
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert layer(torch.randn(2, 7, 3, 3)).shape == (2, 7, 3, 3), "and then it goes on"
+
+
+def test_errors_reach_all_processes(tmp_path: Path) -> None:
+    in_processes(errors, tmp_path)
+
+
+TIMEOUT = 8.0
+
+
+def ends_early(rank: int, folder: str, how: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timeout)
+    model = network(lambda: SyncBatchNorm(4))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model(x).sum().backward()
+    if rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "killed before backward":
+            model(x)
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "leaves":
+            os._exit(1)
+        else:  # it does something else, for longer than the others are ready to wait
+            time.sleep(TIMEOUT + 40)
+            os._exit(0)
+    start = time.monotonic()
+    told = error_of(lambda: model(x).sum().backward())
+    Path(folder, f"{rank}.txt").write_text(f"{time.monotonic() - start}\n{told}", encoding="utf-8")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["killed", "killed before backward", "leaves", "is late"])
+def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, how: str) -> None:
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=ends_early, args=(rank, str(tmp_path), how)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for rank in (0, 2):
+        processes[rank].join(TIMEOUT + 60)
+        assert processes[rank].exitcode == 0
+        seconds, told = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8").split("\n", 1)
+        assert told.startswith("RuntimeError: ")
+        assert f"process {rank} of 3 waited for the others in vain. One has ended, or has called another number" in told
+        assert float(seconds) < TIMEOUT + 10
+    processes[1].kill()
+    processes[1].join()
+
+
+def test_alone_it_is_the_batch(tmp_path: Path) -> None:
+    x = torch.randn(6, 3, dtype=torch.float64)
+    assert torch.equal(SyncBatchNorm(3).double()(x), BatchNorm1d(3).double()(x))
+    with pytest.raises(RuntimeError, match="distributed is not initialized"):
+        SyncBatchNorm(3, process_group=object())(x.float())
