@@ -152,8 +152,9 @@ def _uncenter(count: float, center: Any, sum_d: Any, sum_d2: Any) -> Any:
     """Mean and squares about it, from the sums of `d = x - center` and of `d^2`.
 
     Subtracting is safe where `center` is the mean of `1/k` as many values: then `sum d^2` is at most `1 + k` times the
-    squares that the merge will give. Groups have a center from as many values before them, `k = 1`; a first group makes
-    its own from a part of its values, `k = 8`, or from all.
+    squares that the merge will give. Groups have a center from as many values before them, `k = 1`, or, where a mask
+    has left less before them, from an eighth, `k = 8`; others make their own from a part of their values, `k = 8`, or
+    from all.
     """
     return center + sum_d / count, sum_d2 - (sum_d / count) * sum_d
 
@@ -197,7 +198,7 @@ def _moments_by_channel(
                         continue
                     kept_n, kept_i = _first_kept(mask, g0, g1, l0, l1)
                 center = load(x[kept_n, c, kept_i]) if count == 0.0 else T(mean_c)
-                if count < size:
+                if 8 * count < size:
                     sum_d = 0.0
                     for n in range(g0, g1):
                         for r0 in range(l0, l1, RUN):
@@ -409,7 +410,7 @@ def _moments_by_row(
         if size > 0.0:
             for c in range(channels):
                 _spread(load(x[kept_n, c0 + c, kept_i]) if count == 0.0 else T(mean[c0 + c]), c, L, center)
-            if count < size:
+            if 8 * count < size:
                 near = g1 if MASKED else min(g0 + FIRST_ROWS, g1)
                 for n in range(g0, near):
                     row = x_rows[n, j0:j1]
@@ -437,7 +438,14 @@ def _moments_by_row(
                         total_d2[j] += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
                 for n in range(fours, b1):
                     row = x_rows[n, j0:j1]
-                    if MASKED:
+                    if MASKED and L == 1:
+                        weight = mask[n, 0]
+                        if weight > 0:
+                            for j in range(width):
+                                d = load(row[j]) - center[j]
+                                total[j] += weight * d
+                                total_d2[j] += weight * d * d
+                    elif MASKED:
                         _spread_mask(mask, n, kept)
                         for j in range(width):
                             d = load(row[j]) - center[j] if kept[j] > 0 else T(0)
@@ -551,6 +559,18 @@ def _grad_input_by_row(
     for n in range(n0, n1):
         dy_row, row, residual_row = dy_rows[n, j0:j1], x_rows[n, j0:j1], residual_rows[n, j0:j1]
         dx_row, d_residual_row = dx_rows[n, j0:j1], d_residual_rows[n, j0:j1]
+        if MASKED and L == 1:
+            share = mask[n, 0]
+            for j in range(width):
+                d = load(row[j]) - center[j]
+                z = d * scale[j] + shift[j]
+                if RESIDUAL:
+                    z += load(residual_row[j])
+                dz = activate_grad(ACT, parameter, z, load(dy_row[j]))
+                store(dx_row, j, scale[j] * dz - (share * (d * slope[j] + level[j]) if share > 0 else T(0)))
+                if RESIDUAL:
+                    store(d_residual_row, j, dz)
+            continue
         if MASKED:
             _spread_mask(mask, n, kept)
         for j in range(width):
