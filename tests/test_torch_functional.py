@@ -457,7 +457,7 @@ OUR_OWN: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "mask that leaves nothing": (ValueError, {"mask": 0 * X[:, 0]}, r"leaves nothing of x of shape \(4, 3\): skip"),
     "mask that leaves one": (ValueError, {"mask": X[:, 0] * torch.eye(4)[0]}, "more than 1 value .* mask keeps one"),
     "unknown activation": (ValueError, {"activation": "rleu"}, "unknown activation 'rleu'.* 'relu'.*leaky_relu"),
-    "unknown statistics": (TypeError, {"statistics": "running"}, r"statistics must be .*RunningStatistics\(\), .*got 'running'"),
+    "unknown statistics": (TypeError, {"statistics": "running"}, r"RunningStatistics\(\), .*got 'running'"),
     "class for an object": (TypeError, {"statistics": RunningStatistics}, r"got <class .*with brackets"),
     "frozen, without statistics": (
         RuntimeError, {"running_mean": None, "running_var": None, "statistics": RunningStatistics()}, "pass both"
