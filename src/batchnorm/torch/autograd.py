@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from batchnorm.kernels import cpu as kernels
 from batchnorm.torch import composed
@@ -144,12 +145,12 @@ def _backward(
     bias: Any,
     batch: Batch,
     activation: tuple[str, float],
-    written: list[Any],
+    written: Any,
     group: Group | None,
 ) -> tuple[Any, Any]:
     """`sum dz` and `sum dz*xhat` of what is given, dy, x, residual and mask; writes dx and d_residual if wanted."""
     dy, x, residual, mask = given
-    dx, d_residual = written
+    dx, d_residual = written  # None if neither is needed; then there is no group
     numbers: tuple[Any, Any, Any, Any] = batch.mean, batch.rstd, weight, bias
     sum_dz, sum_dz_xhat = (np.zeros(x.shape[1]) for _ in range(2))
     if x.size > 0 and group is None and dx is not None:
@@ -157,7 +158,7 @@ def _backward(
         return sum_dz, sum_dz_xhat
     if x.size > 0:
         kernels.grad_sums(dy, x, residual, *numbers, activation, sum_dz, sum_dz_xhat)
-    if group is not None:
+    if group is not None and dx is not None:
         total_dz, total_dz_xhat = group.reduce(torch.from_numpy(np.stack([sum_dz, sum_dz_xhat]))).numpy()
         if x.size > 0:
             kernels.grad_input(
@@ -220,7 +221,7 @@ class _BatchNorm(torch.autograd.Function):
 
 def _is_batched(dy: Tensor) -> bool:
     """Whether `vmap` maps the backward pass over many `dy` at once: `is_grads_batched`, `jacobian(vectorize=True)`."""
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return torch._C._are_functorch_transforms_active() or _functorch.is_legacy_batchedtensor(dy)
 
 
 def _differentiable_backward(

@@ -52,10 +52,10 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple):
         items = (parts | moved).values()
         return type(batch)(*items) if _is_named_tuple(batch) else type(batch)(items)
-    changed = copy.copy(batch)
+    changed: Any = copy.copy(batch)
     for name, part in moved.items():
         if _is_dataclass(batch):
-            object.__setattr__(changed, name, part)  # it may be frozen
+            object.__setattr__(changed, str(name), part)  # it may be frozen
         else:
             changed[name] = part
     return changed

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -403,12 +404,10 @@ def _demand(samples: int) -> None:
 
 def _watched(data: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
     """The data, with a bar if someone is there to see it."""
-    try:
+    if progress and sys.stderr.isatty() and find_spec("rich"):
         from rich.console import Console
         from rich.progress import track
-    except ModuleNotFoundError:
-        progress = False
-    if progress and sys.stderr.isatty():
+
         try:
             total = len(data)  # type: ignore[arg-type]
         except TypeError:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchnorm.torch.sync import Group
 
-__all__ = ["ACTIVATIONS", "forward", "forward_by_parts", "moments", "statistics"]
+__all__ = ["ACTIVATIONS", "forward", "forward_by_parts", "moments", "positions", "statistics"]
 
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda z, _: z,
@@ -45,7 +45,12 @@ def statistics(x: Tensor, weights: Tensor | None, group: Group | None) -> tuple[
         mean = var = z.sum((0, *range(2, z.dim())))  # zeros, with a gradient: all processes take part backward
     else:
         mean, var = moments(z, weights)
-    return (count, mean, var) if group is None else group.pool(x, count, mean, var)
+    return (count, mean, var) if group is None else group.pool(x, positions(x, weights), count, mean, var)
+
+
+def positions(x: Tensor, weights: Tensor | None) -> int:
+    """How many values of a channel the mask keeps."""
+    return x.numel() // max(1, x.shape[1]) if weights is None else int((weights > 0).sum())
 
 
 def forward_by_parts(

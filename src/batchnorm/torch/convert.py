@@ -8,13 +8,14 @@ model = revert(model)      # as it was
 """
 
 from contextlib import suppress
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from torch import nn
 
-from batchnorm.torch.layers import OURS, THEIRS, adopt, release
+from batchnorm.torch.layers import OURS, THEIRS, adopt, release, take
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
-from batchnorm.torch.statistics import Statistics, expect
+from batchnorm.torch.statistics import RunningStatistics, Statistics, expect
 
 __all__ = ["convert", "revert"]
 
@@ -48,8 +49,8 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
     for module in model.modules():
         if type(module) in OURS and "forward" not in vars(module):
             adopt(module)
-        if type(module) in THEIRS and statistics is not None:
-            module.statistics = statistics  # type: ignore[assignment]
+        if type(module) in THEIRS:
+            take(module, _unfrozen(module) if statistics is None else statistics)
     shared = at_several_places(model)
     for module in model.modules():
         module.__class__ = original_class(module)
@@ -62,7 +63,8 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
 def revert(model: M) -> M:
     """Undo `convert`, in place: all layers of ours are PyTorch's again, all modules of their own classes.
 
-    A layer that was made with an activation stays, since PyTorch has no such layer.
+    A layer that was made with an activation stays, since PyTorch has no such layer; a frozen one stays until
+    `unfreeze`.
 
     Args:
         model: Any module.
@@ -73,5 +75,15 @@ def revert(model: M) -> M:
     for module in model.modules():
         module.__class__ = original_class(module)
         if type(module) in THEIRS and module.activation is None:
-            release(module)
+            frozen: Any = module.statistics
+            if isinstance(frozen, RunningStatistics) and frozen.before is not None:
+                module.statistics = RunningStatistics(replace(frozen.before, ours=False))  # type: ignore[assignment]
+            else:
+                release(module)
     return model
+
+
+def _unfrozen(layer: Any) -> Any:
+    """The statistics of a layer, or those that it will have again when it is not frozen any more."""
+    frozen = layer.statistics
+    return frozen.before.statistics if isinstance(frozen, RunningStatistics) and frozen.before else frozen

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.weight_norm import WeightNorm
@@ -314,7 +315,7 @@ def _input(node: fx.Node) -> fx.Node | None:
 def _uses(user: fx.Node, value: fx.Node) -> int:
     """How often a value is among the arguments."""
     nodes: list[fx.Node] = []
-    fx.node.map_arg((user.args, user.kwargs), nodes.append)
+    map_arg((user.args, user.kwargs), nodes.append)
     return sum(node is value for node in nodes)
 
 

@@ -6,7 +6,6 @@ unfreeze(model.backbone)   # exactly as before
 ```
 """
 
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,20 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.torch.layers import OURS, THEIRS, adopt, release
-from batchnorm.torch.statistics import RunningStatistics, Statistics
+from batchnorm.torch.statistics import Before, RunningStatistics
 
 __all__ = ["freeze", "unfreeze"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class _Before:
-    """What a layer was before it was frozen."""
-
-    statistics: Statistics | None
-    was_ours: bool
-    learned: tuple[str, ...]
 
 
 def freeze(model: M, *, affine: bool = False) -> M:
@@ -56,25 +46,29 @@ def freeze(model: M, *, affine: bool = False) -> M:
         said = f"{name or 'the layer'}, a {type(layer).__name__},"
         if any(is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None):
             raise RuntimeError(f"{said} does not know its size yet: call the model on one batch first")
-        if layer.running_mean is None or layer.running_var is None:
+        if layer.running_mean is None or layer.running_var is None or not layer.track_running_stats:
             raise ValueError(f"{said} keeps no running statistics that it could be frozen to (track_running_stats)")
         if not (type(layer) in OURS or type(layer) in THEIRS) or "forward" in vars(layer):
             raise ValueError(f"{said} has a forward of its own, which may not look at its statistics: freeze others")
-    for layer in layers.values():
-        _freeze(layer, affine)
+    thawed = [
+        layer for layer in layers.values() if not isinstance(getattr(layer, "statistics", None), RunningStatistics)
+    ]
+    learned = [
+        tuple(name for name, p in layer.named_parameters(recurse=False) if affine and p.requires_grad)
+        for layer in thawed
+    ]
+    for layer, names in zip(thawed, learned, strict=True):
+        _freeze(layer, names)
     return model
 
 
-def _freeze(layer: Any, affine: bool) -> None:
-    if isinstance(getattr(layer, "statistics", None), RunningStatistics):
-        return
-    was_ours = type(layer) in THEIRS
-    if not was_ours:
+def _freeze(layer: Any, learned: tuple[str, ...]) -> None:
+    ours = type(layer) in THEIRS
+    if not ours:
         adopt(layer)
-    learned = tuple(name for name, p in layer.named_parameters(recurse=False) if affine and p.requires_grad)
     for name in learned:
         getattr(layer, name).requires_grad_(False)
-    layer.statistics = RunningStatistics(_Before(layer.statistics, was_ours, learned))
+    layer.statistics = RunningStatistics(Before(layer.statistics, ours, learned))
 
 
 def unfreeze(model: M) -> M:
@@ -90,10 +84,10 @@ def unfreeze(model: M) -> M:
     """
     for layer in model.modules():
         frozen = getattr(layer, "statistics", None)
-        if type(layer) in THEIRS and isinstance(frozen, RunningStatistics) and isinstance(frozen.before, _Before):
-            layer.statistics = frozen.before.statistics  # type: ignore[assignment]
+        if type(layer) in THEIRS and isinstance(frozen, RunningStatistics) and frozen.before is not None:
+            layer.statistics = frozen.before.statistics
             for name in frozen.before.learned:
                 getattr(layer, name).requires_grad_(True)
-            if not frozen.before.was_ours and layer.activation is None:
+            if not frozen.before.ours and layer.activation is None:
                 release(layer)
     return model

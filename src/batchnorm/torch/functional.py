@@ -19,7 +19,7 @@ from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
 from batchnorm.torch import autograd, composed, operators, transforms, variants
 from batchnorm.torch.arrays import array, mask_array, memory_format
-from batchnorm.torch.statistics import BatchStatistics, RunningStatistics, Statistics, expect
+from batchnorm.torch.statistics import BatchStatistics, Renorm, RunningStatistics, Statistics, expect
 
 __all__ = ["batch_norm", "moments"]
 
@@ -215,6 +215,11 @@ def _normalize_variant(
 ) -> Normalized:
     """Training by other statistics than those of the batch."""
     group = variants.group_of(statistics)
+    if recomputed and isinstance(statistics, Renorm):
+        raise RuntimeError(
+            "Renorm() cannot be inside an activation checkpoint: the running statistics that it corrected towards have "
+            "moved on when the forward pass is repeated. Leave the layer out of the checkpoint"
+        )
     try:
         _check(x, running_mean, running_var, weight, bias, residual)
         weights = None if mask is None else _expand_mask(mask, x)
@@ -224,7 +229,7 @@ def _normalize_variant(
             _check_weights(weights)
     except Exception:
         if group is not None:
-            group.fail(next((len(t) for t in (running_mean, weight, bias) if t is not None), x.shape[1]), x.device)
+            group.fail(x.device)  # the others wait for this process
         raise
     if x.numel() == 0 and group is None:  # the moments of nothing
         mean = x.new_zeros(x.shape[1])
@@ -284,6 +289,8 @@ def _check(
 
 def _expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as weights of shape `(N, *spatial)`, of the type of `x` (float32 for half precision)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     positions = (x.shape[0], *x.shape[2:])
     fits = 1 <= mask.dim() <= len(positions) and all(
         m in (1, size) for m, size in zip(mask.shape, positions, strict=False)
@@ -321,7 +328,8 @@ def _count(x: Tensor, weights: Tensor | None) -> float | Tensor:
             f"{'' if weights is None else ' of which the mask keeps one'}. The variance of one value is 0. "
             "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
-    return torch.sym_float(values) if weights is None else float(weights.sum(dtype=torch.float64))
+    count: float = torch.sym_float(values) if weights is None else float(weights.sum(dtype=torch.float64))  # pyright: ignore[reportAssignmentType]
+    return count
 
 
 # --- The running statistics ------------------------------------------------------------------------------------------
@@ -361,6 +369,8 @@ def _update_running(
         # Converted first: a variance above 65504 is finite, but not in the float16 of `model.half()`.
         mean, var = mean.to(running_mean.dtype), (var * correction).to(running_var.dtype)
         finite: Tensor = var.isfinite().all() & mean.isfinite().all()
+        if isinstance(count, Tensor):
+            finite = finite & (count > 0)
         for running, batch in ((running_mean, mean), (running_var, var)):
             running.copy_(torch.where(finite, running + momentum * (batch - running), running))
         return finite

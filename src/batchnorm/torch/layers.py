@@ -4,6 +4,8 @@ Each is a subclass of the class of the same name in `torch.nn`: the same constru
 and checks of the input.
 """
 
+from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch import transforms
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.statistics import Statistics, SyncStatistics, expect
+from batchnorm.torch.statistics import RunningStatistics, Statistics, SyncStatistics, expect
 from batchnorm.torch.variants import group_of
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "SyncBatchNorm",
     "adopt",
     "release",
+    "take",
 ]
 
 if TYPE_CHECKING:
@@ -114,9 +117,9 @@ class _Layer(_Base):
             RuntimeError: If the number of channels or the floating-point types do not fit.
         """
         if isinstance(input, torch.fx.Proxy):  # a symbolic trace takes the layers of torch.nn as a whole: ours, too
-            path = input.tracer.path_of_module(self)
+            tracer: Any = input.tracer
             given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
-            return input.tracer.create_proxy("call_module", path, (input,), given)
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
         try:
             return self._normalize(input, residual, mask)
         except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -135,7 +138,7 @@ class _Layer(_Base):
             self._check_input_dim(input)
         except ValueError:
             if self.training and self.statistics is not None and (group := group_of(self.statistics)) is not None:
-                group.fail(self.num_features, input.device)  # the others wait for this process
+                group.fail(input.device)  # the others wait for this process
             raise
         running_mean, running_var = self.running_mean, self.running_var
         tracks = self.training and self.track_running_stats
@@ -157,7 +160,7 @@ class _Layer(_Base):
             self.activation,
             residual,
             mask,
-            self.statistics,
+            self.statistics if self.training else None,
             batches,
         )
         if batches is not None and updated is not None:
@@ -242,11 +245,22 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, dtype=dtype, device=device,
             activation=activation, statistics=SyncStatistics(process_group) if statistics is None else statistics,
         )  # fmt: skip
+        if statistics is not None and process_group is not None:
+            raise ValueError("give the process group to the statistics: SyncStatistics(process_group)")
+        self._group = process_group
 
     @property
     def process_group(self) -> Any:
-        """Of its statistics."""
-        return self.statistics.process_group if isinstance(self.statistics, SyncStatistics) else None
+        """With which it was made."""
+        return self._group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._group is not None:
+            memo[id(self._group)] = self._group  # it cannot be copied
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -259,7 +273,7 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
             if type(layer) in OURS and "forward" not in vars(layer):
                 adopt(layer)
             if type(layer) in THEIRS:
-                layer.statistics = SyncStatistics(process_group)  # type: ignore[assignment]
+                take(layer, SyncStatistics(process_group))
         return module
 
 
@@ -287,15 +301,25 @@ def adopt(layer: nn.Module) -> None:
     """Make PyTorch's layer ours, in place."""
     layer.__class__ = OURS[type(layer)]
     layer.activation = None  # type: ignore[assignment]
-    synchronized = isinstance(layer, SyncBatchNorm)
-    layer.statistics = SyncStatistics(vars(layer).pop("process_group", None)) if synchronized else None  # type: ignore[assignment]
+    if isinstance(layer, SyncBatchNorm):
+        layer._group = vars(layer).pop("process_group")
+        layer.statistics = SyncStatistics(layer._group)
+    else:
+        layer.statistics = None  # type: ignore[assignment]
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
 
-def release(layer: nn.Module) -> None:
+def take(layer: Any, statistics: Statistics) -> None:
+    """Give a layer of ours other statistics; one that is frozen takes them when it is not frozen any more."""
+    if isinstance(layer.statistics, RunningStatistics) and layer.statistics.before is not None:
+        statistics = RunningStatistics(replace(layer.statistics.before, statistics=statistics, ours=True))
+    layer.statistics = statistics
+
+
+def release(layer: Any) -> None:
     """Make our layer PyTorch's, in place."""
-    if isinstance(layer, SyncBatchNorm):
-        vars(layer)["process_group"] = layer.process_group
+    if type(layer).__name__ == "SyncBatchNorm":
+        vars(layer)["process_group"] = vars(layer).pop("_group")
     del layer.num_batches_skipped, layer.activation, layer.statistics
     layer.__class__ = THEIRS[type(layer)]

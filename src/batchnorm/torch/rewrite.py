@@ -104,9 +104,11 @@ def _names(module: nn.Module, shared: Container[nn.Module]) -> Names:
     """What the module's own attributes are."""
     layers, activations = set(), set()
     for name, child in module._modules.items():
-        inside = child._modules.values() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else ()
+        inside: Iterable[Any] = (
+            child._modules.values() if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else ()
+        )
         for key, modules in ((name, [child]), (f"{name}[]", inside)):
-            if any(fuse.is_ours(member) and member not in shared for member in modules):
+            if any(fuse.is_ours(member) and member not in shared for member in modules if member is not None):
                 layers.add(key)
             if any(map(fuse.is_activation, modules)):
                 activations.add(key)

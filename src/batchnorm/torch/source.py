@@ -154,13 +154,13 @@ class Source(ast.NodeTransformer):
             end += 1
         between = statements[1:end]
         if between and isinstance(x, ast.Call):  # the input is computed where it was; only the layer waits
-            front = [ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], x), statements[0])]
+            front.append(ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], x), statements[0]))
             fusion.call.args = [ast.copy_location(ast.Name(name, ast.Load()), x)]
             before = front[0]
         if fusion.residual is None and (sum_ := self._sum(statements[end:], name)) is not None:
             residual, add, name = sum_
             value = ast.copy_location(ast.BinOp(value, ast.Add(), deepcopy(residual)), statements[end])
-            sums, end = {value: add}, end + 1
+            sums[value], end = add, end + 1
         if (use := self._use(statements[end:], name)) is not None:
             last, end = deepcopy(statements[end], {id(use): value}), end + 1
         elif sums:

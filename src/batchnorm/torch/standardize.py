@@ -43,7 +43,12 @@ class Standardize(nn.Module):
         self.num_features = num_features
         self.register_buffer("mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("std", torch.ones(num_features, device=device, dtype=dtype))
-        self.register_buffer("count", torch.zeros((), device=device, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), device=device, dtype=dtype))
+        self._fitted = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fitted = self.count.is_meta or bool(self.count > 0)
 
     def fit(
         self,
@@ -81,17 +86,24 @@ class Standardize(nn.Module):
             seen = Moments(0.0, *torch.zeros(2, self.num_features, dtype=torch.float64).numpy())
             for batch in [data] if isinstance(data, Tensor) else data:
                 x = self._select(batch, select)
-                seen = merge_moments(seen, moments(x.to(torch.float64), None if mask is None else mask(batch)))
+                if not x.is_floating_point():
+                    x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+                seen = merge_moments(seen, moments(x, None if mask is None else mask(batch)))
             _, found, _ = pool.merge(0, {name: seen} if seen.count > 0 else {})
         if name not in found:
             raise ValueError("there is nothing to fit to: the data has no values")
-        mean, std = (torch.from_numpy(values) for values in (found[name].mean, found[name].var ** 0.5))
+        moments_found = found[name].mean, found[name].var ** 0.5
+        mean, std = (torch.from_numpy(values).to(self.mean.dtype) for values in moments_found)
         if not bool((mean.isfinite() & std.isfinite()).all()):
             channels = (~(mean.isfinite() & std.isfinite())).nonzero().flatten().tolist()
-            raise ValueError(f"the data has values that are not finite, in channels {channels}: remove or mask them")
+            raise ValueError(
+                f"mean and std are not finite in {self.mean.dtype}, in channels {channels}: mask such values, or give "
+                "Standardize another dtype"
+            )
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, 1.0))
         self.count.fill_(found[name].count)
+        self._fitted = True
         return self
 
     def _select(self, batch: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
@@ -114,7 +126,7 @@ class Standardize(nn.Module):
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        if not torch.compiler.is_compiling() and not self.count.item() > 0:
+        if not self._fitted:
             raise RuntimeError("Standardize has no statistics yet: call fit(data), or load a state dict")
         shape = (1, -1) + (1,) * (x.dim() - 2)
         dtype = x.dtype if x.is_floating_point() else self.mean.dtype
@@ -133,6 +145,9 @@ class Standardize(nn.Module):
             ValueError: If the second axis of `x` is not of `num_features`.
             RuntimeError: If there are no statistics yet.
         """
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace takes it as a whole
+            tracer: Any = x.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         mean, std = self._constants(x)
         return (x - mean) / std
 

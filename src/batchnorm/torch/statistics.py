@@ -13,6 +13,7 @@ from batchnorm.torch.sync import Group
 
 __all__ = [
     "BatchStatistics",
+    "Before",
     "GhostStatistics",
     "Renorm",
     "RunningStatistics",
@@ -28,6 +29,15 @@ class BatchStatistics:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What a layer was before it was frozen."""
+
+    statistics: Any
+    ours: bool
+    learned: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RunningStatistics:
     """The running ones, in training too, and they stay as they are: a frozen layer. Weight and bias may still learn.
 
@@ -35,7 +45,7 @@ class RunningStatistics:
         before: What `freeze` found, for `unfreeze` to put back.
     """
 
-    before: Any = field(default=None, repr=False)
+    before: Before | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class GhostStatistics:
 
     def sizes(self, samples: int) -> list[int]:
         """How many samples each group has."""
+        samples = int(samples)  # a compiled graph has as many groups as its batch has
         groups = max(1, samples // self.batch_size)
         small, larger = divmod(samples, groups)
         return [small + 1] * larger + [small] * (groups - larger)
@@ -146,11 +157,12 @@ class Renorm:
             return self.r_max, self.d_max
         past = steps / self.warmup_steps - 1
         r_share, d_share = past / 7, past / 4
-        if isinstance(past, torch.Tensor):
-            r_share, d_share = r_share.clamp(0, 1), d_share.clamp(0, 1)
-        else:
-            r_share, d_share = (min(max(share, 0.0), 1.0) for share in (r_share, d_share))
-        return 1 + (self.r_max - 1) * r_share, self.d_max * d_share
+        if isinstance(past, torch.Tensor):  # a limit may be infinite, and 0 * infinity is no limit
+            r_max, d_max = 1 + (self.r_max - 1) * r_share.clamp(0, 1), self.d_max * d_share.clamp(0, 1)
+            return torch.where(past > 0, r_max, 1.0), torch.where(past > 0, d_max, 0.0)
+        if past <= 0:
+            return 1.0, 0.0
+        return 1 + (self.r_max - 1) * min(r_share, 1.0), self.d_max * min(d_share, 1.0)
 
 
 Statistics = BatchStatistics | RunningStatistics | GhostStatistics | SyncStatistics | Renorm

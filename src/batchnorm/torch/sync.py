@@ -10,12 +10,15 @@ from torch import Tensor
 __all__ = ["Group"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FAILED = -1.0
-HEADER = 4
-"""Numbers before the moments of a process: whether it failed, the type of `x`, whether `x` needs a gradient, count."""
+OK, FAILED, WIDER = range(3)
+"""What a row is about: the moments of a process, that it has failed, or that it needs longer rows."""
+HEADER = 6
+"""Numbers in front of the moments: what the row is about, channels, the type of `x`, whether `x` needs a gradient, how
+many positions the mask keeps, and how much they count."""
 
-_agreed: "weakref.WeakKeyDictionary[Any, set[int]]" = weakref.WeakKeyDictionary()
-"""For how many channels each group has seen that all its processes have as many."""
+FIRST_WIDTH = 256
+_widths: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+"""For how many channels the rows of each group have room: all rows are of one length, whatever a process has to say."""
 
 
 class Group:
@@ -38,29 +41,39 @@ class Group:
             raise RuntimeError("this process is not in the process group of its SyncStatistics")
         return Group(group) if dist.get_world_size(group) > 1 else None
 
-    def pool(self, x: Tensor, count: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pool(self, x: Tensor, positions: int, count: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and biased variance over all processes, differentiable, from those of this process.
 
         Args:
-            x: Whose moments they are; its type and whether it needs a gradient must be the same everywhere.
-            count: A number or a tensor; 0 with zeros for a process without samples.
-            mean, var: `(C,)`.
+            x: Whose moments they are; its channels, its type and whether it needs a gradient must be the same
+                everywhere.
+            positions: How many of its positions count; 0 for a process without samples.
+            count: How much they count, a number or a tensor.
+            mean, var: `(C,)`; zeros where nothing counts.
 
         Returns:
             Tensors of float64.
 
         Raises:
+            ValueError: If there are fewer than two positions in all processes together.
             RuntimeError: If a process failed, or is gone, or does not fit the others.
         """
-        self._agree(len(mean))
+        channels = len(mean)
+        self._make_room(channels, mean.device)
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        about = [0.0, float(DTYPES.index(x.dtype)), float(needs_gradient)]
+        about = [OK, channels, DTYPES.index(x.dtype), needs_gradient, positions]
         header = torch.tensor(about, dtype=torch.float64, device=mean.device)
         own = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1)
-        rows = _Gather.apply(torch.cat([header, own, mean.double(), var.double()]), self)
-        self._require(rows.detach())
-        counts = rows.detach()[:, 3:4]
-        means, variances = rows[:, HEADER:].chunk(2, 1)
+        padding = mean.new_zeros(2 * (_widths[self.group] - channels), dtype=torch.float64)
+        rows: Tensor = _Gather.apply(torch.cat([header, own, mean.double(), var.double(), padding]), self)
+        about = self._require(rows.detach(), OK)
+        if about[:, 4].sum() < 2:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {int(about[:, 4].sum())} in all {self.size} "
+                f"processes together, here input size {x.size()}. Use larger batches, or evaluate (model.eval())"
+            )
+        counts = rows.detach()[:, 5:6]
+        means, variances = rows[:, HEADER : HEADER + 2 * channels].chunk(2, 1)
         total = counts.sum()
         center = (counts * means).sum(0) / total
         return total, center, (counts * (variances + (means - center) ** 2)).sum(0) / total
@@ -70,47 +83,44 @@ class Group:
         self._call(dist.all_reduce, sums)
         return sums
 
-    def fail(self, channels: int, device: torch.device | None = None) -> None:
+    def fail(self, device: torch.device) -> None:
         """Tell the others, which wait in `pool`, that this process has failed before it could call it."""
-        if channels not in _agreed.setdefault(self.group, set()):
-            self._gather(torch.tensor([FAILED, channels], dtype=torch.float64, device=device))
-        else:
-            row = torch.zeros(HEADER + 2 * channels, dtype=torch.float64, device=device)
-            row[0] = FAILED
-            self._gather(row)
+        self._gather(self._row([FAILED], device))
 
-    def _agree(self, channels: int) -> None:
-        """See once that all have as many channels: rows of several lengths cannot be gathered."""
-        if channels in _agreed.setdefault(self.group, set()):
-            return
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        rows = self._gather(torch.tensor([0.0, channels], dtype=torch.float64, device=device))
-        self._require_success(rows)
-        if len(set(rows[:, 1].tolist())) > 1:
-            raise RuntimeError(
-                f"x does not have the same channels in all processes: {self._each(rows[:, 1].int().tolist())}"
-            )
-        _agreed[self.group].add(channels)
+    def _row(self, header: list[int], device: torch.device) -> Tensor:
+        row = torch.zeros(HEADER + 2 * _widths.setdefault(self.group, FIRST_WIDTH), dtype=torch.float64)
+        row[: len(header)] = torch.tensor(header, dtype=torch.float64)
+        return row.to(device)
 
-    def _require(self, rows: Tensor) -> None:
-        self._require_success(rows)
-        dtypes = [str(DTYPES[int(code)]).removeprefix("torch.") for code in rows[:, 1].tolist()]
-        if len(set(dtypes)) > 1:
-            raise RuntimeError(f"x does not have the same type in all processes: {self._each(dtypes)}")
-        needs = [bool(flag) for flag in rows[:, 2].tolist()]
-        if len(set(needs)) > 1:
-            raise RuntimeError(
-                f"x needs a gradient in some processes only: {self._each(needs)}; the backward pass of the others "
-                "would wait for ever"
-            )
+    def _make_room(self, channels: int, device: torch.device) -> None:
+        """Agree on longer rows, which takes a collective of its own, once."""
+        if channels > _widths.setdefault(self.group, FIRST_WIDTH):
+            self._require(self._gather(self._row([WIDER, channels], device)), WIDER)
+            _widths[self.group] = channels
 
-    def _require_success(self, rows: Tensor) -> None:
-        failed = [rank for rank, flag in enumerate(rows[:, 0].tolist()) if flag == FAILED]
+    def _require(self, rows: Tensor, kind: int) -> Tensor:
+        """The headers, if all fit together."""
+        about = rows[:, :HEADER].cpu()
+        failed = [rank for rank, flag in enumerate(about[:, 0].tolist()) if flag == FAILED]
         if failed:
             raise RuntimeError(
                 f"synchronized batch normalization: process {', '.join(map(str, failed))} of {self.size} failed; "
                 "its own error says why"
             )
+        channels = about[:, 1].int().tolist()
+        if len(set(channels)) > 1:
+            raise RuntimeError(f"x does not have the same channels in all processes: {self._each(channels)}")
+        dtypes = [str(DTYPES[int(code)]).removeprefix("torch.") for code in about[:, 2].tolist()]
+        if len(set(dtypes)) > 1:
+            raise RuntimeError(f"x does not have the same type in all processes: {self._each(dtypes)}")
+        needs = [bool(flag) for flag in about[:, 3].tolist()]
+        if len(set(needs)) > 1:
+            raise RuntimeError(
+                f"x needs a gradient in some processes only: {self._each(needs)}; the backward pass of the others "
+                "would wait for ever"
+            )
+        assert set(about[:, 0].tolist()) == {kind}, "processes with the same channels have the same room for them"
+        return about
 
     @staticmethod
     def _each(values: list[Any]) -> str:

@@ -65,7 +65,7 @@ class _Value(fx.Proxy):
     """A value of which nothing is known, not even whether it is a tensor."""
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore
         """Asked for by `isinstance`, where `torch.fx` would say that it is no tensor."""
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return type(self)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from batchnorm.torch import operators
@@ -179,7 +179,7 @@ def update_running(
             mean, count = center, total
         var = var * torch.where(count > 1, count / (count - 1), 1.0)
         mean, var = mean.to(old_mean.dtype), var.to(old_var.dtype)
-        finite = (mean.isfinite() & var.isfinite()).all(-1, keepdim=True)
+        finite = (mean.isfinite() & var.isfinite()).all(-1, keepdim=True) & (count > 0)
         for running, batch in ((old_mean, mean), (old_var, var)):
             moved = torch.where(finite, running + momentum * (batch - running), running)
             running.copy_(moved.to(running.dtype))

@@ -66,19 +66,20 @@ def normalize(
     if isinstance(statistics, GhostStatistics):
         return _ghost(x, weight, bias, residual, weights, eps, activation, statistics.sizes(len(x)), by_kernels)
     count: Any
+    mean: Any
+    var: Any
+    batch = autograd.Batch(0.0, eps)
     if by_kernels:
         mean, var = _moments(x, weights)
         count = _count(x, weights)
         if group is not None:
-            pooled = group.pool(x, count, torch.from_numpy(mean), torch.from_numpy(var))
+            means = torch.from_numpy(mean), torch.from_numpy(var)
+            pooled = group.pool(x, composed.positions(x, weights), count, *means)
             count, mean, var = float(pooled[0]), pooled[1].numpy(), pooled[2].numpy()
-        batch = autograd.Batch(count, eps)
+        batch.count, batch.group = count, group
         batch.fill(mean, var)
-        batch.group = group
     else:
         count, mean, var = composed.statistics(x, weights, group)
-    if group is not None and not torch.compiler.is_compiling():
-        _require_two_values(x, float(count), group)
     if isinstance(statistics, Renorm):
         weight, bias = _renormalize(statistics, weight, bias, mean, var, running_mean, running_var, eps, steps, x)
     if by_kernels:
@@ -98,14 +99,6 @@ def _moments(x: Tensor, weights: Tensor | None) -> tuple[Any, Any]:
         laid = memory_format(x)
         kernels.moments(array(x.detach(), laid), mask_array(weights, laid), mean, var)
     return mean, var
-
-
-def _require_two_values(x: Tensor, count: float, group: Group) -> None:
-    if count in (0.0, 1.0):
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got {count:g} in all {group.size} processes "
-            f"together, here input size {x.size()}. Use larger batches, or evaluate (model.eval())"
-        )
 
 
 # --- Groups ----------------------------------------------------------------------------------------------------------
@@ -152,7 +145,7 @@ def _parts(x: Tensor, weights: Tensor | None, sizes: list[int]) -> list[tuple[sl
         count: Any = float(size * positions)
         if weights is not None:
             count = weights[samples].sum(dtype=torch.float64)
-            if not torch.compiler.is_compiling():
+            if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
                 count = float(count)
                 if int((weights[samples] > 0).sum()) < 2:
                     raise ValueError(
