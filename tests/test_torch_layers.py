@@ -351,9 +351,8 @@ def test_unknown_activations_are_refused_at_once() -> None:
 
 
 def test_unknown_statistics_are_refused() -> None:
-    layer = bn.BatchNorm1d(3, statistics="batch")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"BatchStatistics\(\) or RunningStatistics\(\), got 'batch'"):
-        layer(torch.ones(4, 3))
+    with pytest.raises(TypeError, match="got 'batch'"):
+        bn.BatchNorm1d(3, statistics="batch")  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_x_loses_nothing() -> None:

@@ -186,6 +186,10 @@ def test_the_limits_grow_as_in_the_paper() -> None:
         assert renorm.limits(steps) == pytest.approx(limits)
         assert [float(v) for v in renorm.limits(torch.tensor(steps))] == pytest.approx(limits)
     assert renorm.limits(None) == (3, 5)
+    without = Renorm(np.inf, np.inf)
+    assert without.limits(7) == (1, 0)
+    assert without.limits(5001) == (np.inf, np.inf)
+    assert [float(v) for v in without.limits(torch.tensor(7))] == [1, 0]
     assert Renorm(2.0, 1.0, 0).limits(0) == (2, 1)
 
 
@@ -282,13 +286,58 @@ def test_compiled(statistics: Any) -> None:
 
 
 def test_a_checkpoint_counts_once() -> None:
-    for statistics in VARIANTS:
+    for statistics in (GhostStatistics(2), SyncStatistics()):
         layers = [BatchNorm1d(3, statistics=statistics).double() for _ in range(2)]
         x = torch.randn(6, 3, dtype=torch.float64)
         layers[0](x.clone().requires_grad_()).sin().sum().backward()
         given = x.clone().requires_grad_()
         torch.utils.checkpoint.checkpoint(layers[1], given, use_reentrant=False).sin().sum().backward()
         assert_close(layers[1].buffers(), map(numpy, layers[0].buffers()))
+
+
+def test_a_checkpoint_around_renormalization_is_an_error() -> None:
+    x = torch.randn(6, 3, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(BatchNorm1d(3, statistics=Renorm()), x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="cannot be inside an activation checkpoint"):
+        y.sum().backward()
+
+
+def test_groups_with_masks_inside_vmap() -> None:
+    x, masks = torch.randn(6, 3, dtype=torch.float64), torch.rand(4, 6).double() + 0.1
+
+    def call(mask: Tensor) -> Tensor:
+        return batch_norm(x, training=True, mask=mask, statistics=GhostStatistics(2))
+
+    assert_close(torch.func.vmap(call)(masks), [numpy(call(mask)) for mask in masks])
+
+
+def test_groups_compiled_for_any_size_of_batch() -> None:
+    torch._dynamo.reset()
+    layer = BatchNorm1d(3, statistics=GhostStatistics(2)).double()
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for samples in (4, 7, 6):
+        x = torch.randn(samples, 3, dtype=torch.float64)
+        assert_close([compiled(x)], [numpy(other(x))])
+    torch._dynamo.reset()
+
+
+def test_a_compiled_mask_that_leaves_nothing_changes_nothing() -> None:
+    torch._dynamo.reset()
+    layer = BatchNorm1d(3)
+    before = copy.deepcopy(layer.state_dict())
+    torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(4, 3), mask=torch.zeros(4))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("statistics", VARIANTS, ids=repr)
+def test_evaluation_without_running_statistics_is_of_the_batch(statistics: Any) -> None:
+    if isinstance(statistics, Renorm):
+        return
+    layer = BatchNorm1d(3, track_running_stats=False, statistics=statistics).eval()
+    x = torch.randn(6, 3)
+    assert torch.equal(layer(x), BatchNorm1d(3, track_running_stats=False).eval()(x))
 
 
 @pytest.mark.parametrize("statistics", [*VARIANTS, RunningStatistics()], ids=repr)
@@ -376,6 +425,34 @@ def test_what_cannot_be_frozen_leaves_all_as_it_is() -> None:
         bn.freeze(nn.Linear(2, 2))
 
 
+def test_other_tools_do_not_thaw() -> None:
+    model = bn.freeze(
+        nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), BatchNorm1d(3, activation="relu")), affine=True
+    )
+    state = copy.deepcopy(model.state_dict())
+    x = torch.randn(5, 3)
+    for tool, statistics, kinds in (
+        (lambda m: bn.convert(m), None, [BatchNorm1d] * 3),
+        (lambda m: bn.convert(m, statistics=GhostStatistics(2)), GhostStatistics(2), [BatchNorm1d] * 3),
+        (bn.SyncBatchNorm.convert_sync_batchnorm, SyncStatistics(), [BatchNorm1d] * 3),
+        (bn.revert, None, [nn.BatchNorm1d, nn.BatchNorm1d, BatchNorm1d]),
+    ):
+        tool(model).train()(x)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        thawed = bn.unfreeze(copy.deepcopy(model))
+        assert [type(layer) for layer in thawed] == kinds
+        assert all(p.requires_grad for p in thawed.parameters())
+        if statistics is not None:
+            assert [layer.statistics for layer in thawed] == [statistics] * 3
+
+
+def test_a_shared_weight_learns_again() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    bn.unfreeze(bn.freeze(model, affine=True)[1])
+    assert model[1].weight.requires_grad
+
+
 def test_layers_made_with_running_statistics_stay() -> None:
     layer = BatchNorm1d(3, statistics=RunningStatistics())
     assert bn.unfreeze(bn.freeze(layer)).statistics == RunningStatistics()
@@ -412,6 +489,25 @@ def test_there_and_back() -> None:
     assert torch.equal(other(x), y)
 
 
+def test_it_is_saved_traced_and_folded_behind() -> None:
+    x = torch.randn(6, 3, 5, 5)
+    model = nn.Sequential(bn.Standardize(3).fit(x), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model(x)
+    folded = bn.fold(model.eval(), x)
+    assert list(folded.folded) == ["2"]
+    torch.testing.assert_close(folded.model(x), model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model[:1])(x), model[0](x))
+    assert model.to("meta")(x.to("meta")).shape == (6, 4, 3, 3)
+
+
+def test_what_its_type_cannot_hold() -> None:
+    data = torch.randn(20, 1, dtype=torch.float64)
+    tiny = bn.Standardize(1, dtype=torch.float16).fit(data * 1e-9)
+    assert tiny(data.half()).isfinite().all()
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        bn.Standardize(1, dtype=torch.float16).fit(data + 1e6)
+
+
 def test_what_counts_and_what_is_meant() -> None:
     x, mask = torch.randint(0, 255, (6, 1, 4, 4), dtype=torch.uint8), torch.rand(6, 4, 4) > 0.3
     batches = [{"image": x[i], "kept": mask[i]} for i in (slice(0, 4), slice(4, 6))]
@@ -428,7 +524,11 @@ def test_wrong_data_changes_nothing() -> None:
     for data, error, words in (
         (torch.randn(5, 3), ValueError, r"\(N, 2, \*spatial\), got \(5, 3\)"),
         ([], ValueError, "nothing to fit to"),
-        ([torch.ones(3, 2), torch.full((3, 2), torch.nan)], ValueError, r"not finite, in channels \[0, 1\]"),
+        (
+            [torch.ones(3, 2), torch.full((3, 2), torch.nan)],
+            ValueError,
+            r"not finite in torch.float32, in channels \[0, 1\]",
+        ),
         ([{"x": 1}], TypeError, "select="),
     ):
         with pytest.raises(error, match=words):

@@ -204,6 +204,10 @@ def layers(rank: int) -> None:
         with pytest.raises(RuntimeError, match="not in the process group"):
             SyncBatchNorm(3, process_group=pair).double()(x)
 
+    # In evaluation nobody waits for the others.
+    if rank == 0:
+        SyncBatchNorm(3, track_running_stats=False).eval()(x.float())
+
     # Half precision, by PyTorch's own operations.
     half = SyncBatchNorm(3)(x[samples].half())
     assert half.dtype is torch.float16
@@ -284,6 +288,14 @@ def errors(rank: int) -> None:
     found = error_of(lambda: train(x, mask=torch.zeros(4)))
     assert "got 0 in all 3 processes" in found
 
+    found = error_of(lambda: train(torch.randn(4, 300 + rank)))
+    assert "same channels in all processes: 300 in process 0, 301 in process 1, 302 in process 2" in found
+    found = error_of(lambda: train(torch.randn(4, 3 if rank else 500)))
+    assert "same channels in all processes: 500 in process 0, 3 in process 1" in found
+    assert train(torch.randn(4, 500)).shape == (4, 500)
+    found = error_of(lambda: train(x, mask=torch.full((4,), 0.1)))
+    assert found == "none", "positions are counted, not their weights"
+
     # The layer raises before it looks at anything else.
     layer = BatchNorm2d(7, statistics=sync)
     state = copy.deepcopy(layer.state_dict())
@@ -349,3 +361,10 @@ def test_alone_it_is_the_batch(tmp_path: Path) -> None:
     assert torch.equal(SyncBatchNorm(3).double()(x), BatchNorm1d(3).double()(x))
     with pytest.raises(RuntimeError, match="distributed is not initialized"):
         SyncBatchNorm(3, process_group=object())(x.float())
+    group = object()
+    layer = nn.SyncBatchNorm(3, process_group=group)
+    for statistics in (None, Renorm()):
+        assert bn.revert(bn.convert(layer, statistics=statistics)) is layer
+        assert (type(layer), layer.process_group) == (nn.SyncBatchNorm, group)
+    with pytest.raises(ValueError, match="give the process group to the statistics"):
+        SyncBatchNorm(3, process_group=group, statistics=Renorm())

@@ -77,7 +77,7 @@ def revert(model: M) -> M:
         if type(module) in THEIRS and module.activation is None:
             frozen: Any = module.statistics
             if isinstance(frozen, RunningStatistics) and frozen.before is not None:
-                module.statistics = RunningStatistics(replace(frozen.before, ours=False))  # type: ignore[assignment]
+                module.statistics = RunningStatistics(replace(frozen.before, ours=False))
             else:
                 release(module)
     return model

@@ -76,8 +76,9 @@ class GhostStatistics:
         """How many samples each group has."""
         samples = int(samples)  # a compiled graph has as many groups as its batch has
         groups = max(1, samples // self.batch_size)
-        small, larger = divmod(samples, groups)
-        return [small + 1] * larger + [small] * (groups - larger)
+        small = samples // groups
+        larger = samples - small * groups
+        return [small + (group < larger) for group in range(groups)]
 
 
 @dataclass(frozen=True)

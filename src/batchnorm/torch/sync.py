@@ -61,15 +61,16 @@ class Group:
         channels = len(mean)
         self._make_room(channels, mean.device)
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        about = [OK, channels, DTYPES.index(x.dtype), needs_gradient, positions]
-        header = torch.tensor(about, dtype=torch.float64, device=mean.device)
+        own_header = [OK, channels, DTYPES.index(x.dtype), needs_gradient, positions]
+        header = torch.tensor(own_header, dtype=torch.float64, device=mean.device)
         own = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1)
         padding = mean.new_zeros(2 * (_widths[self.group] - channels), dtype=torch.float64)
         rows: Tensor = _Gather.apply(torch.cat([header, own, mean.double(), var.double(), padding]), self)
         about = self._require(rows.detach(), OK)
-        if about[:, 4].sum() < 2:
+        values = int(about[:, 4].sum())
+        if values < 2:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got {int(about[:, 4].sum())} in all {self.size} "
+                f"Expected more than 1 value per channel when training, got {values} in all {self.size} "
                 f"processes together, here input size {x.size()}. Use larger batches, or evaluate (model.eval())"
             )
         counts = rows.detach()[:, 5:6]

@@ -183,7 +183,8 @@ def update_running(
         for running, batch in ((old_mean, mean), (old_var, var)):
             moved = torch.where(finite, running + momentum * (batch - running), running)
             running.copy_(moved.to(running.dtype))
-        return finite.squeeze(-1).squeeze(pooled)
+        told: Tensor = finite.squeeze(-1).squeeze(pooled)
+        return told
 
 
 def count_batch(batches: Tensor, skipped: Tensor, updated: Tensor) -> None:
