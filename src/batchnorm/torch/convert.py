@@ -75,11 +75,12 @@ def revert(model: M) -> M:
     for module in model.modules():
         module.__class__ = original_class(module)
         if type(module) in THEIRS and module.activation is None:
-            frozen: Any = module.statistics
+            layer: Any = module
+            frozen = layer.statistics
             if isinstance(frozen, RunningStatistics) and frozen.before is not None:
-                module.statistics = RunningStatistics(replace(frozen.before, ours=False))
+                layer.statistics = RunningStatistics(replace(frozen.before, ours=False))
             else:
-                release(module)
+                release(layer)
     return model
 
 
