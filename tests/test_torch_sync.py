@@ -316,7 +316,7 @@ TIMEOUT = 8.0
 
 def ends_early(rank: int, folder: str, how: str) -> None:
     torch.set_num_threads(1)
-    # To start and to compile takes as long as the machine is busy: the short timeout is that of a group made afterwards.
+    # To start and to compile takes as long as it takes: the short timeout is that of a group made afterwards.
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     x = torch.randn(4, 3, dtype=torch.float64)
     network(lambda: SyncBatchNorm(4))(x).sum().backward()
