@@ -2,6 +2,14 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
+def the_same_numbers_every_time() -> None:
+    """A test draws what it draws, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def kernels_for_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are of small tensors, and most are of the kernels."""
     from batchnorm.torch import functional

@@ -240,7 +240,7 @@ FUSED = {
         if x.mean() > 0:
             x = self.relu(self.bn(x))
         while x.abs().max() > 1:
-            x = F.silu(self.bn2(x)) / 8
+            x = F.silu(self.bn2(x)) / 64
         return x
         """,
         {"bn": "relu", "bn2": "silu"},
