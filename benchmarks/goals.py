@@ -5,7 +5,7 @@ from math import exp, log
 from typing import NamedTuple
 
 from batchnorm.bench.clock import Record
-from batchnorm.bench.summary import Range, copies, speedups, summarize
+from batchnorm.bench.summary import Range, copies, others, speedups, summarize
 
 Tables = dict[str, list[Record]]
 """The records of each CSV, by its name."""
@@ -95,10 +95,11 @@ def judge(tables: Tables) -> list[Goal]:
     for model, (first, last) in STEPS.items():
         for layout, wanted in (("channels-first", first), ("channels-last", last)):
             goals.append(_judge(f"step of training, {model}, {layout}", wanted, step_ratio(training, model, layout)))
-    times: dict[str, dict[str, float]] = {}
-    for record in tables["variants"]:
-        times.setdefault(record["case"], {})[record["candidate"]] = record["median_us"]
-    slower = {f"{name}, {case}": time / found["batch"] for case, found in times.items() for name, time in found.items()}
+    slower = {
+        f"{name}, {case}": ratio
+        for name in others(tables["variants"])
+        for case, ratio in speedups(tables["variants"], name, ours="batch").items()
+    }
     worst_variant = summarize(slower)
     goals.append(
         _judge("a variant, in the time of the batch's own statistics: worst case", 1.3,

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 from batchnorm.bench import table
 from batchnorm.bench.clock import Record
-from batchnorm.bench.summary import copies, losses, speedups, summarize
+from batchnorm.bench.summary import copies, losses, others, speedups, summarize
 from benchmarks import goals, plots
 from benchmarks.goals import Tables
 
@@ -67,7 +67,7 @@ def _summary(tables: Tables) -> str:
     """Means and extremes of what the layers' tables show case by case."""
     rows = []
     for name, mode in MODES.items():
-        for other in _candidates(tables[name]):
+        for other in others(tables[name]):
             everything, network = speedups(tables[name], other), speedups(tables[name], other, ("network",))
             found, mean = summarize(everything), summarize(network)
             if found:
@@ -84,26 +84,18 @@ def _summary(tables: Tables) -> str:
     return text + ("\n" if large else "") + markdown(("large tensors, in copies", "batchnorm", "eager"), large)
 
 
-def _candidates(records: Sequence[Record]) -> list[str]:
-    return [
-        name
-        for name in dict.fromkeys(r["candidate"] for r in records)
-        if name != "copy" and not name.startswith("batchnorm")
-    ]
-
-
 def _layers(name: str) -> Callable[[Tables], str]:
     def section(tables: Tables) -> str:
-        others = _candidates(tables[name])
-        ratios = {other: speedups(tables[name], other) for other in others}
+        peers = others(tables[name])
+        ratios = {other: speedups(tables[name], other) for other in peers}
         copy = {r["case"]: r["median_us"] for r in tables[name] if r["candidate"] == "copy"}
         rows = []
         for record in tables[name]:
             if record["candidate"] == "batchnorm":
                 case = record["case"]
                 cells = case, f"{copy[case]:.0f}", _time(record, 1), f"{record['copies']:.1f}"
-                rows.append((*cells, *(f"{ratios[o][case]:.2f}" if case in ratios[o] else "" for o in others)))
-        return markdown(("case", "copy, µs", "batchnorm, µs", "in copies", *(f"× {other}" for other in others)), rows)
+                rows.append((*cells, *(f"{ratios[o][case]:.2f}" if case in ratios[o] else "" for o in peers)))
+        return markdown(("case", "copy, µs", "batchnorm, µs", "in copies", *(f"× {other}" for other in peers)), rows)
 
     return section
 
@@ -180,7 +172,7 @@ def _lost(tables: Tables) -> str:
     """Everything in which the other one is faster, or takes less memory; worst first."""
     lines = []
     for name, mode in MODES.items():
-        for other in _candidates(tables[name]):
+        for other in others(tables[name]):
             lines += [f"{mode}, {case}: {r:.2f}× {other}" for case, r in losses(tables[name], other).items()]
     compiled = speedups(tables["compiled"], ours="batchnorm compiled")
     lines += [f"compiled, {case}: {r:.2f}× eager" for case, r in sorted(compiled.items(), key=lambda i: i[1]) if r < 1]
@@ -237,13 +229,13 @@ def _compiled(tables: Tables) -> str:
 
 def _variants(tables: Tables) -> str:
     """How many times as long as with the batch's own statistics."""
-    names = [name for name in dict.fromkeys(r["candidate"] for r in tables["variants"]) if name != "batch"]
-    rows: dict[str, dict[str, Record]] = {}
-    for r in tables["variants"]:
-        rows.setdefault(r["case"], {})[r["candidate"]] = r
+    records = tables["variants"]
+    names = [name for name in others(records) if name != "batch"]
+    ratios = [speedups(records, name, ours="batch") for name in names]
     lines = [
-        (case, _time(found["batch"], 1), *(f"{found[n]['median_us'] / found['batch']['median_us']:.2f}" for n in names))
-        for case, found in rows.items()
+        (r["case"], _time(r, 1), *(f"{each[r['case']]:.2f}" for each in ratios))
+        for r in records
+        if r["candidate"] == "batch"
     ]
     return markdown(("case", "batch, µs", *(f"{name}, in its time" for name in names)), lines)
 

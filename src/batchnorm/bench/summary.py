@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from batchnorm.bench.clock import Record
 
-__all__ = ["Range", "copies", "losses", "speedups", "summarize"]
+__all__ = ["Range", "copies", "losses", "others", "speedups", "summarize"]
 
 
 class Range(NamedTuple):
@@ -34,6 +34,12 @@ def summarize(ratios: dict[str, float]) -> Range | None:
     lowest, highest = (extreme(ratios, key=lambda name: ratios[name]) for extreme in (min, max))
     mean = exp(sum(log(ratio) for ratio in ratios.values()) / len(ratios))
     return Range(mean, ratios[lowest], ratios[highest], lowest, highest)
+
+
+def others(records: Iterable[Record]) -> list[str]:
+    """The candidates that are not ours, nor the copy in which all are told."""
+    names = dict.fromkeys(record["candidate"] for record in records)
+    return [name for name in names if name != "copy" and not name.startswith("batchnorm")]
 
 
 def speedups(

@@ -97,7 +97,7 @@ def comparison(records: list[Record]) -> Table:
     """How many copies of its tensor each case takes us, and how often that fits into what the others take."""
     ours = {record["case"]: record for record in records if record["candidate"] == "batchnorm"}
     copies = {record["case"]: record for record in records if record["candidate"] == "copy"}
-    others = list(dict.fromkeys(r["candidate"] for r in records if r["candidate"] not in ("copy", "batchnorm")))
+    others = summary.others(records)
     ratios = {name: summary.speedups(records, name) for name in others}
     table = Table(
         title=f"{TITLES[records[0]['mode']]}; threads: {torch.get_num_threads()}",

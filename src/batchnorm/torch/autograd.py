@@ -12,7 +12,7 @@ from batchnorm.torch import composed
 from batchnorm.torch.arrays import array, mask_array, memory_format, numbers
 from batchnorm.torch.sync import Group
 
-__all__ = ["Batch", "backward", "batch_norm", "forward", "gradient"]
+__all__ = ["Batch", "backward", "batch_norm", "forward", "gradient", "moments"]
 
 
 class Batch:
@@ -50,6 +50,15 @@ class Batch:
         if self.parts is None:
             return [(slice(None), self)]
         return [(slice(samples.start * length, samples.stop * length), part) for samples, part in self.parts]
+
+
+def moments(x: Tensor, weights: Tensor | None) -> tuple[Any, Any]:
+    """Mean and biased variance of every channel, arrays of `(C,)` of float64; zeros of nothing."""
+    mean, var = (np.zeros(x.shape[1]) for _ in range(2))
+    if x.numel() > 0:
+        laid = memory_format(x)
+        kernels.moments(array(x.detach(), laid), mask_array(weights, laid), mean, var)
+    return mean, var
 
 
 def batch_norm(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchnorm.torch.sync import Group
 
-__all__ = ["ACTIVATIONS", "forward", "forward_by_parts", "moments", "positions", "statistics"]
+__all__ = ["ACTIVATIONS", "count", "forward", "forward_by_parts", "moments", "positions", "statistics"]
 
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda z, _: z,
@@ -40,12 +40,17 @@ def moments(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def statistics(x: Tensor, weights: Tensor | None, group: Group | None) -> tuple[Any, Tensor, Tensor]:
     """Count, mean and biased variance of a batch, which may be empty; over all processes of a group."""
     z = x.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
-    count: Any = x.numel() / max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64)
+    total: Any = count(x, None) if weights is None else weights.sum(dtype=torch.float64)
     if x.numel() == 0:
         mean = var = z.sum((0, *range(2, z.dim())))  # zeros, with a gradient: all processes take part backward
     else:
         mean, var = moments(z, weights)
-    return (count, mean, var) if group is None else group.pool(x, positions(x, weights), count, mean, var)
+    return (total, mean, var) if group is None else group.pool(x, positions(x, weights), total, mean, var)
+
+
+def count(x: Tensor, weights: Tensor | None) -> float:
+    """How much the values of a channel count together."""
+    return x.numel() / max(1, x.shape[1]) if weights is None else float(weights.sum(dtype=torch.float64))
 
 
 def positions(x: Tensor, weights: Tensor | None) -> int:

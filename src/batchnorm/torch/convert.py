@@ -37,7 +37,8 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
     Args:
         model: Any module; it may be a batch normalization itself.
         fuse: Whether to compute layers together with what follows them.
-        statistics: Where our layers' statistics come from in training; None leaves it as it is: from the batch.
+        statistics: Where our layers' statistics come from in training; None leaves it as it is: from the batch, or
+            from all processes where a layer was a `SyncBatchNorm`. A frozen layer takes them when it is unfrozen.
 
     Returns:
         `model`.

@@ -18,7 +18,7 @@ from batchnorm.definition import ActivationSpec, Moments, parse_activation
 from batchnorm.kernels import cpu as kernels
 from batchnorm.kernels import threads
 from batchnorm.torch import autograd, composed, operators, transforms, variants
-from batchnorm.torch.arrays import array, mask_array, memory_format
+from batchnorm.torch.arrays import memory_format
 from batchnorm.torch.statistics import BatchStatistics, Renorm, RunningStatistics, Statistics, expect
 
 __all__ = ["batch_norm", "moments"]
@@ -70,9 +70,11 @@ def batch_norm(
     Raises:
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
             per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
-            unknown; if `eps` is negative.
+            unknown; if `eps` is negative; if a group of `GhostStatistics` has fewer than two values.
+        TypeError: If `statistics` or `mask` are of another type.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
-            type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation.
+            type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or for
+            `Renorm`; from `SyncStatistics`, as there.
         NotImplementedError: If `x` is not of a floating-point type.
 
     Differs from `torch.nn.functional.batch_norm`:
@@ -106,11 +108,10 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     weights = None if mask is None else _expand_mask(mask, x)
     if weights is not None:
         _check_weights(weights)
-    count = float(x.numel() // max(1, x.shape[1]) if weights is None else weights.sum(dtype=torch.float64))
+    count = composed.count(x, weights)
     mean, var = np.zeros((2, x.shape[1]))
     if count > 0 and _is_plain(x):
-        laid = memory_format(x)
-        kernels.moments(array(x.detach(), laid), mask_array(weights, laid), mean, var)
+        mean, var = autograd.moments(x, weights)
     elif count > 0:
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         found = composed.moments(x.detach().to(exact), None if weights is None else weights.to(exact))

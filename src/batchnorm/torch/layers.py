@@ -1,7 +1,7 @@
 """The layers: PyTorch's own, with the kernels under them and the activation inside.
 
-Each is a subclass of the class of the same name in `torch.nn`: the same constructor, parameters, buffers, state dict
-and checks of the input.
+Each is a subclass of the class of the same name in `torch.nn`, but for `SyncBatchNorm`, which says why: the same
+constructor, parameters, buffers, state dict and checks of the input.
 """
 
 from copy import deepcopy
@@ -319,7 +319,7 @@ def take(layer: Any, statistics: Statistics) -> None:
 
 def release(layer: Any) -> None:
     """Make our layer PyTorch's, in place."""
-    if type(layer).__name__ == "SyncBatchNorm":
+    if "_group" in vars(layer):
         vars(layer)["process_group"] = vars(layer).pop("_group")
     del layer.num_batches_skipped, layer.activation, layer.statistics
     layer.__class__ = THEIRS[type(layer)]

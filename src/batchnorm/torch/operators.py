@@ -41,10 +41,6 @@ def batch_norm(
     return y, mean, var
 
 
-def _count(x: Tensor, mask: Tensor | None) -> float:
-    return x.numel() / max(1, x.shape[1]) if mask is None else float(mask.sum(dtype=torch.float64))
-
-
 # --- What they compute -----------------------------------------------------------------------------------------------
 
 
@@ -62,7 +58,7 @@ def _forward(
     if x.numel() == 0:
         mean, var = (torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
         return torch.empty_like(x, memory_format=laid), mean, var
-    batch = kernels.Batch(_count(x, mask), eps)
+    batch = kernels.Batch(composed.count(x, mask), eps)
     with torch.no_grad():
         y = kernels.forward(x, numbers(weight), numbers(bias), residual, mask, batch, (activation, parameter), laid)
     return y, torch.from_numpy(batch.mean), torch.from_numpy(batch.var)
@@ -90,7 +86,7 @@ def _backward(
         dx, d_residual = (torch.empty_like(x, memory_format=laid) for _ in range(2))
         d_weight, d_bias = np.zeros((2, x.shape[1]))
     else:
-        batch = kernels.Batch(_count(x, mask), eps, mean, var)
+        batch = kernels.Batch(composed.count(x, mask), eps, mean, var)
         arrays = numbers(weight), numbers(bias)
         dx, d_weight, d_bias, d_residual = kernels.backward(
             dy, x, *arrays, residual, mask, batch, (activation, parameter), laid, needs_x, needs_residual

@@ -29,6 +29,9 @@ class Standardize(nn.Module):
         std: `(C,)`, the square root of the biased variance, 1 where that is 0.
         count: How many values per channel were seen; 0 before `fit`.
 
+    Raises:
+        ValueError: If `num_features` is not a positive integer.
+
     Source: LeCun, Bottou, Orr & Mueller 1998, "Efficient BackProp", section 4.3.
     """
 
@@ -152,7 +155,18 @@ class Standardize(nn.Module):
         return (x - mean) / std
 
     def inverse(self, y: Tensor) -> Tensor:
-        """`y * std + mean`: what `forward` gives becomes what it was given."""
+        """`y * std + mean`: what `forward` gives becomes what it was given.
+
+        Args:
+            y: `(N, C, *spatial)`, without units.
+
+        Returns:
+            `x`, of the shape of `y`, in the units of the data.
+
+        Raises:
+            ValueError: If the second axis of `y` is not of `num_features`.
+            RuntimeError: If there are no statistics yet.
+        """
         mean, std = self._constants(y)
         return y * std + mean
 

@@ -86,7 +86,8 @@ class SyncStatistics:
     """Of the batches of all processes together, whatever part of the samples each has; none is allowed, too.
 
     Every process must call the layer as often as the others, and its backward pass. There is one collective in each
-    pass. Without `torch.distributed`, or in a group of one, these are the statistics of the batch.
+    pass, and one more when a layer is wider than 256 channels and than all before it. Without `torch.distributed`, or
+    in a group of one, these are the statistics of the batch.
 
     Args:
         process_group: Of `torch.distributed`; the default one if None.

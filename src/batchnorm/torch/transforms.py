@@ -5,8 +5,6 @@ Running statistics are changed as if there were no transform: those of an ensemb
 `vmap` sees but once by all the batches together, as if they had been one.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from batchnorm.torch import operators
 
-__all__ = ["active", "batch_norm", "count_batch", "reach_kernels", "unwrap", "update_running", "without"]
+__all__ = ["active", "batch_norm", "count_batch", "reach_kernels", "update_running"]
 
 
 def active() -> bool:
@@ -129,14 +127,7 @@ class _Backward(torch.autograd.Function):
 # --- The running statistics ------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def without() -> Iterator[None]:
-    """Outside of all transforms, for tensors that have been unwrapped."""
-    with temporarily_clear_interpreter_stack():
-        yield
-
-
-def unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[int]]:
+def _unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[int]]:
     """The plain tensor under all wrappers, the axes that `vmap` maps first; and these axes' levels, from within.
 
     To be called outside of the transforms. With `levels`, all of these have an axis, of length one where there is none.
@@ -161,14 +152,14 @@ def update_running(
     running_mean: Tensor, running_var: Tensor, count: Any, mean: Tensor, var: Tensor, momentum: Any
 ) -> Tensor:
     """Move the running statistics, which may be of an ensemble, by batches that may be many; tell which were moved."""
-    with without(), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
         given = [count, momentum, mean, var, running_mean, running_var]
         tensors = [
             torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64) for value in given
         ]
-        levels = sorted({level for t in tensors for level in unwrap(t)[1]})
-        count, momentum, mean, var, old_mean, old_var = (unwrap(t, levels)[0] for t in tensors)
-        own = set(unwrap(running_mean)[1]) | set(unwrap(running_var)[1])
+        levels = sorted({level for t in tensors for level in _unwrap(t)[1]})
+        count, momentum, mean, var, old_mean, old_var = (_unwrap(t, levels)[0] for t in tensors)
+        own = set(_unwrap(running_mean)[1]) | set(_unwrap(running_var)[1])
         pooled = [place for place, level in enumerate(levels) if level not in own]
         count = count.unsqueeze(-1).expand(*mean.shape[:-1], 1).double()
         momentum = momentum.unsqueeze(-1)
@@ -189,7 +180,7 @@ def update_running(
 
 def count_batch(batches: Tensor, skipped: Tensor, updated: Tensor) -> None:
     """Add to the counters of a layer what `update_running` tells."""
-    with without(), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
         for counter, told in ((batches, updated), (skipped, ~updated)):
-            counter, _ = unwrap(counter)
+            counter, _ = _unwrap(counter)
             counter.add_(told if counter.dim() else told.all())

@@ -6,9 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import cpu as kernels
 from batchnorm.torch import autograd, composed
-from batchnorm.torch.arrays import array, mask_array, memory_format
 from batchnorm.torch.statistics import GhostStatistics, Renorm, SyncStatistics
 from batchnorm.torch.sync import Group
 
@@ -70,8 +68,8 @@ def normalize(
     var: Any
     batch = autograd.Batch(0.0, eps)
     if by_kernels:
-        mean, var = _moments(x, weights)
-        count = _count(x, weights)
+        mean, var = autograd.moments(x, weights)
+        count = composed.count(x, weights)
         if group is not None:
             means = torch.from_numpy(mean), torch.from_numpy(var)
             pooled = group.pool(x, composed.positions(x, weights), count, *means)
@@ -86,19 +84,6 @@ def normalize(
         return Trained(autograd.batch_norm(x, weight, bias, residual, weights, batch, activation), count, mean, var)
     y, mean, var = composed.forward(x, weight, bias, residual, weights, mean, var, eps, activation)
     return Trained(y, count, mean.detach(), var.detach())
-
-
-def _count(x: Tensor, weights: Tensor | None) -> float:
-    return x.numel() / max(1, x.shape[1]) if weights is None else float(weights.sum(dtype=torch.float64))
-
-
-def _moments(x: Tensor, weights: Tensor | None) -> tuple[Any, Any]:
-    """Of this process alone, by the kernels; zeros of nothing."""
-    mean, var = (np.zeros(x.shape[1]) for _ in range(2))
-    if x.numel() > 0:
-        laid = memory_format(x)
-        kernels.moments(array(x.detach(), laid), mask_array(weights, laid), mean, var)
-    return mean, var
 
 
 # --- Groups ----------------------------------------------------------------------------------------------------------
