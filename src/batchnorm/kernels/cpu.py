@@ -13,7 +13,9 @@ memory is read once. Where blocks would not fit, they run stage after stage over
 
 Statistics are float64 whatever the data are. Sums run in the data's type over a few thousand values, then in float64.
 Every value is taken relative to a `center` near the mean, so that a mean of a million standard deviations costs no
-accuracy. How the work is cut depends on shapes alone: results have the same bits for any number of threads.
+accuracy. How the work is cut depends on shapes alone, and so does which kernel is called: results have the same bits
+for any number of threads. (Not in a forked child of a process that used threads, which must do without them; nor in the
+process that compiles a parallel kernel, where Numba runs other code than it stores. Sums may be rounded differently.)
 
 Nothing is compiled at import.
 """
@@ -814,7 +816,8 @@ def _no_mask(dtype: np.dtype[Any]) -> Array:
 
 
 def _parallel(x: Array) -> bool:
-    return x.size >= SERIAL and threads.available() > 1
+    # For one thread too: compiled as another kernel, the same sums may be put together in another order.
+    return x.size >= SERIAL and not threads.forbidden()
 
 
 def moments(x: Array, mask: Array | None, mean: Array, var: Array) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 from numba.np.ufunc.parallel import get_num_threads, set_num_threads, threading_layer
 
-__all__ = ["available", "follow", "run"]
+__all__ = ["available", "follow", "forbidden", "run"]
 
 _count: Callable[[], int] = get_num_threads
 _STARTED: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -30,8 +30,13 @@ def follow(count: Callable[[], int]) -> None:
 
 
 def available() -> int:
-    """How many threads a kernel may use here and now."""
-    return 1 if _in_child_of_user else min(_count(), _STARTED)
+    """How many threads a parallel kernel may use now."""
+    return min(_count(), _STARTED)
+
+
+def forbidden() -> bool:
+    """Whether parallel kernels must not be entered, with one thread neither: in the child of a process that did so."""
+    return _in_child_of_user
 
 
 def run(kernel: Callable[..., None], *arguments: Any) -> None:
