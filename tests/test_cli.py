@@ -20,7 +20,8 @@ import batchnorm
 from batchnorm import cli
 from batchnorm.study import terminal
 
-SMALL = ("--seeds", "1", "--epochs", "1")
+SMALL = ("--quick", "--seeds", "1", "--epochs", "1", "--claims", "rates,gradients,renorm-mends")
+FILES = ["report.html", "report.md", "results.json", "runs.csv", "runs.jsonl"]
 
 
 def run(*arguments: object) -> Any:
@@ -42,31 +43,32 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def test_the_study_prints_and_writes(studied: tuple[Any, Path]) -> None:
     result, folder = studied
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "results.json"]
-    for words in ("Steps to 95%", "Final accuracy", "Largest rate that trains", "undecided", "Written:"):
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    for words in ("Largest rate", "undecided", "Written:", "report.html"):
         assert words in result.stdout
+    assert "Steps to 95%" not in result.stdout, "no claim that was not asked for"
     assert result.stderr == "", "no progress bar where nobody watches"
 
 
 def test_the_results(studied: tuple[Any, Path]) -> None:
     results = json.loads((studied[1] / "results.json").read_text(), parse_constant=pytest.fail)
     assert [claim["id"] for claim in results["claims"]] == [
-        "faster-at-same-rate",
-        "faster-at-best-rate",
         "higher-learning-rates",
-        "higher-accuracy",
+        "gradient-flow-sigmoid",
+        "gradient-flow-relu",
+        "renorm-mends",
     ]
     for claim in results["claims"]:
         assert claim["verdict"] in ("supported", "not supported", "contradicted", "undecided")
         assert claim["interval"] is None or claim["interval"][0] <= claim["effect"] <= claim["interval"][1]
-    assert {(run["network"], run["rate"], run["seed"]) for run in results["runs"]} >= {("plain", 0.001, 0)}
+    assert {(run["variant"], run["rate"], run["seed"]) for run in results["runs"]} >= {("plain", 0.001, 0)}
     assert results["environment"]["dataset"]["name"] == "scikit-learn digits"
     assert str(studied[1]) not in json.dumps(results)
 
 
 def test_the_same_command_gives_the_same_files(studied: tuple[Any, Path], tmp_path: Path) -> None:
     assert run("study", *SMALL, "--out", tmp_path).exit_code == 0
-    for name in ("results.json", "report.html"):
+    for name in FILES[:4]:
         assert (tmp_path / name).read_bytes() == (studied[1] / name).read_bytes()
 
 
@@ -79,8 +81,7 @@ def test_other_images(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "blobs [1]" in result.stdout
-    assert "Steps to 80%" in result.stdout
-    assert json.loads((tmp_path / "results.json").read_text())["environment"]["dataset"]["inputs"] == 5
+    assert json.loads((tmp_path / "results.json").read_text())["environment"]["dataset"]["shape"] == [5]
 
 
 # --- What cannot be done ----------------------------------------------------------------------------------------------
@@ -93,6 +94,10 @@ def test_other_images(tmp_path: Path) -> None:
         (("--epochs", -1), "epochs must be 1 or more, got -1."),
         (("--batch-size", 1), "batch size must be 2 or more"),
         (("--batch-size", 5000), "1149 images to train on, fewer than one batch of 5000"),
+        (("--quick", "--full"), "--quick and --full exclude each other."),
+        (("--claims", "a,rates"), "there is no claim a; choose of faster-at-same-rate"),
+        (("--model", "unknown"), "there is no network 'unknown'; choose mlp, cnn, resnet"),
+        (("--model", "os:getcwd"), "os:getcwd gives a str and not a torch.nn.Module."),
         (("--target", 95), "target must be an accuracy between 0 and 1, got 95.0."),
         (("--data", "nowhere"), "nowhere cannot be read (No such file or directory)"),
         (("--data", "empty"), "empty holds no images; looked for train-images-idx3-ubyte[.gz]"),
@@ -127,36 +132,107 @@ def test_an_interrupt_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(terminal, "run_all", interrupted)
-    result = run("study", "--out", tmp_path / "report")
-    assert (result.exit_code, result.stderr, result.stdout) == (130, "batchnorm: interrupted.\n", "")
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(terminal, "perform_all", interrupted)
+    result = run("study", *SMALL, "--out", tmp_path / "report")
+    said = "batchnorm: interrupted; 0 of 26 runs are kept, and the same command with --resume goes on.\n"
+    assert (result.exit_code, result.stderr, result.stdout) == (130, said, "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_midst_of_training_ends_all_processes(tmp_path: Path, kind: signal.Signals) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_results(
+    tmp_path: Path, kind: signal.Signals, studied: tuple[Any, Path]
+) -> None:
     code = (
-        "import os, signal, batchnorm.study.experiments as e, batchnorm.study.terminal as t\n"
+        "import os, signal, batchnorm.study.runner as r, batchnorm.study.terminal as t\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it may be ignored
         "from batchnorm.cli import main\n"
-        "def run_all(*a):\n"
-        "    for run in e.run_all(*a):\n"
-        f"        os.kill(os.getpid(), {int(kind)})\n"
+        "def perform_all(*a):\n"
+        "    for number, run in enumerate(r.perform_all(*a)):\n"
+        "        if number == 7:\n"
+        f"            os.kill(os.getpid(), {int(kind)})\n"
         "        yield run\n"
-        "t.run_all = run_all\n"
+        "t.perform_all = perform_all\n"
         "main()\n"
     )
-    # The pipes are closed, and `communicate` returns, only when the last worker is gone.
+    folder = tmp_path / "report"
+    command = [sys.executable, "-c", code, "study", *SMALL, "--out", str(folder)]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "study", "--out", str(tmp_path / "report")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    stdout, stderr = process.communicate()
-    assert (process.returncode, stdout, stderr) == (130, "", "batchnorm: interrupted.\n")
-    assert list(tmp_path.iterdir()) == []
+    if kind == signal.SIGKILL:  # nobody is left to end the workers
+        process.wait(timeout=300)
+        os.killpg(process.pid, signal.SIGKILL)
+    # The pipes are closed, and `communicate` returns, only when the last worker is gone.
+    stdout, stderr = process.communicate(timeout=300)
+    assert stdout == ""
+    if kind != signal.SIGKILL:
+        said = "batchnorm: interrupted; 7 of 26 runs are kept, and the same command with --resume goes on.\n"
+        assert (process.returncode, stderr) == (130, said)
+    assert [path.name for path in folder.iterdir()] == ["runs.jsonl"]
+    kept = (folder / "runs.jsonl").read_text()
+    assert kept.count("\n") == 8, "a line on what it is of, and one for every run"
+    (folder / "runs.jsonl").write_text(kept + '{"task": {"measure": "trai')  # as if it was cut short
+    trained: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        perform_all = terminal.perform_all
+        patch.setattr(
+            terminal, "perform_all", lambda source, tasks: perform_all(source, trained.append(tasks) or tasks)
+        )
+        assert run("study", *SMALL, "--out", folder, "--resume").exit_code == 0
+    assert len(trained[0]) == 26 - 7
+    for name in FILES[:4]:
+        assert (folder / name).read_bytes() == (studied[1] / name).read_bytes(), name
+
+
+def test_more_seeds_go_on_from_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = ("--quick", "--claims", "gradients", "--out", tmp_path)
+    assert run("study", *gradients, "--seeds", 1).exit_code == 0
+    trained: list[Any] = []
+    perform_all = terminal.perform_all
+    monkeypatch.setattr(
+        terminal, "perform_all", lambda source, tasks: perform_all(source, trained.append(len(tasks)) or tasks)
+    )
+    assert run("study", *gradients, "--seeds", 2, "--resume").exit_code == 0
+    assert run("study", *gradients, "--seeds", 2, "--resume").exit_code == 0
+    assert run("study", *gradients, "--seeds", 2).exit_code == 0
+    assert trained == [4, 0, 8]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds runs of another study (other batchnorm, code, data, fingerprint, together)"),
+        ('{"batchnorm": "0.0.1"}\n', "holds runs of another study"),
+        ("not JSON\n", "holds runs of another study"),
+    ],
+)
+def test_runs_of_another_study_are_not_mixed_with_these(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "runs.jsonl").write_text(text)
+    result = run("study", *SMALL, "--out", tmp_path, "--resume")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (tmp_path / "runs.jsonl").read_text() == text, "nothing is lost"
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import batchnorm.study.runner as runner
+
+    def full(value: dict[str, Any]) -> str:
+        lines.append(line(value))
+        if len(lines) > 6:
+            raise OSError(28, "No space left on device")
+        return lines[-1]
+
+    lines: list[str] = []
+    line = runner._line
+    monkeypatch.setattr(runner, "_line", full)
+    result = run("study", *SMALL, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "runs.jsonl cannot be written: No space left on device; what is in it is kept" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert (tmp_path / "runs.jsonl").read_text() == "".join(lines[:6])
 
 
 @pytest.mark.parametrize("missing", ["torch", "sklearn", "joblib", "plotly", "jinja2", "rich.progress"])
@@ -187,7 +263,7 @@ def test_version() -> None:
 def test_help() -> None:
     assert "study" in run("--help").stdout
     text = run("study", "--help").stdout
-    for option in ("--out", "--data", "--seeds", "--epochs", "--batch-size", "--target"):
+    for option in ("--out", "--data", "--model", "--claims", "--resume", "--seeds", "--target"):
         assert option in text
 
 

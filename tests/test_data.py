@@ -1,7 +1,11 @@
 """The images of the study: what is read, how it is split, and what is said of data that cannot be used."""
 
 import gzip
+import itertools
+import math
+import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from batchnorm.errors import InputError
-from batchnorm.study.data import Dataset, load, load_digits, read_idx
+from batchnorm.study.data import Dataset, Part, load, load_digits, read_cifar10, read_idx
 
 CLASSES, PER_CLASS = 3, 30
 
@@ -20,6 +24,9 @@ def images_and_labels(per_class: int = PER_CLASS, seed: int = 0) -> tuple[np.nda
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(CLASSES, dtype=np.uint8), per_class)
     return generator.integers(0, 256, (len(labels), 4, 5), dtype=np.uint8), labels
+
+
+IMAGES, LABELS = images_and_labels()
 
 
 def idx(array: np.ndarray, magic: int | None = None) -> bytes:
@@ -31,6 +38,29 @@ def write_pair(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray
     for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):
         path = folder / (f"{name}.gz" if zipped else name)
         path.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+
+
+def cifar10_file(labels: np.ndarray, seed: int = 0) -> tuple[bytes, np.ndarray]:
+    """A file written byte by byte as the format's description has it, and its images as `(N, 3, 32, 32)`."""
+    generator = np.random.default_rng(seed)
+    red, green, blue = generator.integers(0, [[80], [160], [256]], (len(labels), 3, 1024)).swapaxes(0, 1)
+    content = b"".join(
+        bytes([label, *r, *g, *b]) for label, r, g, b in zip(labels.tolist(), red, green, blue, strict=True)
+    )
+    return content, np.stack([red, green, blue], axis=1).reshape(-1, 3, 32, 32)
+
+
+def write_cifar10(folder: Path, *names: str) -> dict[str, np.ndarray]:
+    """Files of 30 images each, in three classes; the images of each."""
+    images = {}
+    for seed, name in enumerate(names):
+        content, images[name] = cifar10_file(LABELS[:: PER_CLASS // 10], seed)
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return images
+
+
+def sizes(dataset: Dataset) -> list[int]:
+    return [len(part.labels) for part in (dataset.train, dataset.validation, dataset.test)]
 
 
 def assert_one_sentence(error: pytest.ExceptionInfo[InputError], *parts: str) -> None:
@@ -47,7 +77,7 @@ def assert_one_sentence(error: pytest.ExceptionInfo[InputError], *parts: str) ->
 def test_digits_in_three_parts() -> None:
     digits = load_digits()
     assert [len(part.labels) for part in (digits.train, digits.validation, digits.test)] == [1149, 288, 360]
-    assert (digits.inputs, digits.classes) == (64, 10)
+    assert (digits.inputs, digits.classes, digits.shape) == (64, 10, (1, 8, 8))
     assert digits.train.images.dtype == np.float32
     assert digits.train.images.max() == 1
     assert 0.1 < digits.chance < 0.11
@@ -78,7 +108,7 @@ def test_one_pair_of_idx_files_is_split(tmp_path: Path, zipped: bool) -> None:
     write_pair(tmp_path, "t10k", *images_and_labels(), zipped=zipped)
     dataset = load(tmp_path)
     assert [len(part.labels) for part in (dataset.train, dataset.validation, dataset.test)] == [57, 15, 18]
-    assert dataset.inputs == 20
+    assert (dataset.inputs, dataset.shape) == (20, (1, 4, 5))
 
 
 def test_two_pairs_keep_their_test_images(tmp_path: Path) -> None:
@@ -115,6 +145,215 @@ def test_npz_like_that_of_keras_also_in_a_folder(tmp_path: Path) -> None:
         assert len(load(path).test.labels) == 12
 
 
+def test_fashion_mnist_has_the_files_of_mnist(tmp_path: Path) -> None:
+    folder = tmp_path / "fashion-mnist"
+    folder.mkdir()
+    labels = np.repeat(np.arange(10, dtype=np.uint8), 12)
+    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        write_pair(folder, prefix, images, labels, zipped=True)
+    dataset = load(folder)
+    assert (dataset.name, dataset.shape, dataset.classes) == ("fashion-mnist", (1, 28, 28), 10)
+    np.testing.assert_allclose(dataset.test.images * images.max(), images.reshape(120, 784), rtol=1e-6)
+
+
+# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
+
+BATCHES = [f"data_batch_{number}.bin" for number in range(1, 6)]
+
+
+def test_cifar10_with_all_its_files(tmp_path: Path) -> None:
+    images = write_cifar10(tmp_path, *BATCHES, "test_batch.bin")
+    dataset = load(tmp_path)
+    assert (dataset.shape, dataset.inputs, sizes(dataset)) == ((3, 32, 32), 3072, [120, 30, 30])
+    scale = max(images[name].max() for name in BATCHES)
+    expected = images["test_batch.bin"] / np.float32(scale)
+    np.testing.assert_allclose(dataset.test.images.reshape(-1, *dataset.shape), expected, rtol=1e-6)
+    np.testing.assert_array_equal(dataset.test.labels, LABELS[::3])
+    read = np.concatenate([dataset.train.images, dataset.validation.images]) * scale
+    written = np.concatenate([images[name].reshape(-1, 3072) for name in BATCHES])
+    assert sorted(map(bytes, read.round().astype(np.uint8))) == sorted(map(bytes, written.astype(np.uint8)))
+
+
+def test_cifar10_in_any_order_of_planes_but_its_own_is_noticed(tmp_path: Path) -> None:
+    content, images = cifar10_file(LABELS)
+    (tmp_path / "test_batch.bin").write_bytes(content)
+    read = read_cifar10(tmp_path / "test_batch.bin")[0]
+    np.testing.assert_array_equal(read, images)
+    assert read[:, 0].max() < 80 <= read[:, 1].max() < 160 <= read[:, 2].max()
+    for order in itertools.permutations(range(3)):
+        assert np.array_equal(read[:, order], images) == (order == (0, 1, 2))
+    pixels_interleaved = read.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
+    assert not np.array_equal(pixels_interleaved, images)
+    assert not np.array_equal(read.swapaxes(2, 3), images)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["data_batch_4.bin"], [19, 5, 6]),
+        (["data_batch_2.bin.gz", "data_batch_5.bin"], [38, 10, 12]),
+        (["test_batch.bin"], [19, 5, 6]),
+        (["data_batch_3.bin", "test_batch.bin.gz"], [24, 6, 30]),
+    ],
+)
+@pytest.mark.parametrize("below", [False, True])
+def test_some_of_the_files_of_cifar10(tmp_path: Path, names: list[str], expected: list[int], below: bool) -> None:
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    write_cifar10(folder, *names)
+    dataset = load(tmp_path if below else folder)
+    assert (dataset.name, dataset.shape, sizes(dataset)) == ("cifar-10-batches-bin", (3, 32, 32), expected)
+
+
+CIFAR10 = cifar10_file(LABELS)[0]
+CIFAR10_DAMAGED: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "empty": (b"", ("has 0 bytes", "images of 3073 bytes")),
+    "cut short": (CIFAR10[:-1], ("has 276569 bytes",)),
+    "too long": (CIFAR10 + b"more", ("has 276574 bytes",)),
+    "another label": (CIFAR10[: 3073 * 7] + b"\x0a" + CIFAR10[3073 * 7 + 1 :], ("the label 10 at image 7",)),
+    "of CIFAR-100": (b"\x01\x63" + b"\0" * 3072, ("has 3074 bytes",)),
+    "gzip cut short": (gzip.compress(CIFAR10)[:-20], ("damaged gzip",)),
+}
+
+
+@pytest.mark.parametrize("damage", CIFAR10_DAMAGED)
+def test_a_damaged_file_of_cifar10(tmp_path: Path, damage: str) -> None:
+    content, parts = CIFAR10_DAMAGED[damage]
+    write_cifar10(tmp_path, "data_batch_1.bin")
+    (tmp_path / "data_batch_2.bin").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert_one_sentence(error, str(tmp_path / "data_batch_2.bin"), "copy it again", *parts)
+
+
+# --- Shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape", "channels"),
+    [
+        ((20,), (20,), None),
+        ((4, 5), (1, 4, 5), None),
+        ((6, 5, 1), (1, 6, 5), "last"),
+        ((6, 5, 3), (3, 6, 5), "last"),
+        ((6, 5, 4), (4, 6, 5), "last"),
+        ((1, 6, 5), (1, 6, 5), "first"),
+        ((3, 6, 5), (3, 6, 5), "first"),
+        ((4, 6, 5), (4, 6, 5), "first"),
+        ((3, 6, 4), (3, 6, 4), "first"),
+        ((2, 6, 5), (60,), None),
+        ((6, 5, 2), (60,), None),
+        ((3, 2, 6, 5), (180,), None),
+    ],
+)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_shapes_of_arrays(
+    tmp_path: Path, stored: tuple[int, ...], shape: tuple[int, ...], channels: str | None, order: str
+) -> None:
+    images = np.arange(90 * math.prod(stored)).reshape(90, *stored)
+    laid_out = np.asarray(images, order=order)  # type: ignore[call-overload]
+    np.savez(tmp_path / "d.npz", x_train=laid_out, y_train=LABELS, x_test=laid_out, y_test=LABELS)
+    dataset = load(tmp_path / "d.npz")
+    assert dataset.shape == shape
+    assert dataset.test.images.shape == (90, math.prod(shape))
+    assert all(part.images.flags.c_contiguous for part in (dataset.train, dataset.validation, dataset.test))
+    scale = dataset.test.images.max() / images.max()
+    read = dataset.test.images.reshape(-1, *shape) / scale
+    expected = images.transpose(0, 3, 1, 2) if channels == "last" else images.reshape(90, *shape)
+    np.testing.assert_allclose(read, expected, rtol=1e-5)
+
+
+def test_the_same_images_in_both_orders_and_as_cifar10_are_the_same(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, "data_batch_1.bin", "test_batch.bin")
+    pairs = [read_cifar10(tmp_path / name) for name in ("data_batch_1.bin", "test_batch.bin")]
+    expected = load(tmp_path)
+    for axes, same in (((0, 1, 2, 3), True), ((0, 2, 3, 1), True), ((0, 3, 2, 1), False)):
+        (x_train, y_train), (x_test, y_test) = [(images.transpose(axes), labels) for images, labels in pairs]
+        np.savez(tmp_path / "d.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+        dataset = load(tmp_path / "d.npz")
+        assert dataset.shape == (3, 32, 32)
+        assert np.array_equal(dataset.train.images, expected.train.images) == same
+        assert np.array_equal(dataset.test.images, expected.test.images) == same
+
+
+# --- What tells data apart, and what they cost ------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_that_of_the_data(tmp_path: Path) -> None:
+    write_pair(tmp_path, "train", IMAGES, LABELS)
+    dataset = load(tmp_path)
+    assert dataset.fingerprint == load(tmp_path).fingerprint == pickle.loads(pickle.dumps(dataset)).fingerprint
+    assert 0 <= dataset.fingerprint < 2**32
+
+
+def test_the_fingerprint_does_not_depend_on_how_arrays_lie_in_memory() -> None:
+    images = np.random.default_rng(0).random((90, 20), np.float32)
+    a, b = (Part(np.asarray(images, order=order), LABELS.astype(np.int64)) for order in ("C", "F"))
+    assert Dataset("d", a, a, a, (20,)).fingerprint == Dataset("d", b, b, b, (20,)).fingerprint
+
+
+def test_the_fingerprint_changes_with_anything() -> None:
+    def part(change: tuple[int, ...] = ()) -> Part:
+        images = np.zeros((6, 4), np.float32)
+        images[change[:1], change[1:]] = bool(change)
+        return Part(images, np.arange(6))
+
+    def first(part: Part, count: int) -> Part:
+        return Part(part.images[:count], part.labels[:count])
+
+    datasets = [Dataset("d", part(), part(), part(), (4,)), Dataset("e", part(), part(), part(), (4,))]
+    datasets += [Dataset("d", part(), part(), part(), shape) for shape in ((1, 2, 2), (1, 1, 4), (1, 4, 1))]
+    datasets += [
+        Dataset("d", *parts, (4,))
+        for place in range(3)
+        for new in (part((5, 3)), part((0, 0)), part()._replace(labels=np.arange(6)[::-1]), first(part(), 5))
+        for parts in [[new if place == at else part() for at in range(3)]]
+    ]
+    assert len({dataset.fingerprint for dataset in datasets}) == len(datasets) == 17
+
+
+def test_the_fingerprint_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = load_digits()
+    expected = digits.fingerprint
+    monkeypatch.setattr("batchnorm.study.data.zlib.crc32", None)
+    assert digits.fingerprint == expected
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_no_copy_but_the_result_is_made(tmp_path: Path, dtype: type, channels_last: bool) -> None:
+    load_digits()  # imports
+    images = np.random.default_rng(0).integers(0, 256, (6000, 3, 16, 16)).astype(dtype)
+    images = np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if channels_last else images
+    np.savez(tmp_path / "d.npz", x=images, y=np.arange(6000) % 3)
+    del images
+    tracemalloc.start()
+    try:
+        dataset = load(tmp_path / "d.npz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert dataset.shape == (3, 16, 16)
+    least = 6000 * 768 * (np.dtype(dtype).itemsize + 4)
+    assert peak < 1.1 * least
+
+
+def test_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=IMAGES, y=LABELS, z=np.array([{}], dtype=object))
+    assert load(tmp_path / "d.npz").shape == (1, 4, 5)
+
+
+@pytest.mark.parametrize("value", [-1000.0, 1000.0])
+def test_the_scale_is_the_largest_magnitude_of_the_training_images(tmp_path: Path, value: float) -> None:
+    images = np.where(IMAGES == 0, value, IMAGES)
+    images[:, 0, 0] = value
+    np.savez(tmp_path / "d.npz", x=images, y=LABELS)
+    dataset = load(tmp_path / "d.npz")
+    assert np.abs(dataset.train.images).max() == 1
+    assert (dataset.test.images[:, 0] == np.sign(value)).all()
+
+
 def test_black_images_are_not_divided_by_zero(tmp_path: Path) -> None:
     images, labels = images_and_labels()
     np.savez(tmp_path / "black.npz", x=images * 0, y=labels)
@@ -134,6 +373,7 @@ def test_an_empty_folder_is_told_the_names(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load(tmp_path)
     assert_one_sentence(error, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "[.gz]", "mnist.npz")
+    assert_one_sentence(error, *(f"{name}[.gz]" for name in [*BATCHES, "test_batch.bin"]), "cifar-10-batches-bin")
 
 
 @pytest.mark.parametrize("missing", ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
@@ -224,7 +464,6 @@ def test_what_is_no_npz(tmp_path: Path, kind: str) -> None:
     assert_one_sentence(error, "not a sound .npz file")
 
 
-IMAGES, LABELS = images_and_labels()
 REJECTED: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "counts differ": (IMAGES, LABELS[:-1], ("90 images", "89 labels")),
     "images are a vector": (LABELS, LABELS, ("shape (N, ...)", "(90,)")),
@@ -254,7 +493,8 @@ def test_arrays_that_cannot_be_studied(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("x_test", "y_test", "parts"),
     [
-        (IMAGES[:, :3], LABELS, ("15 values each", "training images 20")),
+        (IMAGES[:, :3], LABELS, ("test images are of shape (1, 3, 5)", "training images of shape (1, 4, 5)")),
+        (IMAGES.reshape(90, 20), LABELS, ("of shape (20,)", "of shape (1, 4, 5)")),
         (IMAGES, LABELS + 1, ("from 1 to 3", "from 0 to 2")),
         (IMAGES, LABELS.astype(int) - 1, ("from -1 to 1",)),
     ],

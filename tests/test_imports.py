@@ -116,7 +116,7 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
 def place(module: str) -> int:
     """Where in `ORDER` a module is."""
     package = module.rpartition(".")[0]
-    for name in (module, package, f"{package}.*"):
+    for name in (module, package, f"{package}.*", package.rpartition(".")[0]):
         if name in ORDER and (name == module or name not in ("batchnorm", "batchnorm.torch")):
             return ORDER.index(name)
     raise AssertionError(f"{module} has no place in ORDER")

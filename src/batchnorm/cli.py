@@ -1,5 +1,6 @@
 """The command line: parsing only. What a command does is imported when it is called, so that `--help` is quick."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,12 +40,13 @@ def _one_sentence(what: str, extra: str = EXTRA) -> Iterator[None]:
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
         _stop(f"{what} needs {error.name}, which is not installed; {extra} brings it.", 2)
-    except KeyboardInterrupt:
-        _stop("interrupted.", 130)
+    except KeyboardInterrupt as error:
+        _stop(str(error) or "interrupted.", 130)
 
 
 def _stop(sentence: str, code: int) -> None:
-    typer.echo(f"batchnorm: {sentence}", err=True)
+    if os.environ.get("RANK", "0") == "0":  # of processes that were started together, one speaks
+        typer.echo(f"batchnorm: {sentence}", err=True)
     raise typer.Exit(code)
 
 
@@ -65,35 +67,72 @@ def _batchnorm(
 
 @app.command()
 def study(
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where results.json and report.html go; made if need be.")
-    ] = Path("study-report"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes; made if need be.")] = Path(
+        "study-report"
+    ),
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Other images: a folder with MNIST's IDX files, gzipped or not, or an .npz file with x_train, "
-            "y_train, x_test, y_test (or x, y, which are split). [default: scikit-learn's digits]",
+            help="Other images: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10 (binary), gzipped or "
+            "not, or an .npz file with x_train, y_train, x_test, y_test (or x, y, which are split). "
+            "[default: scikit-learn's digits]",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="How often everything is repeated.")] = 8,
-    epochs: Annotated[int, typer.Option(metavar="N", help="Passes through the training images.")] = 10,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="mlp, cnn, resnet, or MODULE:FACTORY, a function that makes your own network with batch normalization "
+            "in it; it may take `shape`, `inputs` and `classes`.",
+        ),
+    ] = "mlp",
+    claims: Annotated[
+        str, typer.Option(metavar="A,B", help="Only these claims or sections, by their ids. [default: all]")
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller everything: half a minute.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More seeds, more steps: a quarter of an hour.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interrupted study has left in DIR, and do the rest.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="How often everything is repeated. [default: 6; 5, 12]")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Passes through the training images. [default: 6; 4, 15]")
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = 32,
     target: Annotated[
         float, typer.Option(metavar="ACCURACY", help="The test accuracy, from 0 to 1, that steps are counted to.")
     ] = 0.95,
+    base_seed: Annotated[int, typer.Option(metavar="N", help="Another number, other weights and orders.")] = 0,
+    paper_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Steps of the paper's network; 50000 there. [default: 1000; 600, 10000]"),
+    ] = None,
 ) -> None:
     """Check what is said of batch normalization, by training.
 
-    One network is trained with batch normalization and without it, at many learning rates and from several seeds. The
-    study prints what came of it, claim by claim, and writes a report to look at and the numbers behind it. The default
-    takes about a minute.
+    A network is trained with batch normalization, without it and with what is meant to replace it, from several seeds.
+    The study prints what came of it, claim by claim, and writes a report to look at and the numbers behind it. The
+    default takes about a minute and a half. Several processes, started by torchrun, train together.
     """
     with _one_sentence("the study"):
-        from batchnorm.study.experiments import Settings
+        if quick and full:
+            raise InputError("--quick and --full exclude each other.")
+        from batchnorm.study.settings import Settings
         from batchnorm.study.terminal import study
 
-        study(Settings(seeds, epochs, batch_size, target), out, data)
+        study(
+            Settings(
+                "quick" if quick else "full" if full else "default",
+                seeds, epochs, batch_size, target, model, base_seed, paper_steps,
+            ),
+            out,
+            data,
+            [name.strip() for name in claims.split(",") if name.strip()],
+            resume,
+        )  # fmt: skip
 
 
 @app.command()

@@ -1,65 +1,80 @@
-"""What is claimed of batch normalization, how each claim is measured, and the rule that judges it.
+"""What a claim is, and how records judge it.
 
-A claim measures one number of each network for each seed and compares the two. The comparisons of all seeds give an
-effect and an interval, and `verdict` makes one of four words of the interval. Rules and margins stood here before
-anything was trained; nothing in them depends on what comes out.
-
-To add a claim, append it to `CLAIMS`.
+A claim measures one number of two networks for each seed and compares the two. The comparisons of all seeds give an
+effect and an interval, and `verdicts.verdict` makes one of four words of the interval. The claims themselves are in
+`experiments`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
+from batchnorm.study.tasks import Records, Run, Task
+from batchnorm.study.training import checks
+from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, Verdict, bootstrap, verdict
 
-from batchnorm.study.experiments import RATES, Network, Records, Run
+__all__ = [
+    "Claim",
+    "Finding",
+    "Numbers",
+    "best_rate",
+    "facts",
+    "fastest_rate",
+    "final_accuracy",
+    "judge",
+    "most_accurate_rate",
+    "steps_to_target",
+    "threshold",
+    "trains",
+]
 
-__all__ = ["CLAIMS", "FEWEST_SEEDS", "SAME_RATE", "Claim", "Finding", "Verdict", "best_rate", "judge", "verdict"]
-
-Verdict = Literal["supported", "not supported", "contradicted", "undecided"]
-
-SAME_RATE = 1e-3
-"""The learning rate at which both networks are compared as they are: Adam's default, which introductions use."""
-
-FEWEST_SEEDS = 5
-"""With fewer seeds than this nothing is decided."""
-
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
+Numbers = list[float | None]
+Unit = Literal["ratio", "percentage points", "decades"]
 
 
 @dataclass(frozen=True)
 class Claim:
     """One thing that is said of batch normalization.
 
+    Texts may contain `{target}`, `{batch_size}` and the other `facts`.
+
     Attributes:
         id: A short name that stays the same.
         statement: The claim, as a sentence.
-        measured: How it is measured, as a sentence; `{target}` stands for the target accuracy.
+        measured: How it is measured, as a sentence.
+        published: What others have measured, and where; empty if there is nothing to put beside it.
         quantity: What the measured number is, as a heading.
-        measure: The number for every seed, of one network; None where there is none (a target never reached).
-        unmeasured: What None counts as if the other network has a number: the worst that the study could have seen.
-        better: Which way the claim says that the number goes with batch normalization.
-        unit: How the two networks are compared: the ratio of the numbers, or the difference, in percentage points.
+        sides: What is compared, as people read it: first that without, then that of which something is claimed.
+        measure: The number of either side for every seed; None where there is none (a target never reached).
+        better: Which way the claim says that the number goes.
+        unit: How the two are compared: the ratio of the numbers, their difference in percentage points, or in decades.
         margin: The smallest effect worth the name, in `unit`: above 1 for a ratio, above 0 for a difference.
         shown: The format of the number.
+        if_true: What it means if the claim is supported, as a sentence.
+        if_false: What it means if it is not, or if it is contradicted.
+        rule: Whether an effect is claimed, or that there is none to the worse.
+        unmeasured: What None counts as if the other side has a number: the worst that the study could have seen.
         best_seen: The best number that the study could have seen, if there is a limit: what is there may be better.
     """
 
     id: str
     statement: str
     measured: str
+    published: str
     quantity: str
-    measure: Callable[[Records, Network], list[float | None]]
-    unmeasured: Callable[[Records], float]
+    measure: Callable[[Records], tuple[Numbers, Numbers]]
     better: Literal["less", "more"]
-    unit: Literal["ratio", "percentage points"]
+    unit: Unit
     margin: float
     shown: str
-    best_seen: float | None = None
+    if_true: str
+    if_false: str
+    sides: tuple[str, str] = ("without", "with batch normalization")
+    rule: Rule = "effect"
+    unmeasured: Callable[[Records], float] = field(default=lambda records: math.nan)
+    best_seen: Callable[[Records], float | None] = field(default=lambda records: None)
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,9 @@ class Finding:
 
     Attributes:
         claim: The claim.
-        plain: The measured number for every seed, of the network without batch normalization.
-        batch_norm: The same, of the network with it.
-        effects: In the claim's unit, for every seed in which at least one network has a number. An effect
+        without: The measured number for every seed, of the first side.
+        with_: The same, of the second.
+        effects: In the claim's unit, for every seed in which at least one side has a number. An effect
             above 1 (a ratio) or above 0 (a difference) is as the claim has it.
         effect: Their mean: geometric for a ratio, arithmetic for a difference. None if there are no effects.
         interval: The mean's 95% bootstrap interval. None with fewer than two effects.
@@ -79,66 +94,13 @@ class Finding:
     """
 
     claim: Claim
-    plain: list[float | None]
-    batch_norm: list[float | None]
+    without: Numbers
+    with_: Numbers
     effects: list[float]
     effect: float | None
     interval: tuple[float, float] | None
     bound: Literal["", "at least", "at most"]
     verdict: Verdict
-
-
-# --- The rule ---------------------------------------------------------------------------------------------------------
-
-
-def verdict(interval: tuple[float, float] | None, margin: float) -> Verdict:
-    """One word for an interval around an effect, where 0 is no effect and positive is as claimed.
-
-    | the whole interval is | verdict |
-    |---|---|
-    | at or above `margin` | supported: an effect worth the name, as claimed |
-    | at or below `-margin` | contradicted: an effect worth the name, the other way round |
-    | below `margin` | not supported: an effect worth the name is ruled out |
-    | (none of these) | undecided: the seeds do not tell |
-
-    Args:
-        interval: Its low and its high end, or None if there is none; for ratios, their logarithms.
-        margin: The smallest effect worth the name, in the same unit, positive.
-
-    Source: The idea of a smallest effect of interest: Lakens, "Equivalence Tests", 2017.
-    """
-    if interval is None:
-        return "undecided"
-    low, high = interval
-    if low >= margin:
-        return "supported"
-    if high <= -margin:
-        return "contradicted"
-    if high < margin:
-        return "not supported"
-    return "undecided"
-
-
-def bootstrap(effects: list[float]) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of a mean.
-
-    As many effects as there are are drawn with replacement, many times over; the interval holds the middle of their
-    means. With a handful of seeds the interval is somewhat too narrow; the margin of every claim is on top of it.
-
-    Args:
-        effects: One per seed.
-
-    Returns:
-        The low and the high end, or None with fewer than two effects. The draws are the same every time.
-
-    Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
-    """
-    if len(effects) < 2:
-        return None
-    draws = np.random.default_rng(0).choice(effects, size=(RESAMPLES, len(effects)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws.mean(axis=1), (tail, 1 - tail))
-    return float(low), float(high)
 
 
 def judge(claim: Claim, records: Records) -> Finding:
@@ -147,187 +109,132 @@ def judge(claim: Claim, records: Records) -> Finding:
     Ratios are averaged and resampled as logarithms, so that twice and half weigh the same. With fewer than
     `FEWEST_SEEDS` effects the verdict is *undecided* whatever the interval.
     """
-    plain, batch_norm = claim.measure(records, "plain"), claim.measure(records, "batch_norm")
-    logs = _effects(claim, plain, batch_norm, claim.unmeasured(records))
-    interval = bootstrap(logs)
+    without, with_ = claim.measure(records)
+    effects = _effects(claim, without, with_, claim.unmeasured(records))
+    interval = bootstrap(effects)
     ratio = claim.unit == "ratio"
     linear: Callable[[float], float] = math.exp if ratio else float
     return Finding(
         claim,
-        plain,
-        batch_norm,
-        effects=[linear(effect) for effect in logs],
-        effect=linear(fmean(logs)) if logs else None,
+        without,
+        with_,
+        effects=[linear(effect) for effect in effects],
+        effect=linear(fmean(effects)) if effects else None,
         interval=(linear(interval[0]), linear(interval[1])) if interval else None,
-        bound=_bound(claim, plain, batch_norm),
+        bound=_bound(without, with_, claim.best_seen(records)),
         verdict=verdict(
-            interval if len(logs) >= FEWEST_SEEDS else None,
+            interval if len(effects) >= FEWEST_SEEDS else None,
             math.log(claim.margin) if ratio else claim.margin,
+            claim.rule,
         ),
     )
 
 
-def _effects(
-    claim: Claim,
-    plain: list[float | None],
-    batch_norm: list[float | None],
-    unmeasured: float,
-) -> list[float]:
-    """For every seed, `log(with / without)` or `100*(with - without)`, with the sign turned if less is better."""
+def _effects(claim: Claim, without: Numbers, with_: Numbers, unmeasured: float) -> list[float]:
+    """For every seed `log(with / without)`, `with - without`, or 100 times that; negative if less is better."""
     sign = 1 if claim.better == "more" else -1
+    factor = 100 if claim.unit == "percentage points" else 1
     effects = []
-    for without, with_ in zip(plain, batch_norm, strict=True):
-        if without is None and with_ is None:
+    for first, second in zip(without, with_, strict=True):
+        if first is None and second is None:
             continue
-        a = unmeasured if without is None else without
-        b = unmeasured if with_ is None else with_
-        effects.append(sign * (math.log(b / a) if claim.unit == "ratio" else 100 * (b - a)))
+        a = unmeasured if first is None else first
+        b = unmeasured if second is None else second
+        effects.append(sign * (math.log(b / a) if claim.unit == "ratio" else factor * (b - a)))
     return effects
 
 
-def _bound(
-    claim: Claim, plain: list[float | None], batch_norm: list[float | None]
-) -> Literal["", "at least", "at most"]:
+def _bound(without: Numbers, with_: Numbers, best_seen: float | None) -> Literal["", "at least", "at most"]:
     """A number that is not there would be worse than what it counts as, and one at the limit of what is seen better."""
 
     def beaten(a: float | None, b: float | None) -> bool:
-        return b is not None and (a is None or b == claim.best_seen)
+        return b is not None and (a is None or b == best_seen)
 
-    pairs = list(zip(plain, batch_norm, strict=True))
-    at_least = any(beaten(without, with_) for without, with_ in pairs)
-    at_most = any(beaten(with_, without) for without, with_ in pairs)
+    pairs = list(zip(without, with_, strict=True))
+    at_least = any(beaten(a, b) for a, b in pairs)
+    at_most = any(beaten(b, a) for a, b in pairs)
     return "" if at_least == at_most else "at least" if at_least else "at most"
 
 
-# --- What is measured -------------------------------------------------------------------------------------------------
+# --- What several claims measure --------------------------------------------------------------------------------------
 
 
-def steps_to_target(records: Records, curve: list[float]) -> int | None:
-    """The first check at which a curve is at the target accuracy or above it. None if there is none."""
-    reached = (
-        step for step, accuracy in zip(records.checks, curve, strict=False) if accuracy >= records.settings.target
-    )
-    return next(reached, None)
+def steps_to_target(run: Run, target: float, accuracies: str = "test") -> int | None:
+    """The first check at which the curve is at the target accuracy or above it. None if there is none."""
+    pairs = zip(checks(run.task.steps), run.values[accuracies], strict=False)
+    return next((step for step, accuracy in pairs if accuracy >= target), None)
 
 
-def final_accuracy(run: Run, curve: list[float]) -> float:
+def final_accuracy(run: Run, accuracies: str = "test") -> float:
     """The last value of a run's curve; 0 if its loss was not finite."""
-    return curve[-1] if run.finite and curve else 0.0
+    curve = run.values[accuracies]
+    return float(curve[-1]) if run.finite and curve else 0.0
 
 
-def training_threshold(chance: float) -> float:
+def threshold(chance: float) -> float:
     """Half way from chance to 1: the accuracy from which on a run counts as one that trains."""
     return (1 + chance) / 2
 
 
 def trains(run: Run, chance: float) -> bool:
     """Whether the loss stayed finite and the test accuracy ended at the threshold or above it."""
-    return final_accuracy(run, run.test) >= training_threshold(chance)
+    return final_accuracy(run) >= threshold(chance)
 
 
-def best_rate(records: Records, network: Network, score: Callable[[Run], float]) -> float:
-    """The learning rate with the highest mean score.
+def best_rate(records: Records, tasks: list[Task], score: Callable[[Run], float]) -> Task:
+    """Of tasks that differ in the rate, that with the highest mean score.
 
     Of equal ones it is that with the higher final accuracy, then the lower rate. A score looks at validation images
     only: the test images choose nothing.
     """
 
-    def key(rate: float) -> tuple[float, float]:
-        runs = records.of(network, rate)
-        return fmean(map(score, runs)), fmean(final_accuracy(run, run.validation) for run in runs)
+    def key(task: Task) -> tuple[float, float]:
+        runs = records.of(task)
+        return fmean(map(score, runs)), fmean(final_accuracy(run, "validation") for run in runs)
 
-    return max(RATES, key=key)
-
-
-def fastest_rate(records: Records, network: Network) -> float:
-    """The rate with the fewest steps to the target: their geometric mean, where never counts as all steps."""
-    all_steps = records.checks[-1]
-    return best_rate(records, network, lambda run: -math.log(steps_to_target(records, run.validation) or all_steps))
+    return max(sorted(tasks, key=lambda task: task.rate), key=key)
 
 
-def most_accurate_rate(records: Records, network: Network) -> float:
-    """The rate with the highest accuracy at the end."""
-    return best_rate(records, network, lambda run: final_accuracy(run, run.validation))
+def fastest_rate(records: Records, tasks: list[Task]) -> Task:
+    """The task with the fewest steps to the target: their geometric mean, where never counts as all steps."""
+    target = records.settings.target
+
+    def score(run: Run) -> float:
+        return -math.log(steps_to_target(run, target, "validation") or run.task.steps)
+
+    return best_rate(records, tasks, score)
 
 
-def _steps_at(records: Records, network: Network, rate: float) -> list[float | None]:
-    return [steps_to_target(records, run.test) for run in records.of(network, rate)]
+def most_accurate_rate(records: Records, tasks: list[Task]) -> Task:
+    """The task with the highest accuracy at the end."""
+    return best_rate(records, tasks, lambda run: final_accuracy(run, "validation"))
 
 
-def _steps_at_same_rate(records: Records, network: Network) -> list[float | None]:
-    return _steps_at(records, network, SAME_RATE)
+MODELS = {
+    "mlp": "two hidden layers of 64 ReLU units",
+    "cnn": "two convolutions with ReLU and a linear layer",
+    "resnet": "a small residual network of seven convolutions",
+}
 
 
-def _steps_at_fastest_rate(records: Records, network: Network) -> list[float | None]:
-    return _steps_at(records, network, fastest_rate(records, network))
-
-
-def _largest_rate(records: Records, network: Network) -> list[float | None]:
-    runs = [run for rate in RATES for run in records.of(network, rate) if trains(run, records.dataset.chance)]
-    seeds = range(records.settings.seeds)
-    return [max((run.rate for run in runs if run.seed == seed), default=None) for seed in seeds]
-
-
-def _final_accuracies(records: Records, network: Network) -> list[float | None]:
-    rate = most_accurate_rate(records, network)
-    return [final_accuracy(run, run.test) for run in records.of(network, rate)]
-
-
-# --- The claims -------------------------------------------------------------------------------------------------------
-
-CLAIMS: tuple[Claim, ...] = (
-    Claim(
-        id="faster-at-same-rate",
-        statement="Batch normalization trains faster.",
-        measured="Steps until the test accuracy reaches {target}, "
-        f"both networks at learning rate {SAME_RATE:g}: without / with.",
-        quantity=f"Steps to {{target}}, rate {SAME_RATE:g}",
-        measure=_steps_at_same_rate,
-        unmeasured=lambda records: records.checks[-1],
-        better="less",
-        unit="ratio",
-        margin=1.1,
-        shown=".0f",
-    ),
-    Claim(
-        id="faster-at-best-rate",
-        statement="It trains faster even if each network has its own best learning rate.",
-        measured="Steps until the test accuracy reaches {target}, "
-        "each network at the rate that is fastest for it: without / with.",
-        quantity="Steps to {target}, fastest rate",
-        measure=_steps_at_fastest_rate,
-        unmeasured=lambda records: records.checks[-1],
-        better="less",
-        unit="ratio",
-        margin=1.1,
-        shown=".0f",
-    ),
-    Claim(
-        id="higher-learning-rates",
-        statement="Batch normalization allows higher learning rates.",
-        measured=f"Largest of {len(RATES)} learning rates from {RATES[0]:g} to {RATES[-1]:g} at which the loss stays "
-        "finite and the test accuracy ends at least half way from chance to 100%: with / without.",
-        quantity="Largest rate that trains",
-        measure=_largest_rate,
-        unmeasured=lambda records: RATES[0],
-        better="more",
-        unit="ratio",
-        margin=1.5,
-        shown="g",
-        best_seen=RATES[-1],
-    ),
-    Claim(
-        id="higher-accuracy",
-        statement="Batch normalization ends with a higher accuracy.",
-        measured="Test accuracy after the last step, "
-        "each network at the rate that is most accurate for it: with - without.",
-        quantity="Final accuracy, best rate",
-        measure=_final_accuracies,
-        unmeasured=lambda records: 0.0,
-        better="more",
-        unit="percentage points",
-        margin=0.5,
-        shown=".1%",
-    ),
-)
-"""Every claim of the study, in the order in which it is reported."""
+def facts(records: Records) -> dict[str, str]:
+    """What the texts of claims and experiments may speak of."""
+    settings, dataset = records.settings, records.setup.dataset
+    return {
+        "target": f"{settings.target:.0%}",
+        "batch_size": str(settings.batch_size),
+        "epochs": f"{settings.epochs} epochs" if settings.epochs != 1 else "1 epoch",
+        "steps": str(records.setup.steps()),
+        "model": MODELS.get(settings.model, f"your network {settings.model}"),
+        "rates": str(len(settings.size.rates)),
+        "lowest": f"{settings.size.rates[0]:g}",
+        "highest": f"{settings.size.rates[-1]:g}",
+        "few_rates": ", ".join(f"{rate:g}" for rate in settings.size.few_rates),
+        "depths": ", ".join(map(str, settings.size.depths)),
+        "deepest": str(settings.size.depths[-1]),
+        "gains": str(len(settings.size.gains)),
+        "batch_sizes": ", ".join(map(str, settings.size.batch_sizes)),
+        "paper_steps": f"{settings.paper_steps:,}",
+        "data": dataset.name,
+        "threshold": f"{threshold(dataset.chance):.0%}",
+    }

@@ -2,12 +2,16 @@
 
 Every data set comes in three parts. A network learns from `train`, its learning rate is chosen on `validation`, and
 what the study reports is measured on `test`, which chooses nothing.
+
+Until the parts are made, images stay in the type that their file has, so that no second copy of large data is held.
 """
 
 import gzip
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 
 from batchnorm.errors import InputError
 
-__all__ = ["Dataset", "Part", "load", "load_digits", "read_idx"]
+__all__ = ["Dataset", "Part", "load", "load_digits", "read_cifar10", "read_idx"]
 
 HELD_OUT = 0.2
 """The share that a split sets aside."""
@@ -28,10 +32,24 @@ FILES = {
     prefix: (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
     for prefix in ("train", "t10k")
 }  # fmt: skip
-"""MNIST's names, images and labels; each may end in `.gz`."""
+"""MNIST's names, and Fashion-MNIST's, of images and labels; each may end in `.gz`."""
+
+CIFAR10_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+CIFAR10_TEST = "test_batch.bin"
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+"""CIFAR-10's names, and that of the folder in its archive; each file may end in `.gz`."""
+
+CIFAR10_SHAPE = (3, 32, 32)
+CIFAR10_CLASSES = 10
+
+CHANNELS = (1, 3, 4)
+"""How many channels an image may have, by which the axis of channels is told from height and width."""
 
 KEYS = (("x_train", "y_train", "x_test", "y_test"), ("x", "y"), ("images", "labels"))
 """The names that arrays in an `.npz` file may have."""
+
+AT_ONCE = 64
+"""How many images are converted at once."""
 
 
 class Part(NamedTuple):
@@ -48,12 +66,22 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in its three parts."""
+    """A data set in its three parts.
+
+    Attributes:
+        name: What people know it by.
+        train: What networks learn from.
+        validation: What learning rates are chosen on.
+        test: What is reported.
+        shape: Of one image, as networks take it: `(C, H, W)`, or `(inputs,)` where the data are not images.
+            `part.images.reshape(-1, *shape)` has them so.
+    """
 
     name: str
     train: Part
     validation: Part
     test: Part
+    shape: tuple[int, ...]
 
     @property
     def inputs(self) -> int:
@@ -70,12 +98,30 @@ class Dataset:
         """The accuracy of always naming the most frequent class of the test images."""
         return float(np.bincount(self.test.labels).max() / len(self.test.labels))
 
+    @cached_property
+    def fingerprint(self) -> int:
+        """A checksum of all there is, by which a study that is resumed knows its data again."""
+        parts = (self.train, self.validation, self.test)
+        checksum = zlib.crc32(repr((self.name, self.shape, [len(part.labels) for part in parts])).encode())
+        for part in parts:
+            for array in part:
+                checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+        return checksum
+
 
 def load(path: Path | None = None) -> Dataset:
     """The data set at `path`, or scikit-learn's digits.
 
+    Images in an `.npz` file may be
+
+    - `(N, H, W)`: one channel;
+    - `(N, C, H, W)` or `(N, H, W, C)`, with 1, 3 or 4 channels; if both can be meant, it is `(N, C, H, W)`;
+    - of any other shape `(N, ...)`: not images but vectors.
+
     Args:
-        path: An `.npz` file, or a folder with one named `mnist.npz` or with MNIST's IDX files, gzipped or not.
+        path: An `.npz` file, or a folder with one named `mnist.npz`, with the IDX files of MNIST or Fashion-MNIST, or
+            with CIFAR-10's binary files, all or some; a file may be gzipped. Where there are no separate images to
+            test on, or nothing else, what is there is split.
 
     Raises:
         InputError: If there is no such data, or it is damaged or inconsistent.
@@ -88,7 +134,7 @@ def load(path: Path | None = None) -> Dataset:
     except OSError as error:
         where, why = error.filename or path, error.strerror or error
         raise InputError(
-            f"{where} cannot be read ({why}); name a folder with MNIST's files or an .npz file."
+            f"{where} cannot be read ({why}); name a folder with MNIST's or CIFAR-10's files, or an .npz file."
         ) from error
 
 
@@ -97,7 +143,7 @@ def load_digits() -> Dataset:
     import sklearn.datasets  # type: ignore[import-untyped]
 
     digits: Any = sklearn.datasets.load_digits()
-    return _in_parts("scikit-learn digits", _checked(digits.data, digits.target, "scikit-learn's digits"), None)
+    return _in_parts("scikit-learn digits", _checked(digits.images, digits.target, "scikit-learn's digits"), None)
 
 
 # --- IDX files --------------------------------------------------------------------------------------------------------
@@ -143,15 +189,6 @@ def _content(path: Path) -> bytes:
         raise InputError(f"{path} is a damaged gzip file ({error}); copy it again.") from error
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    """The file `name`, also gzipped, also with a dot before its type, as some copies of MNIST have it."""
-    for spelling in (name, name.replace("-idx", ".idx")):
-        for path in (folder / spelling, folder / f"{spelling}.gz"):
-            if path.exists():
-                return path
-    return None
-
-
 def _idx_pair(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]] | None:
     images, labels = (_find(folder, name) for name in FILES[prefix])
     if images is None and labels is None:
@@ -162,15 +199,46 @@ def _idx_pair(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.
     return read_idx(images, axes=3), read_idx(labels, axes=1)
 
 
-def _from_folder(folder: Path) -> Dataset:
-    pairs = [(prefix, pair) for prefix in FILES if (pair := _idx_pair(folder, prefix))]
-    if pairs:
-        parts = [_checked(*pair, f"{folder}, {prefix} files") for prefix, pair in pairs]
-        return _in_parts(folder.resolve().name, parts[0], parts[1] if len(parts) == 2 else None)
-    if (folder / "mnist.npz").is_file():
-        return _from_npz(folder / "mnist.npz")
-    names = ", ".join(f"{name}[.gz]" for names in FILES.values() for name in names)
-    raise InputError(f"{folder} holds no images; looked for {names} and mnist.npz.")
+# --- CIFAR-10's binary files ------------------------------------------------------------------------------------------
+
+
+def read_cifar10(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The images, `(N, 3, 32, 32)`, and the labels in one of CIFAR-10's binary files, gzipped or not.
+
+    An image takes 3,073 bytes: its label, then its red, its green and its blue plane, each row by row.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: If the file is damaged or of another kind.
+
+    Source: Krizhevsky, "The CIFAR-10 dataset", the section on the binary version.
+    """
+    content = _content(path)
+    record = 1 + math.prod(CIFAR10_SHAPE)
+    if not content or len(content) % record:
+        raise InputError(
+            f"{path} has {len(content)} bytes, which is not a whole number of images of {record} bytes; copy it again."
+        )
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
+    images, labels = records[:, 1:].reshape(-1, *CIFAR10_SHAPE), records[:, 0]
+    if labels.max() >= CIFAR10_CLASSES:
+        first = int((labels >= CIFAR10_CLASSES).argmax())
+        raise InputError(
+            f"{path} has the label {labels[first]} at image {first} where CIFAR-10 has labels from 0 to "
+            f"{CIFAR10_CLASSES - 1}, so it is damaged or no file of CIFAR-10's binary version; copy it again."
+        )
+    return images, labels
+
+
+def _from_cifar10(folder: Path, train: list[Path], test: Path | None) -> Dataset:
+    parts = []
+    for paths in filter(None, (train, [test] if test else [])):
+        images, labels = zip(*map(read_cifar10, paths), strict=True)
+        where = f"{folder}, {' and '.join(path.name for path in paths)}"
+        parts.append(_checked(np.concatenate(images), np.concatenate(labels), where))
+    return _in_parts(folder.resolve().name, parts[0], parts[1] if len(parts) == 2 else None)
 
 
 # --- .npz files -------------------------------------------------------------------------------------------------------
@@ -178,31 +246,74 @@ def _from_folder(folder: Path) -> Dataset:
 
 def _from_npz(path: Path) -> Dataset:
     arrays = _arrays(path)
-    keys = next((keys for keys in KEYS if all(key in arrays for key in keys)), None)
-    if keys is None:
-        wanted = " or ".join("/".join(keys) for keys in KEYS)
-        raise InputError(f"{path} holds the arrays {', '.join(arrays) or '(none)'}; it needs {wanted}.")
     parts = [
         _checked(arrays[images], arrays[labels], f"{path}, {images} and {labels}")
-        for images, labels in zip(keys[::2], keys[1::2], strict=True)
+        for images, labels in zip(list(arrays)[::2], list(arrays)[1::2], strict=True)
     ]
     return _in_parts(path.stem, parts[0], parts[1] if len(parts) == 2 else None)
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """All that an `.npz` file holds; never unpickles."""
+    """The arrays with the first of `KEYS` that an `.npz` file holds, in that order; never unpickles."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            for keys in KEYS:
+                if all(key in archive.files for key in keys):
+                    return {key: archive[key] for key in keys}
+            found = ", ".join(archive.files) or "(none)"
     except (EOFError, RuntimeError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a sound .npz file of plain arrays; save it with numpy.savez.") from error
+    wanted = " or ".join("/".join(keys) for keys in KEYS)
+    raise InputError(f"{path} holds the arrays {found}; it needs {wanted}.")
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The file `name`, also gzipped, also with a dot before its type, as some copies of MNIST have it."""
+    for spelling in (name, name.replace("-idx", ".idx")):
+        for path in (folder / spelling, folder / f"{spelling}.gz"):
+            if path.exists():
+                return path
+    return None
+
+
+def _from_folder(folder: Path) -> Dataset:
+    pairs = [(prefix, pair) for prefix in FILES if (pair := _idx_pair(folder, prefix))]
+    if pairs:
+        parts = [_checked(*pair, f"{folder}, {prefix} files") for prefix, pair in pairs]
+        return _in_parts(folder.resolve().name, parts[0], parts[1] if len(parts) == 2 else None)
+    for place in (folder, folder / CIFAR10_FOLDER):
+        train = [path for name in CIFAR10_TRAIN if (path := _find(place, name))]
+        test = _find(place, CIFAR10_TEST)
+        if train or test:
+            return _from_cifar10(place, train, test)
+    if (folder / "mnist.npz").is_file():
+        return _from_npz(folder / "mnist.npz")
+    names = [name for names in FILES.values() for name in names] + [*CIFAR10_TRAIN, CIFAR10_TEST]
+    raise InputError(
+        f"{folder} holds no images; looked for {', '.join(f'{name}[.gz]' for name in names)}, the last "
+        f"{len(CIFAR10_TRAIN) + 1} also in {CIFAR10_FOLDER}, and mnist.npz."
+    )
 
 
 # --- Checks and parts -------------------------------------------------------------------------------------------------
 
 
-def _checked(images: NDArray[Any], labels: NDArray[Any], where: str) -> Part:
-    """Images as `(N, inputs)` and labels as `(N,)`; `where` begins the sentence that says why they are not."""
+class _Images(NamedTuple):
+    """Images as `(N, *shape)`, of any type of numbers, and labels as `(N,)`."""
+
+    images: NDArray[Any]
+    labels: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.images.shape[1:]
+
+
+def _checked(images: NDArray[Any], labels: NDArray[Any], where: str) -> _Images:
+    """Images and labels, if they can be studied; `where` begins the sentence that says why they cannot."""
     if images.ndim < 2 or images.dtype.kind not in "buif":
         raise InputError(f"{where}: images must be numbers of shape (N, ...), got {images.dtype} {images.shape}.")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -212,14 +323,25 @@ def _checked(images: NDArray[Any], labels: NDArray[Any], where: str) -> Part:
         raise InputError(f"{where}: {len(images)} images and {len(labels)} labels; there must be as many of each.")
     if images.size == 0:
         raise InputError(f"{where}: there is nothing in images of shape {images.shape}.")
-    with np.errstate(over="ignore"):
-        flat = images.reshape(len(images), -1).astype(np.float32)
-    if not np.isfinite(flat).all():
-        raise InputError(f"{where}: {np.count_nonzero(~np.isfinite(flat))} values in the images are not finite.")
-    return Part(flat, labels.astype(np.int64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite([np.float32(images.min()), np.float32(images.max())]).all():
+            count = np.count_nonzero(~np.isfinite(images.astype(np.float32)))
+            raise InputError(f"{where}: {count} values in the images are not finite.")
+    return _Images(_channels_first(images), labels.astype(np.int64))
 
 
-def _in_parts(name: str, train: Part, test: Part | None) -> Dataset:
+def _channels_first(images: NDArray[Any]) -> NDArray[Any]:
+    """Images as `(N, C, H, W)`, where they are images, or as `(N, inputs)`; a view."""
+    if images.ndim == 3:
+        return images[:, np.newaxis]
+    if images.ndim == 4 and images.shape[1] in CHANNELS:
+        return images
+    if images.ndim == 4 and images.shape[3] in CHANNELS:
+        return np.moveaxis(images, 3, 1)
+    return images.reshape(len(images), -1)
+
+
+def _in_parts(name: str, train: _Images, test: _Images | None) -> Dataset:
     """Split what is not split yet, and scale by the largest magnitude in the training images."""
     classes = np.unique(train.labels)
     if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
@@ -231,21 +353,23 @@ def _in_parts(name: str, train: Part, test: Part | None) -> Dataset:
         raise InputError(
             f"{name}: class {rarest} has {fewest} images to train on; every class needs {FEWEST_PER_CLASS}."
         )
+    kept = np.arange(len(train.labels))
     if test is not None:
         _check_test(name, train, test)
+        reported = _part(test, np.arange(len(test.labels)))
     else:
-        train, test = _split(train)
-    train, validation = _split(train)
-    scale = np.abs(train.images).max() or np.float32(1)
-    parts = (Part(part.images / scale, part.labels) for part in (train, validation, test))
-    return Dataset(name, *parts)
+        kept, held_out = _split(kept, train.labels)
+        reported = _part(train, held_out)
+    learned, chosen_on = (_part(train, rows) for rows in _split(kept, train.labels))
+    scale = max(learned.images.max(), -learned.images.min()) or np.float32(1)
+    for part in (learned, chosen_on, reported):
+        np.divide(part.images, scale, out=part.images)
+    return Dataset(name, learned, chosen_on, reported, train.shape)
 
 
-def _check_test(name: str, train: Part, test: Part) -> None:
-    if test.images.shape[1] != train.images.shape[1]:
-        raise InputError(
-            f"{name}: test images have {test.images.shape[1]} values each and training images {train.images.shape[1]}."
-        )
+def _check_test(name: str, train: _Images, test: _Images) -> None:
+    if test.shape != train.shape:
+        raise InputError(f"{name}: test images are of shape {test.shape} and training images of shape {train.shape}.")
     if test.labels.min() < 0 or test.labels.max() > train.labels.max():
         raise InputError(
             f"{name}: test labels go from {test.labels.min()} to {test.labels.max()}, "
@@ -253,11 +377,17 @@ def _check_test(name: str, train: Part, test: Part) -> None:
         )
 
 
-def _split(part: Part) -> tuple[Part, Part]:
-    """Set a share aside, the same in every run, with every class in proportion."""
+def _split(rows: NDArray[np.intp], labels: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Set a share of the rows aside, the same in every run, with every class in proportion."""
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
-    kept, held_out = train_test_split(
-        np.arange(len(part.labels)), test_size=HELD_OUT, stratify=part.labels, random_state=0
-    )
-    return Part(part.images[kept], part.labels[kept]), Part(part.images[held_out], part.labels[held_out])
+    parts: Any = train_test_split(rows, test_size=HELD_OUT, stratify=labels[rows], random_state=0)
+    return parts[0], parts[1]
+
+
+def _part(source: _Images, rows: NDArray[np.intp]) -> Part:
+    """The images in these rows, as `(N, inputs)` and float32, not scaled yet."""
+    images = np.empty((len(rows), *source.shape), np.float32)
+    for start in range(0, len(rows), AT_ONCE):
+        images[start : start + AT_ONCE] = source.images[rows[start : start + AT_ONCE]]
+    return Part(images.reshape(len(rows), -1), source.labels[rows])

@@ -3,64 +3,205 @@
 Colours of text, axes and grids are left to the page, which knows whether it is light, dark or printed.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-from batchnorm.study.claims import final_accuracy, training_threshold
-from batchnorm.study.experiments import NETWORKS, RATES, Network, Records
+__all__ = ["Line", "Plot", "Slider", "bars", "lines", "seeds_and_median", "strip"]
 
-__all__ = ["NAMES", "accuracy_by_rate", "learning_curves", "same_rate_curves"]
+Curves = Sequence[Sequence[float | None]]
 
-NAMES: dict[Network, str] = {"plain": "without", "batch_norm": "with batch normalization"}
-
-LINES: dict[Network, dict[str, str]] = {
-    "plain": {"color": "#d9730d", "dash": "6px,3px"},
-    "batch_norm": {"color": "#2f7de1", "dash": "solid"},
+STYLES: dict[str, tuple[str, str]] = {
+    "plain": ("#d9730d", "6px,3px"),
+    "batch_norm": ("#2f7de1", "solid"),
+    "renorm": ("#12978f", "10px,3px"),
+    "ghost": ("#8a8f98", "2px,3px"),
+    "group_norm": ("#9a5bd6", "8px,3px,2px,3px"),
+    "layer_norm": ("#d24b8f", "3px,3px"),
+    "weight_norm": ("#5f8a1f", "12px,4px"),
+    "input_norm": ("#b08900", "4px,2px"),
+    "output_norm": ("#8a8f98", "2px,4px"),
+    "noisy_batch_norm": ("#12978f", "10px,3px"),
+    "dropout": ("#d24b8f", "3px,3px"),
+    "batch_norm+dropout": ("#12978f", "10px,3px"),
 }
-"""Blue and orange differ to every eye, and dashes from solid lines in grey print. Both show on white and on
-near-black."""
-
+"""Colour and dash of each variant. Every two lines of one plot differ in lightness or hue to every eye, and in their
+dashes in grey print; all show on white and on near-black."""
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 
 
-def same_rate_curves(records: Records) -> dict[str, list[list[float]]]:
-    """For every learning rate, the accuracies of all lines of `learning_curves`, in its order."""
-    return {
-        f"{rate:g}": [line for network in NETWORKS for line in _seeds_and_median(_curves(records, network, rate))]
-        for rate in RATES
-    }
+class Line(NamedTuple):
+    """What one variant did: a curve for every seed.
+
+    Attributes:
+        style: A variant of `STYLES`.
+        name: In the legend.
+        x: Where the curves have values; a shorter curve ended early.
+        curves: One per seed.
+    """
+
+    style: str
+    name: str
+    x: Sequence[float]
+    curves: Curves
 
 
-def learning_curves(records: Records, rates: dict[Network, float]) -> go.Figure:
-    """Test accuracy against the logarithm of the step, so that a horizontal distance is a ratio of steps."""
-    figure = _figure("steps of the optimizer", "test accuracy")
-    for network in NETWORKS:
-        name = f"{NAMES[network]}, rate {rates[network]:g}" if len(set(rates.values())) > 1 else NAMES[network]
-        _add_lines(figure, network, name, records.checks, _curves(records, network, rates[network]))
-    return _with_line(figure, records.settings.target, f"target {records.settings.target:.0%}")
+@dataclass(frozen=True)
+class Slider:
+    """A choice that changes the curves of a plot.
+
+    Attributes:
+        label: What is chosen.
+        choices: As people read them.
+        start: The index of the first choice shown.
+        curves: For every choice the lines of the plot, in its order.
+    """
+
+    label: str
+    choices: list[str]
+    start: int
+    curves: list[list[list[float | None]]]
 
 
-def accuracy_by_rate(records: Records) -> go.Figure:
-    """Final test accuracy against the learning rate."""
-    figure = _figure("learning rate", "test accuracy after the last step")
-    for network in NETWORKS:
-        by_rate = [[final_accuracy(run, run.test) for run in records.of(network, rate)] for rate in RATES]
-        _add_lines(figure, network, NAMES[network], RATES, [list(line) for line in zip(*by_rate, strict=True)])
-    return _with_line(figure, training_threshold(records.dataset.chance), "trains above this line")
+@dataclass(frozen=True)
+class Plot:
+    """A figure with all that the page says of it.
+
+    Attributes:
+        id: Unique in the report.
+        title: Above it.
+        figure: The figure.
+        caption: Below it; also what is read aloud in its place.
+        slider: Its slider, if it has one.
+    """
+
+    id: str
+    title: str
+    figure: Any
+    caption: str
+    slider: Slider | None = None
 
 
-def _curves(records: Records, network: Network, rate: float) -> list[list[float]]:
-    return [run.test for run in records.of(network, rate)]
+def lines(
+    x: str,
+    y: str,
+    drawn: Sequence[Line],
+    *,
+    log: bool = True,
+    percent: bool = True,
+    mark: tuple[float, str] | None = None,
+    thin: bool = True,
+) -> Any:
+    """Lines against each other.
+
+    Args:
+        x, y: What the axes show.
+        drawn: The lines.
+        log: Whether the horizontal axis is logarithmic, so that a distance is a ratio.
+        percent: Whether the values are accuracies, from 0 to 1.
+        mark: A horizontal line and its name.
+        thin: Whether each seed is drawn too.
+    """
+    figure = _figure(x, y, log, percent)
+    form: Literal[".1%", ".3g"] = ".1%" if percent else ".3g"
+    for line in drawn:
+        color, dash = STYLES[line.style]
+        *seeds, middle = seeds_and_median(line.curves)
+        shared = {"x": [_short(value) for value in line.x], "mode": "lines", "legendgroup": line.name}
+        for curve in seeds if thin else []:
+            style = {"color": color, "width": 1}
+            figure.add_scatter(y=curve, line=style, opacity=0.4, hoverinfo="skip", showlegend=False, **shared)
+        style = {"color": color, "dash": dash, "width": 3}
+        figure.add_scatter(y=middle, line=style, name=line.name, hovertemplate=f"%{{y:{form}}}", **shared)
+    if mark:
+        figure.add_hline(mark[0], line={"width": 1, "dash": "dot"})
+        figure.add_annotation(
+            x=0, y=mark[0], xref="paper", text=mark[1], showarrow=False, xanchor="left", yanchor="bottom", font_size=12
+        )
+    return figure
 
 
-def _seeds_and_median(lines: list[list[float]]) -> list[list[float]]:
-    """The lines and, last, their median; where some have ended, that of the others."""
-    columns = zip_longest(*lines)
-    return [*lines, [median(value for value in column if value is not None) for column in columns]]
+def bars(x: str, values: dict[str, list[float]]) -> Any:
+    """Horizontal bars from zero: the median of each list, with whiskers over its range."""
+    names = list(values)[::-1]
+    middle = [_short(median(values[name])) for name in names]
+    above = [_short(max(values[name]) - value) for name, value in zip(names, middle, strict=True)]
+    below = [_short(value - min(values[name])) for name, value in zip(names, middle, strict=True)]
+    figure = _figure(x, "", log=False, percent=False)
+    figure.add_bar(
+        x=middle,
+        y=names,
+        orientation="h",
+        width=0.5,
+        marker={"color": STYLES["batch_norm"][0]},
+        error_x={"type": "data", "array": above, "arrayminus": below, "thickness": 1.5, "color": "#8a8f98"},
+        hovertemplate="%{x:.3g}",
+        name="",
+    )
+    figure.update_layout(hovermode="closest", height=260, xaxis_rangemode="tozero")
+    return figure
+
+
+def strip(
+    unit: str,
+    effects: Sequence[float],
+    mean: float | None,
+    interval: tuple[float, float] | None,
+    marks: tuple[float, float, float],
+) -> Any:
+    """Every seed's effect as a point on one line, their mean with its interval, and where nothing and the margins are.
+
+    Args:
+        unit: Of the effects; ratios are drawn on a logarithmic axis.
+        effects: One per seed.
+        mean, interval: Of the effects, if there are any.
+        marks: The margin on the other side, no effect, the margin.
+    """
+    ratio = unit == "ratio"
+    figure = _figure(f"effect, {unit}", "", log=False, percent=False)
+    figure.add_scatter(
+        x=[_short(effect) for effect in effects],
+        y=[0.0] * len(effects),
+        mode="markers",
+        marker={"size": 9, "color": "#8a8f98", "opacity": 0.7},
+        hovertemplate="%{x:.3g}",
+        name="a seed",
+    )
+    if mean is not None and interval is not None:
+        low, high = (_short(abs(end - mean)) for end in interval)
+        figure.add_scatter(
+            x=[_short(mean)],
+            y=[0.0],
+            mode="markers",
+            marker={"size": 13, "color": STYLES["batch_norm"][0], "symbol": "diamond"},
+            error_x={"type": "data", "array": [high], "arrayminus": [low], "thickness": 3, "width": 8},
+            hovertemplate="%{x:.3g}",
+            name="mean",
+        )
+    for value, dash in zip(marks, ("dot", "solid", "dot"), strict=True):
+        figure.add_vline(value, line={"width": 1, "dash": dash})
+    figure.update_layout(height=130, showlegend=False, hovermode="closest", margin={"l": 8, "r": 8, "t": 8, "b": 8})
+    figure.update_yaxes(visible=False, range=[-1, 1], fixedrange=True)
+    if ratio:
+        figure.update_xaxes(type="log", dtick="D2", exponentformat="none")
+    return figure
+
+
+def seeds_and_median(curves: Curves) -> list[list[float | None]]:
+    """The curves and, last, their median; where some have ended, that of the others."""
+    columns = (tuple(value for value in column if value is not None) for column in zip_longest(*curves))
+    middle = [_short(median(column)) if column else None for column in columns]
+    return [*([_short(value) if value is not None else None for value in curve] for curve in curves), middle]
+
+
+def _short(value: float) -> float:
+    """As many digits as a plot can show."""
+    return float(f"{value:.4g}")
 
 
 def _axis(title: str, **more: Any) -> dict[str, Any]:
@@ -70,7 +211,7 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": heading, "zeroline": False, "automargin": True, **ticks, **more}
 
 
-def _figure(x: str, y: str) -> go.Figure:
+def _figure(x: str, y: str, log: bool, percent: bool) -> Any:
     return go.Figure(
         layout={
             "template": "none",
@@ -82,27 +223,7 @@ def _figure(x: str, y: str) -> go.Figure:
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
             "hovermode": "x unified",
             "dragmode": False,
-            "xaxis": _axis(x, type="log", dtick=1, exponentformat="none"),
-            "yaxis": _axis(y, range=[0, 1.02], tickformat=".0%"),
+            "xaxis": _axis(x, type="log", dtick=1, exponentformat="none") if log else _axis(x),
+            "yaxis": _axis(y, range=[0, 1.02], tickformat=".0%") if percent else _axis(y),
         }
     )
-
-
-def _add_lines(figure: go.Figure, network: Network, name: str, x: Any, lines: list[list[float]]) -> None:
-    """All seeds thin, their median bold; the legend shows and hides them together."""
-    *seeds, middle = _seeds_and_median(lines)
-    shared = {"x": list(x), "mode": "lines", "legendgroup": network}
-    for line in seeds:
-        style = {"color": LINES[network]["color"], "width": 1}
-        figure.add_scatter(y=line, line=style, opacity=0.4, hoverinfo="skip", showlegend=False, **shared)
-    style = {**LINES[network], "width": 3}
-    figure.add_scatter(y=middle, line=style, name=name, hovertemplate="%{y:.1%}", **shared)
-
-
-def _with_line(figure: go.Figure, y: float, text: str) -> go.Figure:
-    """A thin horizontal line with its name at the left end."""
-    figure.add_hline(y, line={"width": 1, "dash": "dot"})
-    figure.add_annotation(
-        x=0, y=y, xref="paper", text=text, showarrow=False, xanchor="left", yanchor="bottom", font_size=12
-    )
-    return figure

@@ -1,33 +1,31 @@
-"""The study written down: `results.json` for programs, `report.html` for people.
+"""The study written down: `report.html` and `report.md` for people, `results.json` and `runs.csv` for programs.
 
 The page is one file that asks the network for nothing: plotly.js is inside, and the page's own security policy forbids
 every request.
 """
 
+import csv
+import io
 import json
+import math
 import platform
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jinja2
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 import batchnorm
-from batchnorm.study.claims import (
-    FEWEST_SEEDS,
-    SAME_RATE,
-    Claim,
-    Finding,
-    Verdict,
-    fastest_rate,
-    final_accuracy,
-)
-from batchnorm.study.experiments import NETWORKS, RATES, Network, Records, processes
-from batchnorm.study.figures import NAMES, accuracy_by_rate, learning_curves, same_rate_curves
+from batchnorm.study.claims import Claim, Finding, Numbers, facts, final_accuracy, steps_to_target
+from batchnorm.study.experiments import Experiment
+from batchnorm.study.figures import Plot, strip
+from batchnorm.study.runner import processes
+from batchnorm.study.tasks import Records, Run
+from batchnorm.study.verdicts import FEWEST_SEEDS, Verdict
 
 __all__ = [
     "compared",
@@ -35,33 +33,32 @@ __all__ = [
     "effect",
     "environment",
     "interval",
-    "measured",
-    "number",
+    "markdown",
+    "meaning",
     "page",
-    "quantity",
     "results",
+    "table",
     "to_json",
 ]
+
+MARKS: dict[Verdict, str] = {"supported": "✓", "not supported": "○", "contradicted": "✗", "undecided": "?"}
+
+FIRST: dict[Verdict, str] = {
+    "supported": "It holds here.",
+    "not supported": "It does not hold here: if there is such an effect, it is too small to matter.",
+    "contradicted": "Here it is the other way round.",
+    "undecided": "The seeds do not decide it.",
+}
 
 
 # --- Numbers as text --------------------------------------------------------------------------------------------------
 
 
-def quantity(claim: Claim, records: Records) -> str:
-    """The heading of what a claim measures."""
-    return claim.quantity.format(target=f"{records.settings.target:.0%}")
-
-
-def measured(claim: Claim, records: Records) -> str:
-    """The sentence that says how a claim is measured."""
-    return claim.measured.format(target=f"{records.settings.target:.0%}")
-
-
 def effect(finding: Finding) -> str:
-    """The effect, as `2.82×` or `at least +1.49 points`."""
+    """The effect, as `2.82×`, `at least +1.49 points` or `+0.50 decades`."""
     if finding.effect is None:
         return "nothing to compare"
-    unit = "×" if finding.claim.unit == "ratio" else " points"
+    unit = {"ratio": "×", "percentage points": " points", "decades": " decades"}[finding.claim.unit]
     return f"{finding.bound} {_in_unit(finding.claim, finding.effect)}{unit}".lstrip()
 
 
@@ -77,16 +74,26 @@ def _in_unit(claim: Claim, value: float) -> str:
     return f"{value:.2f}" if claim.unit == "ratio" else f"{value:+.2f}"
 
 
-def number(claim: Claim, value: float | None) -> str:
-    """What was measured of one network; None is "never"."""
+def _number(claim: Claim, value: float | None) -> str:
+    """What was measured; None is "never"."""
     return "never" if value is None else format(value, claim.shown)
 
 
-def compared(finding: Finding, network: Network) -> str:
-    """The median over the seeds of one network's numbers; "never" if most seeds have none."""
-    values = finding.plain if network == "plain" else finding.batch_norm
+def compared(claim: Claim, values: Numbers) -> str:
+    """The median over the seeds of one side's numbers; "never" if most seeds have none."""
     numbers = [value for value in values if value is not None]
-    return number(finding.claim, median(numbers) if 2 * len(numbers) > len(values) else None)
+    return _number(claim, median(numbers) if 2 * len(numbers) > len(values) else None)
+
+
+def meaning(finding: Finding) -> str:
+    """What it means, in two sentences."""
+    texts: dict[Verdict, str] = {
+        "supported": finding.claim.if_true,
+        "not supported": finding.claim.if_false,
+        "contradicted": finding.claim.if_false,
+        "undecided": f"With more seeds the interval would be narrower; fewer than {FEWEST_SEEDS} decide nothing.",
+    }
+    return f"{FIRST[finding.verdict]} {texts[finding.verdict]}"
 
 
 def counted(findings: list[Finding]) -> dict[Verdict, int]:
@@ -95,11 +102,12 @@ def counted(findings: list[Finding]) -> dict[Verdict, int]:
     return {verdict: counts[verdict] for verdict in get_args(Verdict)}
 
 
-# --- results.json -----------------------------------------------------------------------------------------------------
+# --- results.json and runs.csv ----------------------------------------------------------------------------------------
 
 
 def results(records: Records, findings: list[Finding]) -> dict[str, Any]:
-    """All that was found and all that it was found from. The same study on the same machine gives the same results."""
+    """All that was found and all that it was found from. But for times, the same study gives the same results."""
+    known = facts(records)
     return {
         "claims": [
             {
@@ -111,16 +119,22 @@ def results(records: Records, findings: list[Finding]) -> dict[str, Any]:
                 "unit": finding.claim.unit,
                 "bound": finding.bound or None,
                 "margin": finding.claim.margin,
-                "measured": measured(finding.claim, records),
-                "quantity": quantity(finding.claim, records),
-                "per_seed": {"plain": finding.plain, "batch_norm": finding.batch_norm, "effect": finding.effects},
+                "rule": finding.claim.rule,
+                "measured": finding.claim.measured.format(**known),
+                "published": finding.claim.published or None,
+                "quantity": finding.claim.quantity.format(**known),
+                "sides": finding.claim.sides,
+                "per_seed": {"first": finding.without, "second": finding.with_, "effect": finding.effects},
             }
             for finding in findings
         ],
-        "checks": records.checks,
-        "runs": [run._asdict() for run in records.runs],
+        "runs": [{**run.task.said(), "finite": run.finite, "values": run.values} for run in _in_order(records)],
         "environment": environment(records),
     }
+
+
+def _in_order(records: Records) -> list[Run]:
+    return sorted(records.runs.values(), key=lambda run: str(run.task.said()))
 
 
 def to_json(results: dict[str, Any]) -> str:
@@ -130,9 +144,32 @@ def to_json(results: dict[str, Any]) -> str:
     return f'{json.dumps(rest, allow_nan=False)[:-1]},\n"runs": [\n{runs}\n]}}\n'
 
 
+def table(records: Records) -> str:
+    """One line for every run: what was done, and the numbers at its end. Curves are in `results.json`."""
+    rows = []
+    for run in _in_order(records):
+        row: dict[str, Any] = {**run.task.said(), "depths": " ".join(map(str, run.task.depths)), "finite": run.finite}
+        if run.task.trains:
+            row["train_accuracy"] = run.values["train"]
+            row["validation_accuracy"] = final_accuracy(run, "validation")
+            row["test_accuracy"] = final_accuracy(run)
+            row["steps_to_target"] = steps_to_target(run, records.settings.target)
+        rows.append(row | {key: value for key, value in run.values.items() if key != "train" and not _many(value)})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 def environment(records: Records) -> dict[str, Any]:
     """Where the numbers come from: versions, processor, data, settings; nothing that names a machine or a person."""
-    dataset = records.dataset
+    dataset, settings = records.setup.dataset, records.settings
     return {
         "versions": {
             "batchnorm": batchnorm.__version__,
@@ -145,15 +182,15 @@ def environment(records: Records) -> dict[str, Any]:
         "threads_per_process": 1,
         "dataset": {
             "name": dataset.name,
-            "inputs": dataset.inputs,
+            "shape": dataset.shape,
             "classes": dataset.classes,
             "train": len(dataset.train.labels),
             "validation": len(dataset.validation.labels),
             "test": len(dataset.test.labels),
             "chance": round(dataset.chance, 6),
         },
-        "seeds": list(range(records.settings.seeds)),
-        "settings": {**asdict(records.settings), "optimizer": "Adam", "learning_rates": RATES},
+        "seeds": list(settings.all_seeds),
+        "settings": {**asdict(settings), "optimizer": "Adam", "learning_rates": settings.size.rates},
     }
 
 
@@ -167,17 +204,80 @@ def _cpu() -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-# --- report.html ------------------------------------------------------------------------------------------------------
+# --- report.html and report.md ----------------------------------------------------------------------------------------
 
 
-def page(records: Records, findings: list[Finding]) -> str:
+class _Row(NamedTuple):
+    """A finding as people read it."""
+
+    finding: Finding
+    measured: str
+    quantity: str
+    effect: str
+    interval: str
+    numbers: tuple[str, str]
+    meaning: str
+    strip: Plot
+    per_seed: list[tuple[int, str, str]]
+
+
+class _Section(NamedTuple):
+    experiment: Experiment
+    ran: str
+    rows: list[_Row]
+    plots: list[Plot]
+
+
+def _sections(records: Records, experiments: list[Experiment], findings: list[Finding]) -> list[_Section]:
+    known = facts(records)
+
+    def row(finding: Finding) -> _Row:
+        claim = finding.claim
+        sides = [[_number(claim, value) for value in values] for values in (finding.without, finding.with_)]
+        return _Row(
+            finding,
+            claim.measured.format(**known),
+            claim.quantity.format(**known),
+            effect(finding),
+            interval(finding),
+            (compared(claim, finding.without), compared(claim, finding.with_)),
+            meaning(finding),
+            _strip(finding),
+            list(zip(records.settings.all_seeds, *sides, strict=True)),
+        )
+
+    return [
+        _Section(
+            experiment,
+            experiment.ran.format(**known),
+            [row(finding) for finding in findings if finding.claim in experiment.claims],
+            experiment.plots(records),
+        )
+        for experiment in experiments
+    ]
+
+
+def _strip(finding: Finding) -> Plot:
+    claim = finding.claim
+    nothing, below = (1.0, 1 / claim.margin) if claim.unit == "ratio" else (0.0, -claim.margin)
+    caption = f"Every seed's effect, their mean and its 95% interval: {effect(finding)}, {interval(finding)}."
+    figure = strip(claim.unit, finding.effects, finding.effect, finding.interval, (below, nothing, claim.margin))
+    return Plot(f"effects-{claim.id}", "", figure, caption)
+
+
+def _strength(finding: Finding) -> float:
+    """The effect in margins, by which effects of different units can be put in order."""
+    if finding.effect is None:
+        return 0.0
+    if finding.claim.unit == "ratio":
+        return math.log(finding.effect) / math.log(finding.claim.margin)
+    return finding.effect / finding.claim.margin
+
+
+def page(records: Records, experiments: list[Experiment], findings: list[Finding]) -> str:
     """The report, as HTML."""
-    fastest: dict[Network, float] = {network: fastest_rate(records, network) for network in NETWORKS}
-    figures = {
-        "same-rate": learning_curves(records, {network: SAME_RATE for network in NETWORKS}),
-        "fastest-rate": learning_curves(records, fastest),
-        "by-rate": accuracy_by_rate(records),
-    }
+    sections = _sections(records, experiments, findings)
+    plots = [plot for section in sections for plot in (*section.plots, *(row.strip for row in section.rows))]
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.study", "."),
         autoescape=True,
@@ -186,29 +286,62 @@ def page(records: Records, findings: list[Finding]) -> str:
         lstrip_blocks=True,
     )
     return templates.get_template("report.html.j2").render(
-        findings=[
-            (finding, measured(finding.claim, records), effect(finding), interval(finding)) for finding in findings
-        ],
+        sections=sections,
         counts=counted(findings),
-        comparison=[
-            (quantity(finding.claim, records), *(compared(finding, network) for network in NETWORKS))
-            for finding in findings
-        ],
-        by_rate=[(f"{rate:g}", *(_median_accuracy(records, network, rate) for network in NETWORKS)) for rate in RATES],
-        number=number,
-        zip=zip,
-        names=NAMES,
-        settings=records.settings,
+        strength=_strength,
+        marks=MARKS,
+        model=facts(records)["model"],
         environment=environment(records),
         fewest_seeds=FEWEST_SEEDS,
-        same_rate=f"{SAME_RATE:g}",
-        rates=[f"{rate:g}" for rate in RATES],
-        fastest={network: f"{rate:g}" for network, rate in fastest.items()},
-        figures={name: json.loads(str(figure.to_json())) for name, figure in figures.items()},
-        curves=same_rate_curves(records),
+        figures={plot.id: json.loads(str(plot.figure.to_json())) for plot in plots},
+        sliders={
+            plot.id: {"choices": plot.slider.choices, "curves": plot.slider.curves} for plot in plots if plot.slider
+        },
         plotly_js=get_plotlyjs(),
     )
 
 
-def _median_accuracy(records: Records, network: Network, rate: float) -> float:
-    return median(final_accuracy(run, run.test) for run in records.of(network, rate))
+def markdown(records: Records, experiments: list[Experiment], findings: list[Finding]) -> str:
+    """The report, as Markdown for a pull request: the table of verdicts and what each means."""
+    dataset, settings = records.setup.dataset, records.settings
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in counted(findings).items() if count)
+    lines = [
+        "# What batch normalization does",
+        "",
+        f"{len(findings)} claims on {_cell(dataset.name)} ({len(dataset.train.labels):,} training images), "
+        f"{_cell(facts(records)['model'])}, {settings.seeds} seeds: {counts}.",
+        "",
+        "| claim | measured | effect (95% interval) | verdict | published |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    sections = _sections(records, experiments, findings)
+    for section in sections:
+        for row in section.rows:
+            claim, verdict = row.finding.claim, row.finding.verdict
+            cells = (
+                claim.statement,
+                row.measured,
+                f"**{row.effect}** ({row.interval})",
+                f"{MARKS[verdict]} {verdict}",
+                claim.published,
+            )
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    for section in sections:
+        lines += ["", f"## {section.experiment.title}", "", _cell(section.ran)]
+        for row in section.rows:
+            without, with_ = row.numbers
+            first, second = row.finding.claim.sides
+            lines += [
+                "",
+                f"**{row.finding.claim.statement}** {row.meaning} {_cell(row.quantity)}, medians: {second} {with_}, "
+                f"{first} {without}.",
+            ]
+    versions = ", ".join(f"{package} {number}" for package, number in environment(records)["versions"].items())
+    return "\n".join([*lines, "", f"{versions}; {_cell(environment(records)['cpu'])}.", ""])
+
+
+def _cell(text: str) -> str:
+    """Text that is nothing but text in a table of Markdown."""
+    for sign in "\\|<>`*_[]":
+        text = text.replace(sign, f"\\{sign}") if not text.startswith("**") else text
+    return " ".join(text.split())

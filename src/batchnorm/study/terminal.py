@@ -1,88 +1,172 @@
-"""The whole study as one command: a progress bar, two tables, two files."""
+"""The whole study as one command: two progress bars, a table, and the files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from batchnorm.study import data, output, report
-from batchnorm.study.claims import CLAIMS, Finding, judge
-from batchnorm.study.experiments import NETWORKS, Records, Settings, plan, record, run_all
-from batchnorm.study.figures import NAMES
+from batchnorm.study import data, networks, output, report
+from batchnorm.study.claims import Finding, facts, judge
+from batchnorm.study.experiments import Experiment, chosen
+from batchnorm.study.runner import Store, first, perform_all, together
+from batchnorm.study.settings import Settings
+from batchnorm.study.tasks import Records, Run, Setup, Task
 
 __all__ = ["study"]
 
-RESULTS, REPORT = "results.json", "report.html"
+RESULTS, REPORT, MARKDOWN, TABLE, RUNS = "results.json", "report.html", "report.md", "runs.csv", "runs.jsonl"
 
 STYLES = {"supported": "green", "not supported": "yellow", "contradicted": "red", "undecided": "cyan"}
 
 
-def study(settings: Settings, folder: Path, source: Path | None = None) -> None:
-    """Train, judge, print and write.
+def study(
+    settings: Settings,
+    folder: Path,
+    source: Path | None = None,
+    claims: list[str] | None = None,
+    resume: bool = False,
+) -> None:
+    """Train, judge, print and write. What is done is kept at once, in `runs.jsonl`.
 
     Args:
         settings: How to train.
-        folder: Where `results.json` and `report.html` go.
+        folder: Where the files go.
         source: The images; scikit-learn's digits if None.
+        claims: Which claims or sections to check; all if None or empty.
+        resume: Whether to keep what an earlier study has left in `folder`, and do only the rest.
 
     Raises:
-        InputError: If the images or the folder are of no use. Nothing has been trained or written then.
+        InputError: If the images, the network, the claims or the folder are of no use. Then nothing has been trained or
+            written; or if writing fails, then what is done is kept.
+        KeyboardInterrupt: If it is interrupted. Its message says what is kept.
     """
-    output.check_writable(folder, (RESULTS, REPORT))
-    records = _train(data.load(source), settings)
-    findings = [judge(claim, records) for claim in CLAIMS]
+    experiments, judged = chosen(claims or [])
+    output.check_writable(folder, (RESULTS, REPORT, MARKDOWN, TABLE, RUNS))
+    setup = Setup(settings, data.load(source))
+    networks.check(settings.model, setup.dataset.shape, setup.dataset.classes)
+    with together() as world:
+        records = _records(setup, experiments, source, Store(folder / RUNS, setup.dataset, world), resume)
+        if records is None:
+            return
+    findings = [judge(claim, records) for claim in judged]
     console = Console()
-    console.print(_comparison(records, findings), _verdicts(findings), sep="\n")
-    results = report.to_json(report.results(records, findings))
-    output.write(folder, {RESULTS: results, REPORT: report.page(records, findings)})
-    console.print(f"Written: {folder / REPORT} and {folder / RESULTS}", markup=False, highlight=False, soft_wrap=True)
+    console.print(_verdicts(records, findings))
+    output.write(
+        folder,
+        {
+            RESULTS: report.to_json(report.results(records, findings)),
+            TABLE: report.table(records),
+            MARKDOWN: report.markdown(records, experiments, findings),
+            REPORT: report.page(records, experiments, findings),
+        },
+    )
+    names = f"{folder / REPORT}, {MARKDOWN}, {RESULTS} and {TABLE}"
+    console.print(f"Written: {names}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _train(dataset: data.Dataset, settings: Settings) -> Records:
-    """Train everything, with a bar that counts networks. It is silent where nobody watches."""
+def _records(
+    setup: Setup, experiments: list[Experiment], source: Path | None, store: Store, resume: bool
+) -> Records | None:
+    """Everything that the experiments need, done or kept from before. None in a process that only helps."""
+    needed = {experiment.title: setup.seeded(experiment.tasks(setup)) for experiment in experiments}
+    every = list(dict.fromkeys(task for tasks in needed.values() for task in tasks))
+    if not first():
+        for _ in perform_all(source, _told([])):
+            pass
+        return None
+    kept = store.load() if resume else {}
+    runs = {task: run for task, run in kept.items() if task in set(every)}
+    todo = _told([task for task in every if task not in runs])
+    try:
+        with store.open(kept), _progress(setup, needed, runs) as advance:
+            for run in perform_all(source, todo):
+                store.add(run)
+                runs[run.task] = run
+                advance(run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; {len(runs)} of {len(every)} runs are kept, and the same command with --resume goes on."
+        ) from None
+    return Records(setup, {task: runs[task] for task in every})
+
+
+def _told(tasks: list[Task]) -> list[Task]:
+    """What the first process has to do, in all processes that were started together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tasks
+    told: list[Any] = [tasks]
+    dist.broadcast_object_list(told)
+    return told[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]) -> Iterator[Any]:
+    """One bar for the whole and one for the present experiment, silent where nobody watches.
+
+    Bars and the time left go by what tasks cost, not by how many there are.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[done]}/{task.fields[all]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    runs = []
+    every = {task for tasks in needed.values() for task in tasks}
+
+    def shown(tasks: Any) -> dict[str, Any]:
+        done = [task for task in tasks if task in runs]
+        costs = {"completed": sum(task.cost for task in done), "total": sum(task.cost for task in tasks)}
+        return {**costs, "done": len(done), "all": len(tasks)}
+
+    def present() -> dict[str, Any]:
+        """Of the first experiment that is not done."""
+        for title, tasks in needed.items():
+            if any(task not in runs for task in tasks):
+                return {"description": title, **shown(tasks)}
+        return {}
+
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(f"training on {escape(dataset.name)}", total=len(plan(settings)))
-        for run in run_all(dataset, settings):
-            runs.append(run)
-            progress.advance(task)
-    return record(dataset, settings, runs)
+        whole = progress.add_task(f"the study, on {escape(setup.dataset.name)}", **shown(every))
+        part = progress.add_task(**{"description": "", **shown(every), **present()})
+
+        def advance(run: Run) -> None:
+            progress.update(whole, **shown(every))
+            if (now := present()) and progress.tasks[part].description != now["description"]:
+                progress.reset(part, **now)
+            else:
+                progress.update(part, **now)
+
+        yield advance
 
 
-def _comparison(records: Records, findings: list[Finding]) -> Table:
-    """What was measured of either network."""
-    settings = records.settings
+def _verdicts(records: Records, findings: list[Finding]) -> Table:
+    """What is claimed, what was measured, and what follows."""
+    settings, known = records.settings, facts(records)
+    seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
     table = Table(
-        title=f"{escape(records.dataset.name)}; epochs: {settings.epochs}; median over seeds: {settings.seeds}",
+        title=f"{escape(records.setup.dataset.name)}; {escape(known['model'])}; {known['epochs']}, {seeds}",
         title_justify="left",
+        show_lines=True,
     )
-    table.add_column("")
-    for network in NETWORKS:
-        table.add_column(NAMES[network], justify="right")
-    for finding in findings:
-        heading = report.quantity(finding.claim, records)
-        table.add_row(heading, *(report.compared(finding, network) for network in NETWORKS))
-    return table
-
-
-def _verdicts(findings: list[Finding]) -> Table:
-    """What follows from it."""
-    table = Table(title="What is claimed, and what was found", title_justify="left", show_lines=True)
-    for heading in ("claim", "effect", "95% interval", "verdict"):
+    for heading in ("claim", "measured, medians", "effect", "95% interval", "verdict"):
         table.add_column(heading)
     for finding in findings:
-        style = STYLES[finding.verdict]
-        verdict = f"[{style}]{finding.verdict}[/{style}]"
-        table.add_row(finding.claim.statement, report.effect(finding), report.interval(finding), verdict)
+        claim, style = finding.claim, STYLES[finding.verdict]
+        numbers = f"{report.compared(claim, finding.without)} → {report.compared(claim, finding.with_)}"
+        table.add_row(
+            claim.statement,
+            f"{escape(claim.quantity.format(**known))}: {numbers}",
+            report.effect(finding),
+            report.interval(finding),
+            f"[{style}]{finding.verdict}[/{style}]",
+        )
     return table

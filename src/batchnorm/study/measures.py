@@ -1,0 +1,251 @@
+"""What is recorded of a task, besides how the training went: one function for every `Task.measure`."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.study.data import Dataset, load
+from batchnorm.study.networks import build, deep, linear_layers, swap
+from batchnorm.study.tasks import Measure, Run, Task
+from batchnorm.study.training import Trainee, moments_of, reproducible, right, train
+from batchnorm.torch import calibrate, fold
+
+__all__ = ["COUNTS", "PERCENTILES", "perform", "watched"]
+
+PERCENTILES = (15, 50, 85)
+COUNTS = (32, 100, 320, 1000)
+"""From how many images precise statistics are taken."""
+
+WATCHED: dict[Measure, int] = {"percentiles": 40, "gradient change": 10, "statistics": 8}
+"""At how many moments of the training each measure looks."""
+
+HELD = 512
+"""How many images the percentiles are of, and the gradients at initialization."""
+
+
+@lru_cache(maxsize=1)
+def _dataset(source: Path | None) -> Dataset:
+    return load(source)
+
+
+def perform(source: Path | None, task: Task) -> Run:
+    """Do a task, on the images at `source`. Every process reads them once."""
+    return MEASURES[task.measure](_dataset(source), task)
+
+
+def watched(task: Task) -> list[int]:
+    """The steps at which a measure looks at the training."""
+    return moments_of(task.steps, WATCHED[task.measure])
+
+
+# --- Percentiles of what goes into a sigmoid --------------------------------------------------------------------------
+
+
+def percentiles(dataset: Dataset, task: Task) -> Run:
+    """Of the last hidden layer's inputs: percentiles over images, for a typical unit, and how far they move.
+
+    `movement` is the way that a unit's three percentiles go, on average, during the training, in units of the distance
+    between the outer two at its end; the median of all units. The typical unit is the one that has it. A network that
+    normalizes does so with the statistics of the images looked at, as in training.
+    """
+    seen: list[Tensor] = []
+
+    def look(trainee: Trainee, step: int) -> None:
+        images = trainee.images[:HELD]
+        with torch.no_grad():
+            inputs = _inputs_of_last_activation(trainee.model, images)
+        seen.append(torch.quantile(inputs.double(), torch.tensor(PERCENTILES, dtype=torch.float64) / 100, dim=0))
+
+    run = train(dataset, task, after=look, watched=tuple(watched(task)))
+    if run.finite:
+        paths = torch.stack(seen)  # moments, percentiles, units
+        way = paths.diff(dim=0).abs().sum(0).mean(0)
+        movement = (way / (paths[-1, -1] - paths[-1, 0])).nan_to_num(torch.inf)
+        middle = movement.argsort()[len(movement) // 2]
+        run.values["movement"] = movement[middle].item() if movement[middle].isfinite() else None
+        run.values["percentiles"] = [[round(value, 5) for value in curve] for curve in paths[:, :, middle].T.tolist()]
+    return run
+
+
+def _inputs_of_last_activation(model: nn.Module, images: Tensor) -> Tensor:
+    """In training, with no change to the buffers."""
+    caught: list[Tensor] = []
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Sigmoid)][-1]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with last.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0])):
+        model(images)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return caught[0]
+
+
+# --- How much a layer's gradient changes as the layers below it learn -------------------------------------------------
+
+
+def gradient_change(dataset: Dataset, task: Task) -> Run:
+    """How much a step of the layers below changes a layer's gradient, relative to it.
+
+    `change`, at every moment: with `G` the gradient of a layer's weights, and `G'` that on the same batch after the
+    layers below have made their step, `|G - G'| / |G|`, the mean over all layers but the first.
+
+    Source: Santurkar et al. 2018, definition 2.1.
+    """
+    kept: list[nn.Module] = []
+
+    def keep(trainee: Trainee, step: int) -> None:
+        kept[:] = [copy.deepcopy(trainee.model)]
+
+    def compare(trainee: Trainee, step: int) -> None:
+        old, new = kept[0], copy.deepcopy(trainee.model)
+        images, labels = trainee.images[trainee.batch], trainee.labels[trainee.batch]
+        changes = _changes(old, new, images, labels, task.seed)
+        trainee.values.setdefault("change", []).append(round(statistics.fmean(changes), 6))
+
+    moments = tuple(watched(task))
+    return train(dataset, task, before=keep, after=compare, watched=moments)
+
+
+def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, seed: int) -> list[float]:
+    """For each linear layer but the first. The parameters below it are those that come before its own."""
+    gradients = _gradients(old, images, labels, seed)
+    names = [name for name, _ in old.named_parameters()]
+    weights = [_weight_name(old, layer) for layer in linear_layers(old)]
+    learned = dict(new.named_parameters())
+    mixed = copy.deepcopy(old)
+    changes = []
+    done = 0
+    for weight in weights[1:]:
+        with torch.no_grad():
+            for name in names[done : names.index(weight)]:
+                mixed.get_parameter(name).copy_(learned[name])
+        done = names.index(weight)
+        before, after = gradients[weight], _gradients(mixed, images, labels, seed)[weight]
+        changes.append(((before - after).norm() / before.norm().clamp_min(1e-30)).item())
+    return changes
+
+
+def _weight_name(model: nn.Module, layer: nn.Module) -> str:
+    return next(name for name, parameter in model.named_parameters() if parameter is layer.weight)
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+    """Noise is the same every time. The running statistics of these copies are used by nobody."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        loss = cross_entropy(model(images), labels)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+# --- Gradients of deep networks at initialization ---------------------------------------------------------------------
+
+
+def gradient_norms(dataset: Dataset, task: Task) -> Run:
+    """At initialization, for every depth, the norm of each layer's gradient, relative to that of the last.
+
+    `norms`: for every depth as many numbers as there are layers; `decades`: the logarithm to base 10 of the first
+    layer's. In float64: in float32 what vanishes would be lost.
+    """
+    values: dict[str, Any] = {"norms": [], "decades": []}
+    with reproducible(task.seed):
+        chosen = torch.randperm(len(dataset.train.labels))[:HELD].numpy()
+        images = torch.tensor(dataset.train.images[chosen], dtype=torch.float64)
+        labels = torch.tensor(dataset.train.labels[chosen])
+        images = images - images.mean(0)
+        for depth in task.depths:
+            model = deep(images.shape[1:], dataset.classes, depth, task.activation)
+            model = swap(model, task.variant, images, dataset.classes).double()
+            cross_entropy(model(images), labels).backward()
+            norms = torch.stack([layer.weight.grad.norm() for layer in linear_layers(model)[:-1]])
+            relative = (norms / norms[-1]).log10()
+            values["norms"].append([round(value, 4) for value in relative.tolist()])
+            values["decades"].append(values["norms"][-1][0])
+    return Run(task, bool(np.isfinite(values["decades"]).all()), values)
+
+
+# --- Statistics for evaluation ----------------------------------------------------------------------------------------
+
+
+def statistics_for_evaluation(dataset: Dataset, task: Task) -> Run:
+    """Test accuracy at several moments with running statistics, `ema`, and with `precise` ones of so many images."""
+    test_images = torch.tensor(dataset.test.images).reshape(-1, *dataset.shape)
+    test_labels = torch.tensor(dataset.test.labels)
+
+    def accuracy(model: nn.Module) -> float:
+        return round(right(model, test_images, test_labels).double().mean().item(), 6)
+
+    def look(trainee: Trainee, step: int) -> None:
+        values = trainee.values
+        values.setdefault("ema", []).append(accuracy(trainee.model))
+        precise = values.setdefault("precise", [[] for _ in COUNTS])
+        for count, curve in zip(COUNTS, precise, strict=True):
+            model = copy.deepcopy(trainee.model)
+            calibrate(model, trainee.images[:count].split(256), progress=False)
+            curve.append(accuracy(model))
+
+    return train(dataset, task, after=look, watched=tuple(watched(task)))
+
+
+# --- What it costs at inference ---------------------------------------------------------------------------------------
+
+ROUNDS, LATENCY_BATCH = 60, 64
+
+
+def latency(dataset: Dataset, task: Task) -> Run:
+    """Milliseconds for a batch of 64 images, of the network without normalization, with it, and with it folded away.
+
+    The medians of many rounds in which the three take turns, on one thread. `difference` is how far the outputs of the
+    folded network are from those of the other, relative to the largest.
+    """
+    with reproducible(task.seed), torch.no_grad():
+        images = torch.tensor(dataset.train.images).reshape(-1, *dataset.shape)
+        batch = images[:LATENCY_BATCH]
+        model = build(task.model, dataset.shape, dataset.classes)
+        calibrate(model, images[:1024].split(256), progress=False)
+        folded = fold(model.eval(), batch).model
+        bare = swap(copy.deepcopy(model), "identity", images, dataset.classes).eval()
+        for layer in linear_layers(bare):  # as one would write it without normalization
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
+        want, got = model(batch), folded(batch)
+        models = {"without": bare, "with": model, "folded": folded}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for round_ in range(ROUNDS + 5):
+            for name, candidate in models.items():
+                start = time.perf_counter()
+                for _ in range(5):
+                    candidate(batch)
+                if round_ >= 5:
+                    times[name].append((time.perf_counter() - start) * 200)
+        values: dict[str, Any] = {name: round(statistics.median(taken), 6) for name, taken in times.items()}
+        values["difference"] = ((want - got).abs().max() / want.abs().max()).item()
+        values["left"] = sum(isinstance(layer, _BatchNorm) for layer in folded.modules())
+    return Run(task, True, values)
+
+
+# --- All of them ------------------------------------------------------------------------------------------------------
+
+
+def training(dataset: Dataset, task: Task) -> Run:
+    """Nothing but the training."""
+    return train(dataset, task)
+
+
+MEASURES: dict[Measure, Callable[[Dataset, Task], Run]] = {
+    "training": training,
+    "percentiles": percentiles,
+    "gradient change": gradient_change,
+    "statistics": statistics_for_evaluation,
+    "gradient norms": gradient_norms,
+    "latency": latency,
+}

@@ -1,0 +1,314 @@
+"""The networks of the study, and what is put in the place of their batch normalization.
+
+A network is built with batch normalization, by a function of the study or of the user. `swap` makes of it the network
+that a comparison needs. It draws no random numbers, so that all variants of a seed start from the same weights.
+"""
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import weight_norm
+
+from batchnorm.errors import InputError
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, GhostStatistics, Renorm, Standardize, Statistics, convert
+
+__all__ = ["GHOST", "VARIANTS", "Noise", "build", "deep", "linear_layers", "scale", "swap"]
+
+Shape = tuple[int, ...]
+
+WIDTH = 64
+DROPOUT = 0.3
+CHANNELS_PER_GROUP = 16
+GHOST = 8
+"""Samples per group of ghost batch normalization."""
+
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+
+
+def mlp(shape: Shape, classes: int) -> nn.Module:
+    """`inputs -> 64 -> BN -> ReLU -> 64 -> BN -> ReLU -> classes`: the network of the introductions."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(shape), WIDTH, bias=False),
+        BatchNorm1d(WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH, bias=False),
+        BatchNorm1d(WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, classes),
+    )
+
+
+def cnn(shape: Shape, classes: int) -> nn.Module:
+    """Two convolutions, each with BN and ReLU, averaged over positions."""
+    return nn.Sequential(
+        nn.Conv2d(_channels(shape, "cnn"), 16, 3, padding=1, bias=False),
+        BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
+        BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4, classes),
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+def resnet(shape: Shape, classes: int) -> nn.Module:
+    """A convolution and three residual blocks (He et al. 2016)."""
+    return nn.Sequential(
+        nn.Conv2d(_channels(shape, "resnet"), 16, 3, padding=1, bias=False),
+        BatchNorm2d(16),
+        nn.ReLU(),
+        _Residual(16, 16, 1),
+        _Residual(16, 32, 2),
+        _Residual(32, 32, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, classes),
+    )
+
+
+def paper(shape: Shape, classes: int) -> nn.Module:
+    """Three layers of 100 sigmoid units, with small Gaussian weights (Ioffe & Szegedy 2015, section 4.1)."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs in (math.prod(shape), 100, 100):
+        layers += [nn.Linear(inputs, 100, bias=False), BatchNorm1d(100), nn.Sigmoid()]
+    model = nn.Sequential(*layers, nn.Linear(100, classes))
+    for layer in linear_layers(model):
+        nn.init.normal_(layer.weight, std=0.1)
+    return model
+
+
+def deep(shape: Shape, classes: int, depth: int, activation: str) -> nn.Module:
+    """`depth` layers of 64 units, initialized as their activation wants it (He et al. 2015, Glorot & Bengio 2010)."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for number in range(depth):
+        linear = nn.Linear(WIDTH if number else math.prod(shape), WIDTH, bias=False)
+        if activation == "relu":
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        else:
+            nn.init.xavier_normal_(linear.weight)
+        layers += [linear, BatchNorm1d(WIDTH), nn.ReLU() if activation == "relu" else nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, classes))
+
+
+NETWORKS: dict[str, Callable[[Shape, int], nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "paper": paper}
+
+
+def _channels(shape: Shape, name: str) -> int:
+    if len(shape) != 3:
+        raise InputError(
+            f"the network {name} needs images of shape (channels, height, width), and the data are of shape {shape}; "
+            "choose --model mlp."
+        )
+    return shape[0]
+
+
+# --- The user's own ---------------------------------------------------------------------------------------------------
+
+
+def build(name: str, shape: Shape, classes: int) -> nn.Module:
+    """A network with batch normalization, its weights from torch's global generator.
+
+    Args:
+        name: One of `NETWORKS`, or `MODULE:FACTORY`. A factory is called with what it has parameters for: `shape` (of
+            one image), `inputs` (how many numbers that is), `classes`.
+        shape: Of one image: `(C, H, W)`, or `(inputs,)`.
+        classes: How many scores the network gives.
+
+    Raises:
+        InputError: If there is no such network, it fails, or it is of no use here.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name](shape, classes)
+    model = _made(name, {"shape": shape, "inputs": math.prod(shape), "classes": classes})
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    if not layers:
+        raise InputError(f"{name} gives a network without batch normalization, so there is nothing to compare.")
+    if any(getattr(layer, "activation", None) is not None for layer in layers):
+        raise InputError(
+            f"{name} gives a network whose normalizations have activations in them, which would go with them; "
+            "give it without `activation=` and before `convert`."
+        )
+    return model
+
+
+def _made(name: str, offered: dict[str, Any]) -> nn.Module:
+    module, separator, factory = name.partition(":")
+    if not (separator and module and factory):
+        raise InputError(f"there is no network {name!r}; choose {', '.join(NETWORKS)}, or MODULE:FACTORY of your own.")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        make = getattr(importlib.import_module(module), factory)
+        taken = inspect.signature(make).parameters
+        model = make(**{key: value for key, value in offered.items() if key in taken})
+    except Exception as error:
+        raise InputError(f"{name} failed with {type(error).__name__}: {_one_line(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} gives a {type(model).__name__} and not a torch.nn.Module.")
+    return model
+
+
+def check(name: str, shape: Shape, classes: int) -> None:
+    """See, before hours of training, that a network of the user's can be made and takes the images.
+
+    Raises:
+        InputError: If not.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build(name, shape, classes)
+        try:
+            scores = model(torch.randn(4, *shape))
+        except Exception as error:
+            raise InputError(
+                f"{name} failed on images of shape {(4, *shape)} with {type(error).__name__}: {_one_line(error)}."
+            ) from error
+    if not (isinstance(scores, Tensor) and scores.shape == (4, classes)):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"{name} gives {got} for 4 images, where scores of shape {(4, classes)} are needed.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+# --- What takes the place of batch normalization ----------------------------------------------------------------------
+
+
+class _Bias(nn.Module):
+    """What is left of batch normalization without the normalizing: a learned number per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.view(-1, *[1] * (x.dim() - 2))
+
+
+class Noise(nn.Module):
+    """In training, noise of another mean and another spread for every channel in every step.
+
+    `y = x * (1 + u) + v`, with `u` and `v` normal for every sample around means and with spreads that are drawn anew
+    for the channel.
+
+    Source: Santurkar et al. 2018, section 2.2 and appendix A.
+    """
+
+    MEAN, SPREAD = 0.5, 0.25
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The noisy `x`."""
+        if not self.training:
+            return x
+
+        def noise() -> Tensor:
+            channel = (1, x.shape[1], *[1] * (x.dim() - 2))
+            mean = self.MEAN * (2 * torch.rand(channel) - 1)
+            spread = self.SPREAD * torch.rand(channel)
+            return mean + spread * torch.randn(x.shape[:2] + channel[2:])
+
+        return x * (1 + noise()) + noise()
+
+
+def _groups(channels: int) -> int:
+    """As many groups as leave `CHANNELS_PER_GROUP` channels, or somewhat more, to each."""
+    return next(groups for groups in range(max(1, channels // CHANNELS_PER_GROUP), 0, -1) if channels % groups == 0)
+
+
+Replace = Callable[[Any], nn.Module]
+
+REPLACED: dict[str, Replace] = {
+    "plain": lambda layer: _Bias(layer.num_features),
+    "identity": lambda layer: nn.Identity(),
+    "dropout": lambda layer: nn.Sequential(_Bias(layer.num_features), nn.Dropout(DROPOUT)),
+    "batch_norm+dropout": lambda layer: nn.Sequential(layer, nn.Dropout(DROPOUT)),
+    "noisy_batch_norm": lambda layer: nn.Sequential(layer, Noise()),
+    "layer_norm": lambda layer: nn.GroupNorm(1, layer.num_features, layer.eps),
+    "group_norm": lambda layer: nn.GroupNorm(_groups(layer.num_features), layer.num_features, layer.eps),
+}
+STATISTICS: dict[str, Statistics] = {"renorm": Renorm(warmup_steps=100), "ghost": GhostStatistics(GHOST)}
+
+VARIANTS: dict[str, str] = {
+    "plain": "without",
+    "batch_norm": "batch normalization",
+    "identity": "nothing, not even a bias",
+    "dropout": "dropout",
+    "batch_norm+dropout": "batch normalization and dropout",
+    "noisy_batch_norm": "batch normalization, then noise",
+    "layer_norm": "layer normalization",
+    "group_norm": "group normalization",
+    "renorm": "batch renormalization",
+    "ghost": f"ghost batches of {GHOST}",
+    "weight_norm": "weight normalization",
+    "input_norm": "input normalization only",
+    "output_norm": "output normalization only",
+}
+"""What a network may have, with the name that people read."""
+
+
+def swap(model: nn.Module, variant: str, images: Tensor, classes: int) -> nn.Module:
+    """The network with another normalization; `model` is used up.
+
+    Args:
+        model: With batch normalization.
+        variant: One of `VARIANTS`.
+        images: `(N, ...)`, all training images: input normalization takes its statistics from them.
+        classes: How many outputs the network has.
+    """
+    if variant == "batch_norm":
+        return model
+    if variant in STATISTICS:
+        return convert(model, fuse=False, statistics=STATISTICS[variant])
+    replace = REPLACED.get(variant, REPLACED["plain"])
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, _BatchNorm):
+                setattr(parent, name, replace(layer))
+    if variant == "weight_norm":
+        for layer in linear_layers(model):
+            weight_norm(layer)
+    if variant == "input_norm":
+        return nn.Sequential(Standardize(images.shape[1]).fit(images), model)
+    if variant == "output_norm":
+        return nn.Sequential(model, BatchNorm1d(classes))
+    return model
+
+
+def linear_layers(model: nn.Module) -> list[Any]:
+    """The linear and convolutional layers, in the order of the model's modules."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [layer for layer in model.modules() if isinstance(layer, kinds)]
+
+
+def scale(model: nn.Module, gain: float) -> None:
+    """Multiply the weights of all linear and convolutional layers, in place."""
+    with torch.no_grad():
+        for layer in linear_layers(model):
+            layer.weight.mul_(gain)

@@ -1,0 +1,129 @@
+"""How much the study trains: three sizes, and what a user may set."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from batchnorm.errors import InputError
+
+__all__ = ["RATES", "SAME_RATE", "SIZES", "Level", "Settings", "Size"]
+
+Level = Literal["quick", "default", "full"]
+
+RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 1) for digit in (1, 2, 5))[2:-1]
+"""The learning rates, three per decade, from where Adam crawls to where nothing is expected to train."""
+
+SAME_RATE = 1e-3
+"""The learning rate at which networks are compared as they are: Adam's default, which introductions use."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the levels differ in.
+
+    Attributes:
+        seeds: How many times everything is repeated.
+        epochs: Passes through the training images.
+        rates: The learning rates of the main comparison; all have `SAME_RATE`.
+        few_rates: Those among which each alternative to batch normalization has its best.
+        gains: What initial weights are multiplied by: evenly spaced in the logarithm.
+        depths: Of the networks in which gradients are measured.
+        batch_sizes: Of the comparison of batch sizes; all have 2, 4 and 32.
+        paper_steps: How long the paper's network trains; in the paper 50,000.
+    """
+
+    seeds: int
+    epochs: int
+    rates: tuple[float, ...]
+    few_rates: tuple[float, ...]
+    gains: tuple[float, ...]
+    depths: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    paper_steps: int
+
+
+SIZES: dict[Level, Size] = {
+    "quick": Size(
+        seeds=5,
+        epochs=4,
+        rates=RATES[1::2],
+        few_rates=(0.005, 0.02),
+        gains=(0.01, 0.1, 1.0, 10.0, 100.0),
+        depths=(2, 10, 50),
+        batch_sizes=(2, 4, 32),
+        paper_steps=600,
+    ),
+    "default": Size(
+        seeds=6,
+        epochs=6,
+        rates=RATES,
+        few_rates=(0.002, 0.005, 0.01, 0.02),
+        gains=(0.01, 0.1**1.5, 0.1, 0.1**0.5, 1.0, 10**0.5, 10.0, 10**1.5, 100.0),
+        depths=(2, 5, 10, 20, 50),
+        batch_sizes=(2, 4, 8, 32, 128),
+        paper_steps=1000,
+    ),
+    "full": Size(
+        seeds=12,
+        epochs=15,
+        rates=RATES,
+        few_rates=RATES[1:8],
+        gains=tuple(10 ** (power / 4) for power in range(-8, 9)),
+        depths=(2, 3, 5, 10, 20, 30, 40, 50),
+        batch_sizes=(2, 4, 8, 16, 32, 64, 128, 256),
+        paper_steps=10_000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        level: The size of everything that has no setting of its own.
+        seeds: How many times to repeat everything, with other weights and another order of the batches; the level's
+            number if None.
+        epochs: How often a run goes through the training images; the level's number if None.
+        batch_size: In images.
+        target: The accuracy, from 0 to 1, that the study counts the steps to.
+        model: `mlp`, `cnn`, `resnet`, or `MODULE:FACTORY`.
+        base_seed: Another number is another study: other weights, other orders.
+        paper_steps: Steps of the paper's network; the level's number if None.
+
+    Raises:
+        InputError: If a number is out of its range.
+    """
+
+    level: Level = "default"
+    seeds: int | None = None
+    epochs: int | None = None
+    batch_size: int = 32
+    target: float = 0.95
+    model: str = "mlp"
+    base_seed: int = 0
+    paper_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "paper_steps"):
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, getattr(self.size, name))
+            elif value < 1:
+                raise InputError(f"{name.replace('_', ' ')} must be 1 or more, got {value}.")
+        if self.batch_size < 2:
+            raise InputError(f"batch size must be 2 or more for a batch to have a variance, got {self.batch_size}.")
+        if not 0 < self.target < 1:
+            raise InputError(f"target must be an accuracy between 0 and 1, got {self.target}.")
+        if self.base_seed < 0:
+            raise InputError(f"base seed must be 0 or more, got {self.base_seed}.")
+
+    @property
+    def size(self) -> Size:
+        """All that the level decides."""
+        return SIZES[self.level]
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds; those of another base seed are all others."""
+        assert self.seeds is not None
+        return range(1000 * self.base_seed, 1000 * self.base_seed + self.seeds)

@@ -1,0 +1,132 @@
+"""What is trained or measured: a task, its run, and the records of all of them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from batchnorm.errors import InputError
+from batchnorm.study.data import Dataset
+from batchnorm.study.settings import Settings
+
+__all__ = ["Measure", "Records", "Run", "Setup", "Task"]
+
+Measure = Literal["training", "percentiles", "gradient change", "statistics", "gradient norms", "latency"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do. On the same images the same task gives the same run, except for times.
+
+    Attributes:
+        measure: What is recorded; see `measures`.
+        model: `mlp`, `cnn`, `resnet`, `paper`, `deep`, or `MODULE:FACTORY`.
+        variant: What its normalization is; see `networks.VARIANTS`.
+        rate: The optimizer's learning rate.
+        seed: Of the weights and of the order of the batches.
+        steps: Of the optimizer.
+        batch_size: In images.
+        optimizer: Adam, or plain stochastic gradient descent.
+        gain: What the initial weights are multiplied by.
+        images: How many of the training images are used; 0 for all.
+        activation: Of the deep network.
+        depths: Of the deep network.
+    """
+
+    measure: Measure = "training"
+    model: str = "mlp"
+    variant: str = "batch_norm"
+    rate: float = 1e-3
+    seed: int = 0
+    steps: int = 0
+    batch_size: int = 32
+    optimizer: Literal["adam", "sgd"] = "adam"
+    gain: float = 1.0
+    images: int = 0
+    activation: str = ""
+    depths: tuple[int, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether an optimizer takes steps."""
+        return self.steps > 0
+
+    @property
+    def cost(self) -> float:
+        """About how long it takes, in steps of training."""
+        extra = {"percentiles": 100, "gradient change": 300, "statistics": 100, "gradient norms": 300, "latency": 1500}
+        return 20 + self.steps + extra.get(self.measure, 0)
+
+    def said(self) -> dict[str, Any]:
+        """Its fields, as JSON has them."""
+        return {**asdict(self), "depths": list(self.depths)}
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> "Task":
+        """The task with these fields."""
+        return cls(**{**said, "depths": tuple(said["depths"])})
+
+
+class Run(NamedTuple):
+    """A task that was done.
+
+    Attributes:
+        task: The task.
+        finite: Whether the loss stayed finite. If it did not, the run ended there and its curves are shorter.
+        values: What was recorded, by name: numbers, or lists of them.
+    """
+
+    task: Task
+    finite: bool
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a study is of: how to train, on what."""
+
+    settings: Settings
+    dataset: Dataset
+
+    def __post_init__(self) -> None:
+        images = len(self.dataset.train.labels)
+        if images < self.settings.batch_size:
+            raise InputError(
+                f"{self.dataset.name} has {images} images to train on, fewer than one batch of "
+                f"{self.settings.batch_size}; choose a smaller batch size."
+            )
+
+    def steps(self, batch_size: int = 0, epochs: float = 0) -> int:
+        """Steps in so many epochs of whole batches; the settings' own if not said."""
+        assert self.settings.epochs is not None
+        batches = len(self.dataset.train.labels) // (batch_size or self.settings.batch_size)
+        return max(1, round(batches * (epochs or self.settings.epochs)))
+
+    def task(self, variant: str, rate: float, **more: Any) -> Task:
+        """A run of the study's own model, for as long as the settings say, unless `more` says otherwise."""
+        usual: dict[str, Any] = {
+            "model": self.settings.model,
+            "steps": self.steps(),
+            "batch_size": self.settings.batch_size,
+        }
+        return Task(variant=variant, rate=rate, **{**usual, **more})
+
+    def seeded(self, tasks: list[Task]) -> list[Task]:
+        """Each of the tasks with every seed, by seed, so that the time left can be told from the time past."""
+        return [replace(task, seed=seed) for seed in self.settings.all_seeds for task in tasks]
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All that the study knows when everything is done."""
+
+    setup: Setup
+    runs: dict[Task, Run]
+
+    @property
+    def settings(self) -> Settings:
+        """How it was trained."""
+        return self.setup.settings
+
+    def of(self, task: Task) -> list[Run]:
+        """The runs of a task, one for every seed of the study."""
+        return [self.runs[replace(task, seed=seed)] for seed in self.settings.all_seeds]

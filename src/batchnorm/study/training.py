@@ -1,0 +1,216 @@
+"""Train a network and record what happens.
+
+Networks of a seed start from the same weights and see the same batches in the same order, whatever their variant. A
+learning rate is chosen on validation images, and what is reported is measured on test images. Nothing is judged here.
+
+Where processes train together (`torchrun`), each takes its share of every batch, gradients are averaged, and the
+statistics of batch normalization are those of the whole batch: the run is that of one process, but for rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from batchnorm.study.data import Dataset, Part
+from batchnorm.study.networks import GHOST, build, scale, swap
+from batchnorm.study.tasks import Run, Task
+from batchnorm.torch import GhostStatistics, Renorm, Statistics, SyncStatistics, convert
+
+__all__ = ["Trainee", "checks", "moments_of", "reproducible", "right", "train"]
+
+CHECKS = 60
+"""How many times, about, a run is evaluated. They are spaced evenly in the logarithm of the step, so that a ratio of
+steps is known equally well whatever the number of steps."""
+
+Observe = Callable[["Trainee", int], None]
+"""Called after a step, with its number: what a measure looks at besides the curves."""
+
+
+@dataclass
+class Trainee:
+    """A network in training, and all that an observer may look at.
+
+    Attributes:
+        model: The network.
+        optimizer: Its optimizer.
+        dataset: What it learns.
+        images, labels: The training images and labels, as tensors.
+        values: What is recorded.
+        batch: The indices of the present batch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: Dataset
+    images: Tensor
+    labels: Tensor
+    values: dict[str, Any]
+    batch: Tensor
+
+
+def checks(steps: int) -> list[int]:
+    """The steps after which a run is evaluated, up to the last."""
+    return sorted({round(step) for step in np.geomspace(1, steps, CHECKS).tolist()})
+
+
+def moments_of(steps: int, count: int) -> list[int]:
+    """About `count` steps, evenly spaced, up to the last."""
+    return sorted({max(1, round(step)) for step in np.linspace(1, steps, count).tolist()})
+
+
+def train(
+    dataset: Dataset,
+    task: Task,
+    before: Observe | None = None,
+    after: Observe | None = None,
+    watched: tuple[int, ...] = (),
+) -> Run:
+    """Train one network once. The same arguments give the same run.
+
+    Args:
+        dataset: The images.
+        task: What to train.
+        before: Called before each step of `watched`.
+        after: Called after it.
+        watched: Steps.
+
+    Returns:
+        The run: at every check its `loss` (the mean cross-entropy of the batch of that step, in nats) and its accuracy,
+        from 0 to 1, on `validation` and `test` images; at the end that on all `train`ing images it used.
+    """
+    with reproducible(task.seed):
+        images, labels = _tensors(dataset.train, dataset.shape, task.images)
+        model = swap(build(task.model, dataset.shape, dataset.classes), task.variant, images, dataset.classes)
+        scale(model, task.gain)
+        values: dict[str, Any] = {"loss": [], "validation": [], "test": [], "train": 0.0}
+        optimizer = _optimizer(model, task)
+        trainee = Trainee(model, optimizer, dataset, images, labels, values, torch.empty(0))
+        return Run(task, _train(trainee, task, before, after, watched), values)
+
+
+def _train(
+    trainee: Trainee, task: Task, before: Observe | None, after: Observe | None, watched: tuple[int, ...]
+) -> bool:
+    """Whether the loss stayed finite."""
+    model, values, images, labels = trainee.model, trainee.values, trainee.images, trainee.labels
+    held = [_tensors(part, trainee.dataset.shape) for part in (trainee.dataset.validation, trainee.dataset.test)]
+    held_images, held_labels = map(torch.cat, zip(*held, strict=True))
+    validation = len(trainee.dataset.validation.labels)
+    forward, rank, world = _together(model, task.seed)
+    to_check = set(checks(task.steps))
+    for step, batch in enumerate(_batches(len(labels), task), start=1):
+        trainee.batch = batch
+        if before and step in watched:
+            before(trainee, step)
+        share = batch[rank::world]
+        trainee.optimizer.zero_grad()
+        loss = cross_entropy(forward(images[share]), labels[share], reduction="sum") * (world / len(batch))
+        total = _average(loss.detach())
+        if not math.isfinite(total):
+            return False
+        loss.backward()
+        trainee.optimizer.step()
+        if after and step in watched:
+            after(trainee, step)
+        if step in to_check:
+            correct = right(model, held_images, held_labels)
+            values["loss"].append(round(total, 6))
+            values["validation"].append(_share(correct[:validation]))
+            values["test"].append(_share(correct[validation:]))
+    values["train"] = _share(right(model, images, labels))
+    return True
+
+
+def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
+    if task.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), task.rate, fused=True)
+    return torch.optim.SGD(model.parameters(), task.rate, fused=True)
+
+
+def _batches(count: int, task: Task) -> Iterator[Tensor]:
+    """The indices of every batch, in a new order every epoch. What does not fill a batch is left out of the epoch."""
+    generator = torch.Generator().manual_seed(task.seed)
+    size = min(task.batch_size, count)
+    left = task.steps
+    while left > 0:
+        epoch = torch.split(torch.randperm(count, generator=generator)[: count - count % size], size)[:left]
+        left -= len(epoch)
+        yield from epoch
+
+
+# --- Processes that train together ------------------------------------------------------------------------------------
+
+
+def _together(model: nn.Module, seed: int) -> tuple[nn.Module, int, int]:
+    """What to call in training, this process's number, and how many there are. The model gets shared statistics."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return model, 0, 1
+    rank, world = dist.get_rank(), dist.get_world_size()
+    convert(model, fuse=False)
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.statistics = _shared(layer.statistics)  # type: ignore[assignment]
+    torch.manual_seed(seed * world + rank)  # the weights are there; dropout and noise differ between processes
+    return DistributedDataParallel(model, broadcast_buffers=False), rank, world
+
+
+def _shared(statistics: Any) -> Statistics:
+    """The same statistics, of all processes' batches together. Ghost batches are within a process anyway."""
+    if isinstance(statistics, Renorm):
+        return Renorm(statistics.r_max, statistics.d_max, statistics.warmup_steps, statistics=SyncStatistics())
+    if isinstance(statistics, GhostStatistics):
+        return GhostStatistics(max(1, GHOST // dist.get_world_size()))
+    return SyncStatistics()
+
+
+def _average(value: Tensor) -> float:
+    """A number, averaged over the processes: all of them stop where one has to."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value.item()
+
+
+# --- Looking at a network ---------------------------------------------------------------------------------------------
+
+
+def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Which of the images the model, in evaluation, names rightly. Its mode is put back."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        predicted = torch.cat([model(part).argmax(1) for part in images.split(4096)])
+    model.train(training)
+    return predicted == labels
+
+
+def _share(correct: Tensor) -> float:
+    return round(correct.double().mean().item(), 6)
+
+
+def _tensors(part: Part, shape: tuple[int, ...], first: int = 0) -> tuple[Tensor, Tensor]:
+    images, labels = torch.tensor(part.images).reshape(-1, *shape), torch.tensor(part.labels)
+    return (images[:first], labels[:first]) if first else (images, labels)
+
+
+@contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Seed torch and hold it to one thread, whose order of addition is always the same; then put both back."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

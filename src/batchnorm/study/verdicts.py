@@ -1,0 +1,72 @@
+"""The rule: one of four words for an effect that is known with an interval.
+
+It stood here before anything was trained, and nothing in it depends on what comes out.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+__all__ = ["FEWEST_SEEDS", "Rule", "Verdict", "bootstrap", "verdict"]
+
+Verdict = Literal["supported", "not supported", "contradicted", "undecided"]
+Rule = Literal["effect", "no harm"]
+
+FEWEST_SEEDS = 5
+"""With fewer seeds than this nothing is decided."""
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+
+def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "effect") -> Verdict:
+    """One word for an interval around an effect, where 0 is no effect and positive is as claimed.
+
+    | the whole interval is | a claim of an effect | a claim of no harm |
+    |---|---|---|
+    | at or above `margin` | supported: an effect worth the name | supported |
+    | above `-margin`, and below `margin` | not supported: an effect worth the name is ruled out | supported |
+    | above `-margin` | undecided | supported: harm worth the name is ruled out |
+    | at or below `-margin` | contradicted: an effect worth the name, the other way round | contradicted |
+    | below `margin` | not supported | undecided |
+    | (none of these) | undecided: the seeds do not tell | undecided |
+
+    Args:
+        interval: Its low and its high end, or None if there is none; for ratios, their logarithms.
+        margin: The smallest effect worth the name, in the same unit, positive.
+        rule: What is claimed.
+
+    Source: The idea of a smallest effect of interest: Lakens, "Equivalence Tests", 2017.
+    """
+    if interval is None:
+        return "undecided"
+    low, high = interval
+    if high <= -margin:
+        return "contradicted"
+    if low >= margin or (rule == "no harm" and low > -margin):
+        return "supported"
+    if high < margin and rule == "effect":
+        return "not supported"
+    return "undecided"
+
+
+def bootstrap(effects: list[float]) -> tuple[float, float] | None:
+    """The percentile bootstrap interval of a mean.
+
+    As many effects as there are are drawn with replacement, many times over; the interval holds the middle of their
+    means. With a handful of seeds the interval is somewhat too narrow; the margin of every claim is on top of it.
+
+    Args:
+        effects: One per seed.
+
+    Returns:
+        The low and the high end, or None with fewer than two effects. The draws are the same every time.
+
+    Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
+    """
+    if len(effects) < 2:
+        return None
+    draws = np.random.default_rng(0).choice(effects, size=(RESAMPLES, len(effects)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws.mean(axis=1), (tail, 1 - tail))
+    return float(low), float(high)
