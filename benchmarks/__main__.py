@@ -18,7 +18,7 @@ from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
-from benchmarks import folding, gradients, kernels, memory, report, small_batches, training, variants
+from benchmarks import folding, gradients, kernels, memory, report, small_batches, training, variants, verdicts
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
 
@@ -40,6 +40,7 @@ class Name(StrEnum):
     GRADIENTS = "gradients"
     LOSSES = "losses"
     SMALL = "small"
+    VERDICTS = "verdicts"
     REPORT = "report"
 
 
@@ -79,6 +80,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),
     Name.SMALL: lambda s: (len(small_batches.VARIANTS) * s.seeds, small_batches.run(s.seeds, s.quick)),
+    Name.VERDICTS: lambda s: (s.seeds, verdicts.run(s.seeds, s.quick)),
 }
 """What is measured: how many runs, and their records. The seconds are for each case."""
 
@@ -100,7 +102,7 @@ def main(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Layers against torch.compile too; slow.")] = False,
     others: Annotated[bool, typer.Option("--jax", help="Layers against JAX and TensorFlow, where installed.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Of gradients, losses and small batches.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Of gradients, losses, small batches and the study.")] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Where README.md and results/ go. [default: benchmarks; build/bench if quick]")
     ] = None,

@@ -1,6 +1,7 @@
 """The CSVs as tables in the README: every number in it is printed here."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,7 +14,7 @@ from benchmarks.goals import Tables
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small",
+    "losses", "small", "verdicts",
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -253,6 +254,20 @@ def _small(tables: Tables) -> str:
     return markdown((f"statistics ({data})", "samples of a process", "wrong in evaluation, %"), lines)
 
 
+def _verdicts(tables: Tables) -> str:
+    """For each claim the range of its effects over base seeds, and how often each verdict came out."""
+    found: dict[str, list[Record]] = {}
+    for r in tables["verdicts"]:
+        found.setdefault(r["claim"], []).append(r)
+    lines = []
+    for claim, records in found.items():
+        effects = [float(r["effect"]) for r in records if r["effect"] != ""]
+        counts = Counter(r["verdict"] for r in records).most_common()
+        span = f"{min(effects):.2f} to {max(effects):.2f} {records[0]['unit']}" if effects else "none"
+        lines.append((claim, span, ", ".join(f"{count} {verdict}" for verdict, count in counts)))
+    return markdown(("claim", "effect, over the base seeds", "verdicts"), lines)
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -270,4 +285,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "compiled": _compiled,
     "variants": _variants,
     "small": _small,
+    "verdicts": _verdicts,
 }

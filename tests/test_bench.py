@@ -268,6 +268,10 @@ TABLES: goals.Tables = {
         {"data": "digits", "samples": 2, "statistics": "renorm", "seed": seed, "wrong": 0.1 + 0.1 * seed}
         for seed in (0, 1)
     ],
+    "verdicts": [
+        {"claim": "faster", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
+        for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
+    ],
     "folding": trained(1000, 500, folded=1, skipped=0, max_error=1e-7),
     "gradients": [*trained(2, 2), *trained(2, 8, seed=1)],
     "losses": curves(),
@@ -335,6 +339,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| b channels-first | 3.00 | 4.00 | 5.00 | 9.00 |" in section(text, "kernels")
     assert "| a | 10.0 (10.0 to 10.0) | 1.20 | 1.50 |" in section(text, "variants")
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
+    assert "| faster | 1.25 to 2.50 ratio | 2 supported, 1 undecided |" in section(text, "verdicts")
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:
