@@ -43,12 +43,14 @@ class Line(NamedTuple):
         name: In the legend.
         x: Where the curves have values; a shorter curve ended early.
         curves: One per seed.
+        dash: Another dash than the variant's own.
     """
 
     style: str
     name: str
     x: Sequence[float]
     curves: Curves
+    dash: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def lines(
     percent: bool = True,
     mark: tuple[float, str] | None = None,
     thin: bool = True,
+    ticks: Sequence[float] = (),
 ) -> Any:
     """Lines against each other.
 
@@ -106,8 +109,11 @@ def lines(
         percent: Whether the values are accuracies, from 0 to 1.
         mark: A horizontal line and its name.
         thin: Whether each seed is drawn too.
+        ticks: Where the horizontal axis has numbers, if not at powers of ten.
     """
     figure = _figure(x, y, log, percent)
+    if ticks:
+        figure.update_xaxes(tickvals=list(ticks), ticktext=[f"{tick:g}" for tick in ticks])
     form: Literal[".1%", ".3g"] = ".1%" if percent else ".3g"
     for line in drawn:
         color, dash = STYLES[line.style]
@@ -116,7 +122,7 @@ def lines(
         for curve in seeds if thin else []:
             style = {"color": color, "width": 1}
             figure.add_scatter(y=curve, line=style, opacity=0.4, hoverinfo="skip", showlegend=False, **shared)
-        style = {"color": color, "dash": dash, "width": 3}
+        style = {"color": color, "dash": line.dash or dash, "width": 3}
         figure.add_scatter(y=middle, line=style, name=line.name, hovertemplate=f"%{{y:{form}}}", **shared)
     if mark:
         figure.add_hline(mark[0], line={"width": 1, "dash": "dot"})
@@ -188,7 +194,8 @@ def strip(
     figure.update_layout(height=130, showlegend=False, hovermode="closest", margin={"l": 8, "r": 8, "t": 8, "b": 8})
     figure.update_yaxes(visible=False, range=[-1, 1], fixedrange=True)
     if ratio:
-        figure.update_xaxes(type="log", dtick="D2", exponentformat="none")
+        ticks = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}×" for tick in ticks])
     return figure
 
 

@@ -57,7 +57,7 @@ def _plots(records: Records) -> list[Plot]:
         Plot(
             "by-batch-size",
             "Accuracy against batch size",
-            lines("images in a batch", "test accuracy", drawn, thin=False),
+            lines("images in a batch", "test accuracy", drawn, thin=False, ticks=_sizes(records.setup, "batch_norm")),
             "Final test accuracy against batch size, median of the seeds. All have seen as many images.",
         )
     ]

@@ -53,7 +53,7 @@ def _plots(records: Records) -> list[Plot]:
         Plot(
             "by-count",
             "How many images precise statistics take",
-            lines("images", "test accuracy, mean over the training", by_count),
+            lines("images", "test accuracy, mean over the training", by_count, ticks=COUNTS),
             "Test accuracy with statistics of so many training images; the first moment is left out.",
         ),
     ]

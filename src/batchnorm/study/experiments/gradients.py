@@ -42,7 +42,14 @@ def _plots(records: Records) -> list[Plot]:
             Plot(
                 f"gradients-{activation}",
                 f"{name}: first layer against last",
-                lines("layers", "log₁₀ of the ratio of gradient norms", drawn, percent=False, mark=(0.0, "the same")),
+                lines(
+                    "layers",
+                    "log₁₀ of the ratio of gradient norms",
+                    drawn,
+                    percent=False,
+                    mark=(0.0, "the same"),
+                    ticks=depths,
+                ),
                 f"How many powers of ten the gradient of the first layer's weights is larger than that of the last, "
                 f"against depth; at {depths[-1]} layers {ends} (medians). Below the line gradients vanish on their way "
                 "down, above it they explode.",

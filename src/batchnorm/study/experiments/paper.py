@@ -55,7 +55,7 @@ def _plots(records: Records) -> list[Plot]:
         if first is None:
             continue
         drawn = [
-            Line(variant, f"{percent}%", watched(task), [curve])
+            Line(variant, f"{percent}%", watched(task), [curve], "solid" if percent == 50 else "3px,3px")
             for percent, curve in zip(PERCENTILES, first.values["percentiles"], strict=True)
         ]
         letter = "bc"[list(SIDES).index(variant)]
