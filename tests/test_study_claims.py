@@ -211,6 +211,14 @@ def test_rates_are_chosen_on_validation_images() -> None:
     assert found["faster-at-best-rate"].without == [32] * SEEDS
 
 
+def test_seeds_without_a_number_are_left_out_where_nothing_is_the_worst() -> None:
+    (claim,) = chosen(["reduces-covariate-shift"])[1]
+    numbers = [0.3, None, 0.3, 0.3, 0.3, 0.3], [0.1, 0.1, None, 0.1, 0.1, 0.1]
+    finding = judge(replace(claim, measure=lambda records: numbers), synthetic(reaches(8), reaches(8)))
+    assert finding.effects == pytest.approx([3.0] * 4)
+    assert (finding.bound, finding.verdict) == ("", "undecided")
+
+
 def test_best_rate_of_equals() -> None:
     records = synthetic(reaches(32), reaches(32))
     tasks = grid(records.setup, "plain")

@@ -99,6 +99,15 @@ def test_groups_have_sixteen_channels_or_somewhat_more(channels: int, groups: in
     assert networks._groups(channels) == groups
 
 
+def test_a_layer_at_several_places_stays_one_layer() -> None:
+    norm = nn.BatchNorm1d(8)
+    model = nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm)
+    model.again = norm  # type: ignore[assignment]
+    swapped: Any = swap(model, "plain", IMAGES, 8)
+    assert swapped[1] is swapped[3] is swapped.again
+    assert not any(isinstance(layer, _BatchNorm) for layer in swapped.modules())
+
+
 def test_gain_multiplies_weights_and_nothing_else() -> None:
     a, b = made("resnet", "batch_norm"), made("resnet", "batch_norm")
     scale(b, 10.0)
@@ -267,6 +276,11 @@ def test_the_change_of_gradients_is_that_of_the_definition() -> None:
     before, after = gradient(w[0], w[1]), gradient(w[2], w[1])
     (change,) = _changes(old, new, x, labels, 0)
     assert change == pytest.approx(np.linalg.norm(before - after) / np.linalg.norm(before), rel=1e-10)
+
+
+def test_a_network_of_one_layer_has_none_below_another() -> None:
+    one = nn.Sequential(nn.Linear(6, 3))
+    assert _changes(one, one, torch.randn(4, 6), torch.tensor([0, 1, 2, 0]), 0) == []
 
 
 def test_looking_at_gradients_changes_nothing() -> None:

@@ -7,7 +7,7 @@ effect and an interval, and `verdicts.verdict` makes one of four words of the in
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
@@ -55,7 +55,8 @@ class Claim:
         if_true: What it means if the claim is supported, as a sentence.
         if_false: What it means if it is not, or if it is contradicted.
         rule: Whether an effect is claimed, or that there is none to the worse.
-        unmeasured: What None counts as if the other side has a number: the worst that the study could have seen.
+        unmeasured: What None counts as if the other side has a number: the worst that the study could have seen. None
+            if there is no such thing: the seed is left out then.
         best_seen: The best number that the study could have seen, if there is a limit: what is there may be better.
     """
 
@@ -73,8 +74,8 @@ class Claim:
     if_false: str
     sides: tuple[str, str] = ("without", "with batch normalization")
     rule: Rule = "effect"
-    unmeasured: Callable[[Records], float] = field(default=lambda records: math.nan)
-    best_seen: Callable[[Records], float | None] = field(default=lambda records: None)
+    unmeasured: Callable[[Records], float] | None = None
+    best_seen: Callable[[Records], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def judge(claim: Claim, records: Records) -> Finding:
     `FEWEST_SEEDS` effects the verdict is *undecided* whatever the interval.
     """
     without, with_ = claim.measure(records)
-    effects = _effects(claim, without, with_, claim.unmeasured(records))
+    effects = _effects(claim, without, with_, claim.unmeasured and claim.unmeasured(records))
     interval = bootstrap(effects)
     ratio = claim.unit == "ratio"
     linear: Callable[[float], float] = math.exp if ratio else float
@@ -121,7 +122,7 @@ def judge(claim: Claim, records: Records) -> Finding:
         effects=[linear(effect) for effect in effects],
         effect=linear(fmean(effects)) if effects else None,
         interval=(linear(interval[0]), linear(interval[1])) if interval else None,
-        bound=_bound(without, with_, claim.best_seen(records)),
+        bound=_bound(without, with_, claim.best_seen and claim.best_seen(records)) if claim.unmeasured else "",
         verdict=verdict(
             interval if len(effects) >= FEWEST_SEEDS else None,
             math.log(claim.margin) if ratio else claim.margin,
@@ -130,16 +131,16 @@ def judge(claim: Claim, records: Records) -> Finding:
     )
 
 
-def _effects(claim: Claim, without: Numbers, with_: Numbers, unmeasured: float) -> list[float]:
+def _effects(claim: Claim, without: Numbers, with_: Numbers, unmeasured: float | None) -> list[float]:
     """For every seed `log(with / without)`, `with - without`, or 100 times that; negative if less is better."""
     sign = 1 if claim.better == "more" else -1
     factor = 100 if claim.unit == "percentage points" else 1
     effects = []
     for first, second in zip(without, with_, strict=True):
-        if first is None and second is None:
-            continue
         a = unmeasured if first is None else first
         b = unmeasured if second is None else second
+        if a is None or b is None or (first is None and second is None):
+            continue
         effects.append(sign * (math.log(b / a) if claim.unit == "ratio" else factor * (b - a)))
     return effects
 

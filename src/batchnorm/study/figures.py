@@ -226,7 +226,7 @@ def _figure(x: str, y: str, log: bool, percent: bool) -> Any:
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": FONT, "size": 13},
             "height": 400,
-            "margin": {"l": 8, "r": 8, "t": 36, "b": 8},
+            "margin": {"l": 8, "r": 20, "t": 36, "b": 8},
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
             "hovermode": "x unified",
             "dragmode": False,

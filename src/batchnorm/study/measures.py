@@ -108,8 +108,8 @@ def gradient_change(dataset: Dataset, task: Task) -> Run:
     def compare(trainee: Trainee, step: int) -> None:
         old, new = kept[0], copy.deepcopy(trainee.model)
         images, labels = trainee.images[trainee.batch], trainee.labels[trainee.batch]
-        changes = _changes(old, new, images, labels, task.seed)
-        trainee.values.setdefault("change", []).append(round(statistics.fmean(changes), 6))
+        if changes := _changes(old, new, images, labels, task.seed):
+            trainee.values.setdefault("change", []).append(round(statistics.fmean(changes), 6))
 
     moments = tuple(watched(task))
     return train(dataset, task, before=keep, after=compare, watched=moments)
@@ -119,7 +119,8 @@ def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, see
     """For each linear layer but the first. The parameters below it are those that come before its own."""
     gradients = _gradients(old, images, labels, seed)
     names = [name for name, _ in old.named_parameters()]
-    weights = [_weight_name(old, layer) for layer in linear_layers(old)]
+    layers = linear_layers(old)
+    weights = [name for name, parameter in old.named_parameters() if any(parameter is x.weight for x in layers)]
     learned = dict(new.named_parameters())
     mixed = copy.deepcopy(old)
     changes = []
@@ -132,10 +133,6 @@ def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, see
         before, after = gradients[weight], _gradients(mixed, images, labels, seed)[weight]
         changes.append(((before - after).norm() / before.norm().clamp_min(1e-30)).item())
     return changes
-
-
-def _weight_name(model: nn.Module, layer: nn.Module) -> str:
-    return next(name for name, parameter in model.named_parameters() if parameter is layer.weight)
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:

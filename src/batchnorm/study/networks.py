@@ -287,10 +287,13 @@ def swap(model: nn.Module, variant: str, images: Tensor, classes: int) -> nn.Mod
     if variant in STATISTICS:
         return convert(model, fuse=False, statistics=STATISTICS[variant])
     replace = REPLACED.get(variant, REPLACED["plain"])
+    replaced: dict[_BatchNorm, nn.Module] = {}  # a layer may be at several places
     for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
+        for name, layer in parent._modules.items():
             if isinstance(layer, _BatchNorm):
-                setattr(parent, name, replace(layer))
+                if layer not in replaced:
+                    replaced[layer] = replace(layer)
+                parent._modules[name] = replaced[layer]
     if variant == "weight_norm":
         for layer in linear_layers(model):
             weight_norm(layer)

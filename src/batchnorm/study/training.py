@@ -91,7 +91,7 @@ def train(
     with reproducible(task.seed):
         images, labels = _tensors(dataset.train, dataset.shape, task.images)
         model = swap(build(task.model, dataset.shape, dataset.classes), task.variant, images, dataset.classes)
-        scale(model, task.gain)
+        scale(model.train(), task.gain)
         values: dict[str, Any] = {"loss": [], "validation": [], "test": [], "train": 0.0}
         optimizer = _optimizer(model, task)
         trainee = Trainee(model, optimizer, dataset, images, labels, values, torch.empty(0))

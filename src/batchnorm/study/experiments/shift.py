@@ -28,7 +28,7 @@ def _tasks(setup: Setup) -> list[Task]:
 def _changes(records: Records) -> tuple[Numbers, Numbers]:
     def of(variant: str) -> Numbers:
         runs = records.of(_task(records.setup, variant))
-        return [fmean(run.values["change"]) if run.finite else None for run in runs]
+        return [fmean(run.values["change"]) if run.finite and "change" in run.values else None for run in runs]
 
     return of("plain"), of("batch_norm")
 
