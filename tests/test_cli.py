@@ -202,7 +202,7 @@ def test_more_seeds_go_on_from_what_is_there(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds runs of another study (other batchnorm, code, data, fingerprint, together)"),
+        ("", "holds runs of another study (other batchnorm, torch, network, code, data, fingerprint, together)"),
         ('{"batchnorm": "0.0.1"}\n', "holds runs of another study"),
         ("not JSON\n", "holds runs of another study"),
     ],

@@ -17,12 +17,18 @@ for module in ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich", "typer"
 FILES = ["report.html", "report.md", "results.json", "runs.csv", "runs.jsonl"]
 
 
-def study(folder: Path, *arguments: str, processes: int = 1, cwd: Path | None = None) -> dict[str, Any]:
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *start, "-m", "batchnorm", "study", *arguments, "--out", str(folder)],
+def start(
+    folder: Path, *arguments: str, processes: int = 1, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *run, "-m", "batchnorm", "study", *arguments, "--out", str(folder)],
         capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def study(folder: Path, *arguments: str, processes: int = 1, cwd: Path | None = None) -> dict[str, Any]:
+    done = start(folder, *arguments, processes=processes, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Written:") == 1
     assert sorted(path.name for path in folder.iterdir()) == FILES
@@ -60,6 +66,19 @@ def test_two_processes_train_as_one_and_give_one_report(tmp_path: Path) -> None:
         if "change" in values and run["variant"] != "noisy_batch_norm":
             np.testing.assert_allclose(other["change"][0], values["change"][0], rtol=1e-2, err_msg=key)
     assert compared >= 5
+
+
+def test_a_failure_of_processes_together_is_one_sentence(tmp_path: Path) -> None:
+    arguments = ("--quick", "--seeds", "1", "--epochs", "1", "--claims", "gradients")
+    done = start(tmp_path, *arguments, processes=2)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "runs.jsonl").write_text("{}\n")
+    done = start(tmp_path, *arguments, "--resume", processes=2)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("batchnorm: ")]
+    assert len(said) == 1
+    assert "holds runs of another study" in said[0]
+    assert done.stderr.count("Traceback") == 1, "that of torchrun itself"
 
 
 PLANTED = """

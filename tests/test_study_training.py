@@ -1,6 +1,7 @@
 """What a run is: networks and what takes the place of their normalization, training, and all that is measured."""
 # ruff: noqa: E402  (what is optional is asked for before it is imported)
 
+import math
 import re
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from batchnorm import definition
 from batchnorm.errors import InputError
 from batchnorm.study import networks
 from batchnorm.study.data import load_digits
-from batchnorm.study.measures import COUNTS, _changes, perform, watched
+from batchnorm.study.measures import COUNTS, _changes, _finite, perform, watched
 from batchnorm.study.networks import NETWORKS, VARIANTS, Noise, build, linear_layers, scale, swap
 from batchnorm.study.tasks import Task
 from batchnorm.study.training import _batches, checks, train
@@ -34,7 +35,7 @@ IMAGES = torch.tensor(DIGITS.train.images).reshape(-1, *DIGITS.shape)
 
 def made(name: str, variant: str) -> nn.Module:
     torch.manual_seed(5)
-    return swap(build(name, DIGITS.shape, DIGITS.classes), variant, IMAGES, DIGITS.classes)
+    return swap(build(name, DIGITS.shape, DIGITS.classes), variant, IMAGES, DIGITS.classes, steps=100)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -78,10 +79,18 @@ def test_the_variants_are_what_they_are_called() -> None:
     assert kinds["identity"](x) is x
 
 
-def test_input_normalization_is_by_all_training_images() -> None:
-    front = made("cnn", "input_norm")[0](IMAGES)  # type: ignore[index]
-    assert abs(front.mean().item()) < 1e-5
-    assert abs(front.std(correction=0).item() - 1) < 1e-5
+def test_input_normalization_is_of_each_input_by_all_training_images() -> None:
+    model: Any = made("cnn", "input_norm")
+    front = model[:-1](IMAGES)
+    assert front.shape == IMAGES.shape
+    assert front.mean(0).abs().max() < 1e-5
+    spread, varies = front.std(0, correction=0), IMAGES.std(0) > 0
+    torch.testing.assert_close(spread, varies.float(), atol=1e-4, rtol=0)
+
+
+def test_renormalization_begins_in_proportion_to_the_training() -> None:
+    layers = [made("mlp", "renorm")[2], swap(build("mlp", (4,), 2), "renorm", torch.zeros(2, 4), 2, 2400)[2]]  # type: ignore[index]
+    assert [layer.statistics.warmup_steps for layer in layers] == [4, 100]
 
 
 def test_noise_is_in_training_only_and_new_for_every_sample() -> None:
@@ -91,6 +100,10 @@ def test_noise_is_in_training_only_and_new_for_every_sample() -> None:
     assert (y.std(0) > 0).all()
     assert y[:, :, 0, 0].mean(0).std() > 0.05, "channels have means of their own"
     torch.testing.assert_close(y[:, :, 0, 0], y[:, :, 2, 1])
+    z = noise(torch.arange(2000.0)[:, None].expand(-1, 200) / 1000 - 1)
+    slopes = torch.linalg.lstsq(torch.stack([torch.arange(2000.0) / 1000 - 1, torch.ones(2000)], 1), z).solution
+    assert 0.98 < slopes[0].min() < 1.05 < 1.2 < slopes[0].max() < 1.27, "scales are between 1 and 1.25"
+    assert -0.52 < slopes[1].min() < -0.4 < 0.4 < slopes[1].max() < 0.52, "shifts are within 0.5"
     assert noise.eval()(x) is x
 
 
@@ -103,7 +116,7 @@ def test_a_layer_at_several_places_stays_one_layer() -> None:
     norm = nn.BatchNorm1d(8)
     model = nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm)
     model.again = norm  # type: ignore[assignment]
-    swapped: Any = swap(model, "plain", IMAGES, 8)
+    swapped: Any = swap(model, "plain", IMAGES, 8, steps=100)
     assert swapped[1] is swapped[3] is swapped.again
     assert not any(isinstance(layer, _BatchNorm) for layer in swapped.modules())
 
@@ -136,6 +149,21 @@ FACTORIES = """
     def images(): return nn.Sequential(nn.Flatten(), nn.Linear(99, 10), nn.BatchNorm1d(10))
     def fused(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), BatchNorm1d(10, activation="relu"))
     notafunction = 3
+    def reads():
+        class Reads(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.norm = nn.Linear(64, 10), nn.BatchNorm1d(10)
+            def forward(self, x): return self.norm(self.linear(x.flatten(1))) * self.norm.weight
+        return Reads()
+    def lazy(classes):
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.LazyLinear(classes)).eval()
+    def odd(classes):
+        "A frozen layer, and one that is not used."
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, classes))
+        model[1].requires_grad_(False)
+        model[0].unused = nn.Linear(3, 3)
+        return model
 """
 
 
@@ -149,7 +177,11 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("factories")
 def test_a_factory_gets_what_it_asks_for() -> None:
-    networks.check("my_networks:good", DIGITS.shape, DIGITS.classes)
+    for name in ("good", "lazy", "odd"):
+        networks.check(f"my_networks:{name}", DIGITS.shape, DIGITS.classes)
+        for measure in ("training", "gradient change", "statistics", "latency"):
+            task = Task(measure, f"my_networks:{name}", rate=0.01, steps=0 if measure == "latency" else 8)  # type: ignore[arg-type]
+            assert perform(None, task).finite
     run = train(DIGITS, Task(model="my_networks:good", rate=0.01, steps=60))
     assert run.values["test"][-1] > 0.5
 
@@ -158,7 +190,7 @@ def test_a_factory_gets_what_it_asks_for() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nothing", "there is no network 'nothing'; choose mlp, cnn, resnet, paper, or MODULE:FACTORY of your own"),
+        ("nothing", "there is no network 'nothing'; choose mlp, cnn, resnet, or MODULE:FACTORY of your own"),
         (":good", "there is no network"),
         ("no_such_module:good", "no_such_module:good failed with ModuleNotFoundError: No module named"),
         ("my_networks:missing", "failed with AttributeError"),
@@ -169,6 +201,7 @@ def test_a_factory_gets_what_it_asks_for() -> None:
         ("my_networks:wants", "failed with TypeError"),
         ("my_networks:shape", "gives (4, 7) for 4 images, where scores of shape (4, 10) are needed"),
         ("my_networks:images", "failed on images of shape (4, 1, 8, 8) with RuntimeError"),
+        ("my_networks:reads", "my_networks:reads with without in the place of its own failed on images"),
         ("my_networks:fused", "give it without `activation=`"),
     ],
 )
@@ -315,6 +348,11 @@ def test_precise_statistics_are_those_of_the_images() -> None:
 
     calibrate(models[0], IMAGES[:1000].split(256), progress=False)
     np.testing.assert_allclose(models[0][2].running_mean, moments.mean, atol=1e-5)  # type: ignore[index]
+
+
+def test_what_is_not_finite_is_none_wherever_it_is() -> None:
+    values = {"a": [1.0, math.nan, [math.inf]], "b": -math.inf, "c": 2, "d": {"e": math.nan}}
+    assert _finite(values) == {"a": [1.0, None, [None]], "b": None, "c": 2, "d": {"e": None}}
 
 
 def test_latency_of_three_networks_with_the_same_outputs() -> None:

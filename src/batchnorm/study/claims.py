@@ -111,7 +111,8 @@ def judge(claim: Claim, records: Records) -> Finding:
     `FEWEST_SEEDS` effects the verdict is *undecided* whatever the interval.
     """
     without, with_ = claim.measure(records)
-    effects = _effects(claim, without, with_, claim.unmeasured and claim.unmeasured(records))
+    best_seen = claim.best_seen(records) if claim.best_seen else None
+    effects = _effects(claim, without, with_, claim.unmeasured(records) if claim.unmeasured else None, best_seen)
     interval = bootstrap(effects)
     ratio = claim.unit == "ratio"
     linear: Callable[[float], float] = math.exp if ratio else float
@@ -122,7 +123,7 @@ def judge(claim: Claim, records: Records) -> Finding:
         effects=[linear(effect) for effect in effects],
         effect=linear(fmean(effects)) if effects else None,
         interval=(linear(interval[0]), linear(interval[1])) if interval else None,
-        bound=_bound(without, with_, claim.best_seen and claim.best_seen(records)) if claim.unmeasured else "",
+        bound=_bound(without, with_, best_seen) if claim.unmeasured or claim.best_seen else "",
         verdict=verdict(
             interval if len(effects) >= FEWEST_SEEDS else None,
             math.log(claim.margin) if ratio else claim.margin,
@@ -131,7 +132,9 @@ def judge(claim: Claim, records: Records) -> Finding:
     )
 
 
-def _effects(claim: Claim, without: Numbers, with_: Numbers, unmeasured: float | None) -> list[float]:
+def _effects(
+    claim: Claim, without: Numbers, with_: Numbers, unmeasured: float | None, best_seen: float | None
+) -> list[float]:
     """For every seed `log(with / without)`, `with - without`, or 100 times that; negative if less is better."""
     sign = 1 if claim.better == "more" else -1
     factor = 100 if claim.unit == "percentage points" else 1
@@ -140,6 +143,10 @@ def _effects(claim: Claim, without: Numbers, with_: Numbers, unmeasured: float |
         a = unmeasured if first is None else first
         b = unmeasured if second is None else second
         if a is None or b is None or (first is None and second is None):
+            continue
+        if best_seen is not None and first == second == best_seen:
+            continue  # which is better was not seen
+        if claim.unit == "ratio" and not (a > 0 and b > 0):
             continue
         effects.append(sign * (math.log(b / a) if claim.unit == "ratio" else factor * (b - a)))
     return effects
@@ -215,6 +222,7 @@ MODELS = {
     "mlp": "two hidden layers of 64 ReLU units",
     "cnn": "two convolutions with ReLU and a linear layer",
     "resnet": "a small residual network of seven convolutions",
+    "paper": "three layers of 100 sigmoid units",
 }
 
 

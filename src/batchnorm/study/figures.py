@@ -200,9 +200,9 @@ def strip(
 
 
 def seeds_and_median(curves: Curves) -> list[list[float | None]]:
-    """The curves and, last, their median; where some have ended, that of the others."""
+    """The curves and, last, their median, as far as more than half of them go."""
     columns = (tuple(value for value in column if value is not None) for column in zip_longest(*curves))
-    middle = [_short(median(column)) if column else None for column in columns]
+    middle = [_short(median(column)) if 2 * len(column) > len(curves) else None for column in columns]
     return [*([_short(value) if value is not None else None for value in curve] for curve in curves), middle]
 
 

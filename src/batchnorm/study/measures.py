@@ -1,6 +1,7 @@
 """What is recorded of a task, besides how the training went: one function for every `Task.measure`."""
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -40,7 +41,17 @@ def _dataset(source: Path | None) -> Dataset:
 
 def perform(source: Path | None, task: Task) -> Run:
     """Do a task, on the images at `source`. Every process reads them once."""
-    return MEASURES[task.measure](_dataset(source), task)
+    run = MEASURES[task.measure](_dataset(source), task)
+    return run._replace(values=_finite(run.values))
+
+
+def _finite(value: Any) -> Any:
+    """None for what is not finite, in lists and dictionaries too: so that it can be written down."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def watched(task: Task) -> list[int]:
@@ -72,7 +83,7 @@ def percentiles(dataset: Dataset, task: Task) -> Run:
         way = paths.diff(dim=0).abs().sum(0).mean(0)
         movement = (way / (paths[-1, -1] - paths[-1, 0])).nan_to_num(torch.inf)
         middle = movement.argsort()[len(movement) // 2]
-        run.values["movement"] = movement[middle].item() if movement[middle].isfinite() else None
+        run.values["movement"] = movement[middle].item()
         run.values["percentiles"] = [[round(value, 5) for value in curve] for curve in paths[:, :, middle].T.tolist()]
     return run
 
@@ -108,7 +119,7 @@ def gradient_change(dataset: Dataset, task: Task) -> Run:
     def compare(trainee: Trainee, step: int) -> None:
         old, new = kept[0], copy.deepcopy(trainee.model)
         images, labels = trainee.images[trainee.batch], trainee.labels[trainee.batch]
-        if changes := _changes(old, new, images, labels, task.seed):
+        if changes := [change for change in _changes(old, new, images, labels, task.seed) if math.isfinite(change)]:
             trainee.values.setdefault("change", []).append(round(statistics.fmean(changes), 6))
 
     moments = tuple(watched(task))
@@ -120,7 +131,11 @@ def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, see
     gradients = _gradients(old, images, labels, seed)
     names = [name for name, _ in old.named_parameters()]
     layers = linear_layers(old)
-    weights = [name for name, parameter in old.named_parameters() if any(parameter is x.weight for x in layers)]
+    weights = [
+        name
+        for name, parameter in old.named_parameters()
+        if parameter.requires_grad and any(parameter is layer.weight for layer in layers)
+    ]
     learned = dict(new.named_parameters())
     mixed = copy.deepcopy(old)
     changes = []
@@ -131,17 +146,19 @@ def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, see
                 mixed.get_parameter(name).copy_(learned[name])
         done = names.index(weight)
         before, after = gradients[weight], _gradients(mixed, images, labels, seed)[weight]
+        if before is None or after is None:  # not used
+            continue
         changes.append(((before - after).norm() / before.norm().clamp_min(1e-30)).item())
     return changes
 
 
-def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor | None]:
     """Noise is the same every time. The running statistics of these copies are used by nobody."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loss = cross_entropy(model(images), labels)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(learned, torch.autograd.grad(loss, list(learned.values()), allow_unused=True), strict=True))
 
 
 # --- Gradients of deep networks at initialization ---------------------------------------------------------------------
@@ -161,7 +178,7 @@ def gradient_norms(dataset: Dataset, task: Task) -> Run:
         images = images - images.mean(0)
         for depth in task.depths:
             model = deep(images.shape[1:], dataset.classes, depth, task.activation)
-            model = swap(model, task.variant, images, dataset.classes).double()
+            model = swap(model, task.variant, images, dataset.classes, task.steps).double()
             cross_entropy(model(images), labels).backward()
             norms = torch.stack([layer.weight.grad.norm() for layer in linear_layers(model)[:-1]])
             relative = (norms / norms[-1]).log10()
@@ -187,8 +204,12 @@ def statistics_for_evaluation(dataset: Dataset, task: Task) -> Run:
         precise = values.setdefault("precise", [[] for _ in COUNTS])
         for count, curve in zip(COUNTS, precise, strict=True):
             model = copy.deepcopy(trainee.model)
-            calibrate(model, trainee.images[:count].split(256), progress=False)
-            curve.append(accuracy(model))
+            try:
+                calibrate(model, trainee.images[:count].split(256), progress=False)
+            except ValueError:  # not finite
+                curve.append(None)
+            else:
+                curve.append(accuracy(model))
 
     return train(dataset, task, after=look, watched=tuple(watched(task)))
 
@@ -208,9 +229,12 @@ def latency(dataset: Dataset, task: Task) -> Run:
         images = torch.tensor(dataset.train.images).reshape(-1, *dataset.shape)
         batch = images[:LATENCY_BATCH]
         model = build(task.model, dataset.shape, dataset.classes)
-        calibrate(model, images[:1024].split(256), progress=False)
+        try:
+            calibrate(model, images[:1024].split(256), progress=False)
+        except ValueError:  # not finite
+            return Run(task, False, {})
         folded = fold(model.eval(), batch).model
-        bare = swap(copy.deepcopy(model), "identity", images, dataset.classes).eval()
+        bare = swap(copy.deepcopy(model), "identity", images, dataset.classes, task.steps).eval()
         for layer in linear_layers(bare):  # as one would write it without normalization
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
@@ -225,7 +249,7 @@ def latency(dataset: Dataset, task: Task) -> Run:
                 if round_ >= 5:
                     times[name].append((time.perf_counter() - start) * 200)
         values: dict[str, Any] = {name: round(statistics.median(taken), 6) for name, taken in times.items()}
-        values["difference"] = ((want - got).abs().max() / want.abs().max()).item()
+        values["difference"] = ((want - got).abs().max() / want.abs().max().clamp_min(1e-30)).item()
         values["left"] = sum(isinstance(layer, _BatchNorm) for layer in folded.modules())
     return Run(task, True, values)
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import weight_norm
 
 from batchnorm.errors import InputError
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, GhostStatistics, Renorm, Standardize, Statistics, convert
 
-__all__ = ["GHOST", "VARIANTS", "Noise", "build", "deep", "linear_layers", "scale", "swap"]
+__all__ = ["GHOST", "VARIANTS", "Noise", "build", "check", "deep", "linear_layers", "own", "scale", "swap"]
 
 Shape = tuple[int, ...]
 
@@ -119,6 +121,11 @@ def deep(shape: Shape, classes: int, depth: int, activation: str) -> nn.Module:
 NETWORKS: dict[str, Callable[[Shape, int], nn.Module]] = {"mlp": mlp, "cnn": cnn, "resnet": resnet, "paper": paper}
 
 
+def own(name: str) -> bool:
+    """Whether a network is the user's own."""
+    return name not in NETWORKS
+
+
 def _channels(shape: Shape, name: str) -> int:
     if len(shape) != 3:
         raise InputError(
@@ -154,13 +161,16 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
             f"{name} gives a network whose normalizations have activations in them, which would go with them; "
             "give it without `activation=` and before `convert`."
         )
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        with torch.no_grad():
+            model(torch.zeros(2, *shape))
     return model
 
 
 def _made(name: str, offered: dict[str, Any]) -> nn.Module:
     module, separator, factory = name.partition(":")
     if not (separator and module and factory):
-        raise InputError(f"there is no network {name!r}; choose {', '.join(NETWORKS)}, or MODULE:FACTORY of your own.")
+        raise InputError(f"there is no network {name!r}; choose mlp, cnn, resnet, or MODULE:FACTORY of your own.")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -174,24 +184,37 @@ def _made(name: str, offered: dict[str, Any]) -> nn.Module:
     return model
 
 
-def check(name: str, shape: Shape, classes: int) -> None:
-    """See, before hours of training, that a network of the user's can be made and takes the images.
+def check(name: str, shape: Shape, classes: int) -> int:
+    """See, before hours of training, that a network can be made, in all variants, and takes the images.
+
+    Returns:
+        A number that is another one for another network.
 
     Raises:
-        InputError: If not.
+        InputError: If it is of no use here.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = build(name, shape, classes)
-        try:
-            scores = model(torch.randn(4, *shape))
-        except Exception as error:
-            raise InputError(
-                f"{name} failed on images of shape {(4, *shape)} with {type(error).__name__}: {_one_line(error)}."
-            ) from error
-    if not (isinstance(scores, Tensor) and scores.shape == (4, classes)):
-        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise InputError(f"{name} gives {got} for 4 images, where scores of shape {(4, classes)} are needed.")
+    with torch.random.fork_rng(devices=[]):
+        for variant in VARIANTS if own(name) else ("batch_norm",):
+            torch.manual_seed(0)
+            model = build(name, shape, classes).train()
+            images = torch.randn(4, *shape)
+            if variant == "batch_norm":
+                weights = (parameter.detach().double().sum().item() for parameter in model.parameters())
+                number = zlib.crc32(repr((model, *weights)).encode())
+            try:
+                scores = swap(model, variant, images, classes, steps=100)(images)
+                if isinstance(scores, Tensor) and scores.shape == (4, classes):
+                    scores.sum().backward()
+            except Exception as error:
+                where = "" if variant == "batch_norm" else f" with {VARIANTS[variant]} in the place of its own"
+                raise InputError(
+                    f"{name}{where} failed on images of shape {(4, *shape)} with {type(error).__name__}: "
+                    f"{_one_line(error)}."
+                ) from error
+            if not (isinstance(scores, Tensor) and scores.shape == (4, classes)):
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise InputError(f"{name} gives {got} for 4 images, where scores of shape {(4, classes)} are needed.")
+    return number
 
 
 def _one_line(error: Exception) -> str:
@@ -213,28 +236,26 @@ class _Bias(nn.Module):
 
 
 class Noise(nn.Module):
-    """In training, noise of another mean and another spread for every channel in every step.
+    """In training, another shift and another scale for every channel in every step, and somewhat for every sample.
 
-    `y = x * (1 + u) + v`, with `u` and `v` normal for every sample around means and with spreads that are drawn anew
-    for the channel.
+    `y = s*x + m`. For the channel and step, `mu` is uniform in [-0.5, 0.5] and `sigma` in [1, 1.25]; for every sample
+    `m` is uniform within 0.1 of `mu`, and `s` normal around `sigma` with a deviation of 0.1.
 
-    Source: Santurkar et al. 2018, section 2.2 and appendix A.
+    Source: In the manner of Santurkar et al. 2018, section 2.1 and appendix A.
     """
 
-    MEAN, SPREAD = 0.5, 0.25
+    SHIFT, SCALE, SAMPLE = 0.5, 0.25, 0.1
 
     def forward(self, x: Tensor) -> Tensor:
         """The noisy `x`."""
         if not self.training:
             return x
 
-        def noise() -> Tensor:
-            channel = (1, x.shape[1], *[1] * (x.dim() - 2))
-            mean = self.MEAN * (2 * torch.rand(channel) - 1)
-            spread = self.SPREAD * torch.rand(channel)
-            return mean + spread * torch.randn(x.shape[:2] + channel[2:])
-
-        return x * (1 + noise()) + noise()
+        ones = [1] * (x.dim() - 2)
+        mu = self.SHIFT * (2 * torch.rand(1, x.shape[1], *ones) - 1)
+        sigma = 1 + self.SCALE * torch.rand(1, x.shape[1], *ones)
+        m = mu + self.SAMPLE * (2 * torch.rand(*x.shape[:2], *ones) - 1)
+        return x * (sigma + self.SAMPLE * torch.randn(*x.shape[:2], *ones)) + m
 
 
 def _groups(channels: int) -> int:
@@ -253,7 +274,11 @@ REPLACED: dict[str, Replace] = {
     "layer_norm": lambda layer: nn.GroupNorm(1, layer.num_features, layer.eps),
     "group_norm": lambda layer: nn.GroupNorm(_groups(layer.num_features), layer.num_features, layer.eps),
 }
-STATISTICS: dict[str, Statistics] = {"renorm": Renorm(warmup_steps=100), "ghost": GhostStatistics(GHOST)}
+STATISTICS: dict[str, Callable[[int], Statistics]] = {
+    # As in the paper, whose limits grow until the 40,000th of some 120,000 steps.
+    "renorm": lambda steps: Renorm(warmup_steps=max(1, steps // 24)),
+    "ghost": lambda steps: GhostStatistics(GHOST),
+}
 
 VARIANTS: dict[str, str] = {
     "plain": "without",
@@ -273,19 +298,20 @@ VARIANTS: dict[str, str] = {
 """What a network may have, with the name that people read."""
 
 
-def swap(model: nn.Module, variant: str, images: Tensor, classes: int) -> nn.Module:
+def swap(model: nn.Module, variant: str, images: Tensor, classes: int, steps: int) -> nn.Module:
     """The network with another normalization; `model` is used up.
 
     Args:
         model: With batch normalization.
         variant: One of `VARIANTS`.
-        images: `(N, ...)`, all training images: input normalization takes its statistics from them.
+        images: `(N, ...)`, all training images: input normalization takes the statistics of each input from them.
         classes: How many outputs the network has.
+        steps: How long it will train: renormalization begins in proportion.
     """
     if variant == "batch_norm":
         return model
     if variant in STATISTICS:
-        return convert(model, fuse=False, statistics=STATISTICS[variant])
+        return convert(model, fuse=False, statistics=STATISTICS[variant](steps))
     replace = REPLACED.get(variant, REPLACED["plain"])
     replaced: dict[_BatchNorm, nn.Module] = {}  # a layer may be at several places
     for parent in list(model.modules()):
@@ -298,7 +324,8 @@ def swap(model: nn.Module, variant: str, images: Tensor, classes: int) -> nn.Mod
         for layer in linear_layers(model):
             weight_norm(layer)
     if variant == "input_norm":
-        return nn.Sequential(Standardize(images.shape[1]).fit(images), model)
+        each = Standardize(images[0].numel()).fit(images.flatten(1))
+        return nn.Sequential(nn.Flatten(), each, nn.Unflatten(1, images.shape[1:]), model)
     if variant == "output_norm":
         return nn.Sequential(model, BatchNorm1d(classes))
     return model

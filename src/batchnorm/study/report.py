@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import os
 import platform
 from collections import Counter
 from dataclasses import asdict
@@ -80,9 +81,9 @@ def _number(claim: Claim, value: float | None) -> str:
 
 
 def compared(claim: Claim, values: Numbers) -> str:
-    """The median over the seeds of one side's numbers; "never" if most seeds have none."""
-    numbers = [value for value in values if value is not None]
-    return _number(claim, median(numbers) if 2 * len(numbers) > len(values) else None)
+    """The median over the seeds of one side's numbers, where never is later than any."""
+    middle = median(math.inf if value is None else value for value in values)
+    return _number(claim, middle if math.isfinite(middle) else None)
 
 
 def meaning(finding: Finding) -> str:
@@ -153,7 +154,8 @@ def table(records: Records) -> str:
             row["train_accuracy"] = run.values["train"]
             row["validation_accuracy"] = final_accuracy(run, "validation")
             row["test_accuracy"] = final_accuracy(run)
-            row["steps_to_target"] = steps_to_target(run, records.settings.target)
+            if run.task.model == records.settings.model:
+                row["steps_to_target"] = steps_to_target(run, records.settings.target)
         rows.append(row | {key: value for key, value in run.values.items() if key != "train" and not _many(value)})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
@@ -179,6 +181,7 @@ def environment(records: Records) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "processes": processes(),
+        "training_together": int(os.environ.get("WORLD_SIZE", "1")),
         "threads_per_process": 1,
         "dataset": {
             "name": dataset.name,
@@ -217,7 +220,7 @@ class _Row(NamedTuple):
     interval: str
     numbers: tuple[str, str]
     meaning: str
-    strip: Plot
+    strip: Plot | None
     per_seed: list[tuple[int, str, str]]
 
 
@@ -242,7 +245,7 @@ def _sections(records: Records, experiments: list[Experiment], findings: list[Fi
             interval(finding),
             (compared(claim, finding.without), compared(claim, finding.with_)),
             meaning(finding),
-            _strip(finding),
+            _strip(finding) if finding.effects else None,
             list(zip(records.settings.all_seeds, *sides, strict=True)),
         )
 
@@ -277,7 +280,7 @@ def _strength(finding: Finding) -> float:
 def page(records: Records, experiments: list[Experiment], findings: list[Finding]) -> str:
     """The report, as HTML."""
     sections = _sections(records, experiments, findings)
-    plots = [plot for section in sections for plot in (*section.plots, *(row.strip for row in section.rows))]
+    plots = [plot for section in sections for plot in (*section.plots, *(row.strip for row in section.rows)) if plot]
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.study", "."),
         autoescape=True,
@@ -309,7 +312,7 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
         "# What batch normalization does",
         "",
         f"{len(findings)} claims on {_cell(dataset.name)} ({len(dataset.train.labels):,} training images), "
-        f"{_cell(facts(records)['model'])}, {settings.seeds} seeds: {counts}.",
+        f"{_cell(facts(records)['model'])}, {settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'}: {counts}.",
         "",
         "| claim | measured | effect (95% interval) | verdict | published |",
         "| --- | --- | --- | --- | --- |",
@@ -318,14 +321,9 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
     for section in sections:
         for row in section.rows:
             claim, verdict = row.finding.claim, row.finding.verdict
-            cells = (
-                claim.statement,
-                row.measured,
-                f"**{row.effect}** ({row.interval})",
-                f"{MARKS[verdict]} {verdict}",
-                claim.published,
-            )
-            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+            figure = f"**{_cell(row.effect)}** ({_cell(row.interval)})"
+            cells = (_cell(claim.statement), _cell(row.measured), figure, f"{MARKS[verdict]} {verdict}")
+            lines.append(f"| {' | '.join(cells)} | {_cell(claim.published)} |")
     for section in sections:
         lines += ["", f"## {section.experiment.title}", "", _cell(section.ran)]
         for row in section.rows:
@@ -341,7 +339,7 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
 
 
 def _cell(text: str) -> str:
-    """Text that is nothing but text in a table of Markdown."""
+    """Text that is nothing but text in Markdown."""
     for sign in "\\|<>`*_[]":
-        text = text.replace(sign, f"\\{sign}") if not text.startswith("**") else text
+        text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

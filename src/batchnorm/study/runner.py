@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,13 +106,16 @@ class Store:
     Args:
         path: The file. Its first line says what it is of.
         dataset: What is trained on.
+        model: The number of the network, from `networks.check`.
         world: How many processes train together.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, world: int = 1) -> None:
+    def __init__(self, path: Path, dataset: Dataset, model: int, world: int = 1) -> None:
         self.path = path
         self.head = {
             "batchnorm": batchnorm.__version__,
+            "torch": version("torch"),
+            "network": model,
             "code": _code(),
             "data": dataset.name,
             "fingerprint": dataset.fingerprint,
@@ -164,7 +168,7 @@ class Store:
     _file: IO[str]
 
     def add(self, run: Run) -> None:
-        """Keep a run: it is on the disk when this returns.
+        """Keep a run: what ends this process now does not take it away.
 
         Raises:
             InputError: If the file cannot be written. What was there before is kept.

@@ -10,6 +10,8 @@ from batchnorm.study.settings import Settings
 
 __all__ = ["Measure", "Records", "Run", "Setup", "Task"]
 
+FEWEST_IMAGES = 32
+
 Measure = Literal["training", "percentiles", "gradient change", "statistics", "gradient norms", "latency"]
 
 
@@ -94,6 +96,8 @@ class Setup:
                 f"{self.dataset.name} has {images} images to train on, fewer than one batch of "
                 f"{self.settings.batch_size}; choose a smaller batch size."
             )
+        if images < FEWEST_IMAGES:
+            raise InputError(f"{self.dataset.name} has {images} images to train on; a study needs {FEWEST_IMAGES}.")
 
     def steps(self, batch_size: int = 0, epochs: float = 0) -> int:
         """Steps in so many epochs of whole batches; the settings' own if not said."""

@@ -1,7 +1,7 @@
 """The whole study as one command: two progress bars, a table, and the files."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from batchnorm.errors import InputError
 from batchnorm.study import data, networks, output, report
 from batchnorm.study.claims import Finding, facts, judge
 from batchnorm.study.experiments import Experiment, chosen
@@ -49,9 +50,9 @@ def study(
     experiments, judged = chosen(claims or [])
     output.check_writable(folder, (RESULTS, REPORT, MARKDOWN, TABLE, RUNS))
     setup = Setup(settings, data.load(source))
-    networks.check(settings.model, setup.dataset.shape, setup.dataset.classes)
+    network = networks.check(settings.model, setup.dataset.shape, setup.dataset.classes)
     with together() as world:
-        records = _records(setup, experiments, source, Store(folder / RUNS, setup.dataset, world), resume)
+        records = _records(setup, experiments, source, Store(folder / RUNS, setup.dataset, network, world), resume)
         if records is None:
             return
     findings = [judge(claim, records) for claim in judged]
@@ -77,14 +78,20 @@ def _records(
     needed = {experiment.title: setup.seeded(experiment.tasks(setup)) for experiment in experiments}
     every = list(dict.fromkeys(task for tasks in needed.values() for task in tasks))
     if not first():
-        for _ in perform_all(source, _told([])):
-            pass
+        _help(source)
         return None
-    kept = store.load() if resume else {}
-    runs = {task: run for task, run in kept.items() if task in set(every)}
-    todo = _told([task for task in every if task not in runs])
     try:
-        with store.open(kept), _progress(setup, needed, runs) as advance:
+        with ExitStack() as stack:
+            try:
+                kept = store.load() if resume else {}
+                runs = {task: run for task, run in kept.items() if task in set(every)}
+                todo = [task for task in every if task not in runs]
+                stack.enter_context(store.open(kept))
+            except InputError:
+                _told(None)
+                raise
+            _told(todo)
+            advance = stack.enter_context(_progress(setup, needed, runs))
             for run in perform_all(source, todo):
                 store.add(run)
                 runs[run.task] = run
@@ -96,13 +103,29 @@ def _records(
     return Records(setup, {task: runs[task] for task in every})
 
 
-def _told(tasks: list[Task]) -> list[Task]:
-    """What the first process has to do, in all processes that were started together."""
+def _told(tasks: list[Task] | None) -> list[Task] | None:
+    """What the first process has to do, in all processes that were started together; None if it cannot begin."""
     if not (dist.is_available() and dist.is_initialized()):
         return tasks
-    told: list[Any] = [tasks]
+    told = [tasks]
     dist.broadcast_object_list(told)
-    return told[0]  # type: ignore[no-any-return]
+    return told[0]
+
+
+def _help(source: Path | None) -> None:
+    """Train together with the first process, which says what happened if it fails.
+
+    Raises:
+        InputError: If it did.
+    """
+    try:
+        tasks = _told(None)
+        if tasks is None:
+            raise InputError("the first process could not begin.")
+        for _ in perform_all(source, tasks):
+            pass
+    except RuntimeError as error:
+        raise InputError(f"another process is gone ({error}).") from error
 
 
 @contextmanager

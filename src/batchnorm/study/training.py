@@ -4,7 +4,8 @@ Networks of a seed start from the same weights and see the same batches in the s
 learning rate is chosen on validation images, and what is reported is measured on test images. Nothing is judged here.
 
 Where processes train together (`torchrun`), each takes its share of every batch, gradients are averaged, and the
-statistics of batch normalization are those of the whole batch: the run is that of one process, but for rounding.
+statistics of batch normalization are those of the whole batch: the run is that of one process, but for rounding. Only
+dropout, noise and ghost batches are of each process.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.study.data import Dataset, Part
-from batchnorm.study.networks import GHOST, build, scale, swap
+from batchnorm.study.networks import build, own, scale, swap
 from batchnorm.study.tasks import Run, Task
 from batchnorm.torch import GhostStatistics, Renorm, Statistics, SyncStatistics, convert
 
@@ -90,7 +91,8 @@ def train(
     """
     with reproducible(task.seed):
         images, labels = _tensors(dataset.train, dataset.shape, task.images)
-        model = swap(build(task.model, dataset.shape, dataset.classes), task.variant, images, dataset.classes)
+        model = build(task.model, dataset.shape, dataset.classes)
+        model = swap(model, task.variant, images, dataset.classes, task.steps)
         scale(model.train(), task.gain)
         values: dict[str, Any] = {"loss": [], "validation": [], "test": [], "train": 0.0}
         optimizer = _optimizer(model, task)
@@ -106,7 +108,7 @@ def _train(
     held = [_tensors(part, trainee.dataset.shape) for part in (trainee.dataset.validation, trainee.dataset.test)]
     held_images, held_labels = map(torch.cat, zip(*held, strict=True))
     validation = len(trainee.dataset.validation.labels)
-    forward, rank, world = _together(model, task.seed)
+    forward, rank, world = _together(model, task)
     to_check = set(checks(task.steps))
     for step, batch in enumerate(_batches(len(labels), task), start=1):
         trainee.batch = batch
@@ -151,7 +153,7 @@ def _batches(count: int, task: Task) -> Iterator[Tensor]:
 # --- Processes that train together ------------------------------------------------------------------------------------
 
 
-def _together(model: nn.Module, seed: int) -> tuple[nn.Module, int, int]:
+def _together(model: nn.Module, task: Task) -> tuple[nn.Module, int, int]:
     """What to call in training, this process's number, and how many there are. The model gets shared statistics."""
     if not (dist.is_available() and dist.is_initialized()):
         return model, 0, 1
@@ -160,16 +162,17 @@ def _together(model: nn.Module, seed: int) -> tuple[nn.Module, int, int]:
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.statistics = _shared(layer.statistics)  # type: ignore[assignment]
-    torch.manual_seed(seed * world + rank)  # the weights are there; dropout and noise differ between processes
-    return DistributedDataParallel(model, broadcast_buffers=False), rank, world
+    torch.manual_seed(task.seed * world + rank)  # the weights are there; dropout and noise differ between processes
+    unused = own(task.model)  # of the study's networks all parameters are used
+    return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused), rank, world
 
 
 def _shared(statistics: Any) -> Statistics:
-    """The same statistics, of all processes' batches together. Ghost batches are within a process anyway."""
+    """The same statistics, of all processes' batches together; ghost batches of as many samples, within a process."""
     if isinstance(statistics, Renorm):
         return Renorm(statistics.r_max, statistics.d_max, statistics.warmup_steps, statistics=SyncStatistics())
     if isinstance(statistics, GhostStatistics):
-        return GhostStatistics(max(1, GHOST // dist.get_world_size()))
+        return statistics
     return SyncStatistics()
 
 
@@ -199,7 +202,7 @@ def _share(correct: Tensor) -> float:
 
 
 def _tensors(part: Part, shape: tuple[int, ...], first: int = 0) -> tuple[Tensor, Tensor]:
-    images, labels = torch.tensor(part.images).reshape(-1, *shape), torch.tensor(part.labels)
+    images, labels = torch.from_numpy(part.images).reshape(-1, *shape), torch.from_numpy(part.labels)
     return (images[:first], labels[:first]) if first else (images, labels)
 
 

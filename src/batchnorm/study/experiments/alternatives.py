@@ -61,6 +61,8 @@ def _steps(other: str, records: Records) -> tuple[Numbers, Numbers]:
 def _plots(records: Records) -> list[Plot]:
     steps = checks(records.setup.steps())
     best = {variant: fastest_rate(records, _grid(records.setup, variant)) for variant in ("batch_norm", *OTHERS)}
+    edges = (records.settings.size.few_rates[0], records.settings.size.few_rates[-1])
+    at_the_end = ", ".join(VARIANTS[variant] for variant, task in best.items() if task.rate in edges)
     drawn = [
         Line(variant, f"{VARIANTS[variant]}, {task.rate:g}", steps, [run.values["test"] for run in records.of(task)])
         for variant, task in best.items()
@@ -80,7 +82,12 @@ def _plots(records: Records) -> list[Plot]:
                 mark=(records.settings.target, f"target {records.settings.target:.0%}"),
                 thin=False,
             ),
-            f"Test accuracy against steps, median of the seeds, with the learning rate of each. At the end: {ends}.",
+            f"Test accuracy against steps, median of the seeds, with the learning rate of each. At the end: {ends}."
+            + (
+                f" At the end of the rates tried, so that others might be faster for it: {at_the_end}."
+                if at_the_end
+                else ""
+            ),
         )
     ]
 

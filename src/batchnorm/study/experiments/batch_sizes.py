@@ -67,7 +67,8 @@ BATCH_SIZES = Experiment(
     id="batch-sizes",
     title="Small batches",
     ran="The network with batch, renormalized, group and ghost normalization, with batches of {batch_sizes}; all see "
-    f"as many images, at learning rates in proportion to the square root of the batch size, {2 * SAME_RATE:g} for 32.",
+    f"as many images, at learning rates in proportion to the square root of the batch size, {2 * SAME_RATE:g} for 32. "
+    "The limits of renormalization grow during the first third of the training.",
     tasks=_tasks,
     claims=(
         Claim(

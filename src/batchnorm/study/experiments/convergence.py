@@ -10,7 +10,7 @@ from batchnorm.study.claims import (
     threshold,
     trains,
 )
-from batchnorm.study.experiments.experiment import Experiment
+from batchnorm.study.experiments.experiment import SIDES, Experiment
 from batchnorm.study.figures import Line, Plot, Slider, lines, seeds_and_median
 from batchnorm.study.settings import SAME_RATE
 from batchnorm.study.tasks import Records, Setup, Task
@@ -18,7 +18,6 @@ from batchnorm.study.training import checks
 
 __all__ = ["ACCURACY", "CONVERGENCE", "RATES"]
 
-SIDES = {"plain": "without", "batch_norm": "with batch normalization"}
 IOFFE = "Ioffe & Szegedy 2015"
 
 

@@ -26,9 +26,15 @@ def _accuracies(records: Records) -> tuple[Numbers, Numbers]:
     """The mean over the moments after the first step, where a moving average has hardly begun to move."""
     runs = records.of(_task(records.setup))
     return (
-        [fmean(run.values["ema"][1:]) if run.finite else None for run in runs],
-        [fmean(run.values["precise"][ENOUGH][1:]) if run.finite else None for run in runs],
+        [_mean(run.values["ema"]) if run.finite else None for run in runs],
+        [_mean(run.values["precise"][ENOUGH]) if run.finite else None for run in runs],
     )
+
+
+def _mean(curve: list[float | None]) -> float | None:
+    """Over the moments after the first, if there are such."""
+    numbers = [value for value in curve[1:] or curve if value is not None]
+    return fmean(numbers) if numbers else None
 
 
 def _plots(records: Records) -> list[Plot]:
@@ -40,8 +46,8 @@ def _plots(records: Records) -> list[Plot]:
         Line("batch_norm", f"{COUNTS[ENOUGH]} images", steps, [run.values["precise"][ENOUGH] for run in runs]),
     ]
     by_count = [
-        Line("plain", "moving average", COUNTS, [[fmean(run.values["ema"][1:])] * len(COUNTS) for run in runs]),
-        Line("batch_norm", "precise", COUNTS, [[fmean(curve[1:]) for curve in run.values["precise"]] for run in runs]),
+        Line("plain", "moving average", COUNTS, [[_mean(run.values["ema"])] * len(COUNTS) for run in runs]),
+        Line("batch_norm", "precise", COUNTS, [[_mean(curve) for curve in run.values["precise"]] for run in runs]),
     ]
     return [
         Plot(
@@ -63,7 +69,8 @@ EVALUATION = Experiment(
     id="statistics",
     title="Precise statistics",
     ran=f"The network with batch normalization at learning rate {RATE:g} for {{epochs}}, evaluated at eight moments "
-    "with its moving averages and with the exact statistics of " + ", ".join(map(str, COUNTS)) + " training images.",
+    "with its moving averages and with the exact statistics of " + ", ".join(map(str, COUNTS)) + " training images "
+    "(all, if there are fewer).",
     tasks=_tasks,
     claims=(
         Claim(

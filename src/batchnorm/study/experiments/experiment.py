@@ -7,7 +7,10 @@ from batchnorm.study.claims import Claim
 from batchnorm.study.figures import Plot
 from batchnorm.study.tasks import Records, Setup, Task
 
-__all__ = ["Experiment"]
+__all__ = ["SIDES", "Experiment"]
+
+SIDES = {"plain": "without", "batch_norm": "with batch normalization"}
+"""The two networks of most comparisons, with their names in plots."""
 
 
 @dataclass(frozen=True)

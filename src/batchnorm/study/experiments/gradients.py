@@ -3,13 +3,12 @@
 from statistics import median
 
 from batchnorm.study.claims import Claim, Numbers
-from batchnorm.study.experiments.experiment import Experiment
+from batchnorm.study.experiments.experiment import SIDES, Experiment
 from batchnorm.study.figures import Line, Plot, lines
 from batchnorm.study.tasks import Records, Setup, Task
 
 __all__ = ["GRADIENTS"]
 
-SIDES = {"plain": "without", "batch_norm": "with batch normalization"}
 NAMES = {"sigmoid": "sigmoid", "relu": "ReLU"}
 
 
@@ -23,7 +22,8 @@ def _tasks(setup: Setup) -> list[Task]:
 
 def _measure(activation: str, records: Records) -> tuple[Numbers, Numbers]:
     def of(variant: str) -> Numbers:
-        return [abs(run.values["decades"][-1]) for run in records.of(_task(records.setup, variant, activation))]
+        ends = (run.values["decades"][-1] for run in records.of(_task(records.setup, variant, activation)))
+        return [None if end is None else abs(end) for end in ends]
 
     return of("plain"), of("batch_norm")
 

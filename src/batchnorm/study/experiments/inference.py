@@ -4,9 +4,12 @@ from batchnorm.study.claims import Claim, Numbers
 from batchnorm.study.experiments.experiment import Experiment
 from batchnorm.study.figures import Plot, bars
 from batchnorm.study.measures import LATENCY_BATCH
-from batchnorm.study.tasks import Records, Setup, Task
+from batchnorm.study.tasks import Records, Run, Setup, Task
 
 __all__ = ["INFERENCE"]
+
+SAME = 1e-3
+"""How far outputs may be apart, relative to the largest, to be called the same."""
 
 NAMES = {"without": "no normalization", "with": "batch normalization", "folded": "folded"}
 
@@ -20,21 +23,33 @@ def _tasks(setup: Setup) -> list[Task]:
 
 
 def _latencies(records: Records) -> tuple[Numbers, Numbers]:
-    runs = records.of(_task(records.setup))
-    return [run.values["without"] for run in runs], [run.values["folded"] for run in runs]
+    """Only of networks that were folded as a whole, with the same outputs."""
+    runs = [run if _whole(run) else None for run in records.of(_task(records.setup))]
+    return (
+        [run.values["without"] if run else None for run in runs],
+        [run.values["folded"] if run else None for run in runs],
+    )
+
+
+def _whole(run: Run) -> bool:
+    return run.finite and run.values["left"] == 0 and run.values["difference"] < SAME
 
 
 def _plots(records: Records) -> list[Plot]:
-    runs = records.of(_task(records.setup))
+    runs = [run for run in records.of(_task(records.setup)) if run.finite]
+    if not runs:
+        return []
     ratios = {name: [run.values[key] / run.values["without"] for run in runs] for key, name in NAMES.items()}
     difference = max(run.values["difference"] for run in runs)
+    left = max(run.values["left"] for run in runs)
     return [
         Plot(
             "latency",
             "Time for a batch in evaluation",
             bars("time, relative to the network without normalization", ratios),
             f"Time for {LATENCY_BATCH} images on one thread, relative to the same network without normalization; the "
-            f"whiskers span the seeds. Outputs before and after folding differ by {difference:.1g} of the largest.",
+            f"whiskers span the seeds. Outputs before and after folding differ by {difference:.1g} of the largest; "
+            f"normalizations that could not be folded: {left}.",
         )
     ]
 
