@@ -18,7 +18,7 @@ from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
-from benchmarks import folding, gradients, kernels, memory, report, small_batches, training, variants
+from benchmarks import folding, gradients, keras_steps, kernels, memory, report, small_batches, training, variants
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
 
@@ -40,6 +40,7 @@ class Name(StrEnum):
     GRADIENTS = "gradients"
     LOSSES = "losses"
     SMALL = "small"
+    KERAS = "keras"
     REPORT = "report"
 
 
@@ -79,6 +80,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),
     Name.SMALL: lambda s: (len(small_batches.VARIANTS) * s.seeds, small_batches.run(s.seeds, s.quick)),
+    Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
 }
 """What is measured: how many runs, and their records. The seconds are for each case."""
 

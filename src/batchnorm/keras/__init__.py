@@ -5,5 +5,18 @@ from batchnorm.keras.convert import convert, revert
 from batchnorm.keras.fold import fold
 from batchnorm.keras.freeze import freeze, unfreeze
 from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.port import Ported, from_torch, to_torch
 
-__all__ = ["BatchNormalization", "Calibration", "calibrate", "convert", "fold", "freeze", "revert", "unfreeze"]
+__all__ = [
+    "BatchNormalization",
+    "Calibration",
+    "Ported",
+    "calibrate",
+    "convert",
+    "fold",
+    "freeze",
+    "from_torch",
+    "revert",
+    "to_torch",
+    "unfreeze",
+]

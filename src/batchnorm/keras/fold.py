@@ -90,19 +90,20 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     Inference", 2017, section 3.2.
     """
     refuse(model)
-    if not isinstance(model, keras.Model):
+    given: Any = model
+    if not isinstance(given, keras.Model):
         raise TypeError(
-            f"model must be a keras.Model, got a layer, {type(model).__name__}: put it into keras.Sequential"
+            f"model must be a keras.Model, got a layer, {type(given).__name__}: put it into keras.Sequential"
         )
-    if not model.built:
-        raise ValueError(f"{model.name} has not seen an input yet: call it on one batch first")
-    copy = _copy(model, example_inputs)
-    changed = {name for name, layer in named_layers(model).items() if "call" in vars(layer)}
+    if not given.built:
+        raise ValueError(f"{given.name} has not seen an input yet: call it on one batch first")
+    copy = _copy(given, example_inputs)
+    changed = {name for name, layer in named_layers(given).items() if "call" in vars(layer)}
     folding = _Folding(copy, example_inputs, changed)
     folding.find()
     folding.apply()
-    error = None if example_inputs is None else _compare(model, copy, example_inputs)
-    return Folded(copy, folding.folded, folding.skipped, error)  # type: ignore[arg-type]
+    error = None if example_inputs is None else _compare(given, copy, example_inputs)
+    return Folded(copy, folding.folded, folding.skipped, error)
 
 
 def _copy(model: Any, example_inputs: Any) -> Any:

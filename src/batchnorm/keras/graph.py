@@ -103,7 +103,7 @@ def graphs(model: Any, examples: Any) -> tuple[list[Graph], dict[int, str]]:
                 args, kwargs = tree.map_structure(_fresh, (node.arguments.args, node.arguments.kwargs))
                 add(operation, (args, kwargs))
 
-    call = None if examples is None else ((tree.map_structure(_symbolic, examples),), {})
+    call: Any = None if examples is None else ((tree.map_structure(_symbolic, examples),), {})
     add(model, call)
     return found, closed
 

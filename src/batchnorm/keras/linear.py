@@ -1,7 +1,7 @@
 """The linear maps of Keras as matrices with one axis of inputs and one of outputs, for folding."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,21 +23,18 @@ class Place:
         kernel: The name of the kernel that makes the outputs.
         out: The axes of it that are the outputs' channels, together.
         into: Its axis of the inputs' channels; None where a normalization before the layer cannot be folded.
-        padded: Whether the layer can surround its inputs with zeros.
-        transposed: Whether it spreads its inputs.
     """
 
     kernel: str
     out: tuple[int, ...] = (-1,)
     into: int | None = -2
-    padded: bool = False
 
 
 PLACES: dict[Any, Place] = {
     layers.Dense: Place("kernel"),
-    layers.Conv1D: Place("kernel", padded=True),
-    layers.Conv2D: Place("kernel", padded=True),
-    layers.Conv3D: Place("kernel", padded=True),
+    layers.Conv1D: Place("kernel"),
+    layers.Conv2D: Place("kernel"),
+    layers.Conv3D: Place("kernel"),
     layers.Conv1DTranspose: Place("kernel", (-2,), None),
     layers.Conv2DTranspose: Place("kernel", (-2,), None),
     layers.Conv3DTranspose: Place("kernel", (-2,), None),
@@ -123,8 +120,7 @@ class LinearMap:
         inputs = self.shape[self.place.into]
         if type(self.layer) is layers.Dense:
             return channels == inputs
-        unpadded: list[Literal["valid"]] = ["valid"]
-        return channels == inputs * self.layer.groups and self.layer.padding in unpadded
+        return bool(channels == inputs * self.layer.groups and self.layer.padding == "valid")
 
     def fits(self) -> bool:
         """Whether it can be written down: nothing overflows."""
