@@ -18,7 +18,18 @@ from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
 from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
-from benchmarks import folding, gradients, kernels, memory, report, small_batches, training, variants, verdicts
+from benchmarks import (
+    folding,
+    gradients,
+    kernels,
+    keras_steps,
+    memory,
+    report,
+    small_batches,
+    training,
+    variants,
+    verdicts,
+)
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
 
@@ -41,6 +52,7 @@ class Name(StrEnum):
     LOSSES = "losses"
     SMALL = "small"
     VERDICTS = "verdicts"
+    KERAS = "keras"
     REPORT = "report"
 
 
@@ -81,6 +93,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),
     Name.SMALL: lambda s: (len(small_batches.VARIANTS) * s.seeds, small_batches.run(s.seeds, s.quick)),
     Name.VERDICTS: lambda s: (s.seeds, verdicts.run(s.seeds, s.quick)),
+    Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
 }
 """What is measured: how many runs, and their records. The seconds are for each case."""
 

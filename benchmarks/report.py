@@ -14,7 +14,7 @@ from benchmarks.goals import Tables
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small", "verdicts",
+    "losses", "small", "keras", "verdicts",
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -268,6 +268,22 @@ def _verdicts(tables: Tables) -> str:
     return markdown(("claim", "effect, over the base seeds", "verdicts"), lines)
 
 
+def _keras(tables: Tables) -> str:
+    """Milliseconds of a step, and how many times as long ours takes as Keras'."""
+    records = tables["keras"]
+    ours, theirs = ([r for r in records if r["candidate"] == name] for name in ("batchnorm", "keras"))
+    lines = [
+        (
+            f"{a['backend']} {a['backend_version']}", a["case"], a["batch"], _time(b, 1e3), _time(a, 1e3),
+            f"{a['median_us'] / b['median_us']:.2f}",
+        )
+        for a, b in zip(ours, theirs, strict=True)
+    ]  # fmt: skip
+    heading = ("backend", "network", "batch", "Keras, ms", "batchnorm, ms", "ours / Keras")
+    version = f"\nKeras {records[0]['keras']}.\n" if records else ""
+    return markdown(heading, lines) + version
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -286,4 +302,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "variants": _variants,
     "small": _small,
     "verdicts": _verdicts,
+    "keras": _keras,
 }

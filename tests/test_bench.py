@@ -272,6 +272,11 @@ TABLES: goals.Tables = {
         {"claim": "faster", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
         for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
     ],
+    "keras": [
+        {"backend": "jax", "backend_version": "0.10.2", "keras": "3.15.1", "case": "mlp", "batch": "32 x 784"}
+        | {"candidate": name, "median_us": time, "q10_us": time, "q90_us": time}
+        for name, time in (("batchnorm", 900.0), ("keras", 1000.0))
+    ],
     "folding": trained(1000, 500, folded=1, skipped=0, max_error=1e-7),
     "gradients": [*trained(2, 2), *trained(2, 8, seed=1)],
     "losses": curves(),
@@ -338,6 +343,7 @@ def test_the_report(tmp_path: Path) -> None:
     )
     assert "| b channels-first | 3.00 | 4.00 | 5.00 | 9.00 |" in section(text, "kernels")
     assert "| a | 10.0 (10.0 to 10.0) | 1.20 | 1.50 |" in section(text, "variants")
+    assert "| jax 0.10.2 | mlp | 32 x 784 | 1.0 (1.0 to 1.0) | 0.9 (0.9 to 0.9) | 0.90 |" in section(text, "keras")
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
     assert "| faster | 1.25 to 2.50 ratio | 2 supported, 1 undecided |" in section(text, "verdicts")
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")

@@ -26,3 +26,34 @@ def test_training_in_two_processes() -> None:
     assert lines[2].startswith("2 processes, 8 samples each: ")
     assert float(lines[2].split()[-2].rstrip("%")) > 90
     assert lines[3] == "running statistics are the same in all processes"
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_keras(backend: str) -> None:
+    for module in ("keras", "sklearn", backend):
+        pytest.importorskip(module)
+    environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / "keras_mlp.py")],
+        capture_output=True, text=True, env=environment, check=False, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("2 layers calibrated on 1347 samples"))
+    assert lines[at + 1].startswith(f"{backend}: accuracy on 450 test images: ")
+    assert float(lines[at + 1].split()[-1].rstrip("%")) > 95
+    assert lines[at + 2].startswith("2 of 2 batch normalizations folded; outputs differ by ")
+
+
+def test_tensorflow_as_it_is_written_today() -> None:
+    for module in ("keras", "sklearn", "tensorflow"):
+        pytest.importorskip(module)
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / "tensorflow_today.py")],
+        capture_output=True, text=True, env=environment, check=False, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    last = process.stdout.splitlines()[-1]
+    assert last.startswith("accuracy on 397 test images: ")
+    assert float(last.split()[-1].rstrip("%")) > 95

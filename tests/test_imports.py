@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(next(iter(importlib.util.find_spec("batchnorm").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
-FRAMEWORKS = ("torch", "keras", "jax", "sklearn", "plotly", "onnxruntime", "onnx")
+FRAMEWORKS = ("torch", "keras", "jax", "tensorflow", "sklearn", "plotly", "onnxruntime", "onnx")
 
 ORDER = [
     "batchnorm",
     "batchnorm.definition",
     "batchnorm.errors",
+    "batchnorm.calibration",
     "batchnorm.folded",
     "batchnorm.onnx",
     "batchnorm.kernels",
@@ -31,6 +33,8 @@ ORDER = [
     "batchnorm.torch.layers",
     "batchnorm.torch.*",  # tools on whole models
     "batchnorm.torch",
+    "batchnorm.keras.*",
+    "batchnorm.keras",
     "batchnorm.study",
     "batchnorm.bench",
     "batchnorm.cli",
@@ -38,11 +42,19 @@ ORDER = [
 ]
 """From what is imported to what imports."""
 
-TOGETHER = ["batchnorm.kernels", "batchnorm.torch.*", "batchnorm.study", "batchnorm.onnx", "batchnorm.bench"]
+TOGETHER = [
+    "batchnorm.kernels",
+    "batchnorm.torch.*",
+    "batchnorm.keras.*",
+    "batchnorm.study",
+    "batchnorm.onnx",
+    "batchnorm.bench",
+]
 """Places of several modules, which may import each other, though not in a circle."""
 
 ALLOWED = {
     "batchnorm.torch": {"torch"},
+    "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},
     "batchnorm.onnx": {"onnx", "onnxruntime"},
     "batchnorm.bench": {"torch", "jax"},
@@ -56,6 +68,39 @@ def in_new_process(code: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_keras_brings_no_torch_unless_it_is_the_backend(backend: str) -> None:
+    pytest.importorskip("keras")
+    pytest.importorskip(backend)
+    code = (
+        f"import os; os.environ['KERAS_BACKEND'] = {backend!r}\n"
+        "import numpy as np, keras, sys\n"
+        "before = 'torch' in sys.modules\n"  # Keras itself may ask whether it is there
+        "from batchnorm.keras import *\n"
+        "model = keras.Sequential([keras.Input((3,)), BatchNormalization(activation='relu', synchronized=True)])\n"
+        "model(np.ones((4, 3), np.float32), training=True)\n"
+        "calibrate(model, [np.eye(4, 3, dtype=np.float32)])\n"
+        "unfreeze(freeze(model)), revert(convert(keras.layers.Dense(2)))\n"
+        "print(before, 'torch' in sys.modules, 'numba' in sys.modules)"
+    )
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_backends_are_imported_inside_of_functions() -> None:
+    """But for the module of the torch backend, which is itself imported so."""
+    for module, path in modules().items():
+        if not module.startswith("batchnorm.keras") or module == "batchnorm.keras.fused":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            roots = {name.split(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
+            assert not roots & {"torch", "jax", "tensorflow", "batchnorm.torch"}, module
 
 
 @pytest.mark.parametrize(
@@ -117,7 +162,7 @@ def place(module: str) -> int:
     """Where in `ORDER` a module is."""
     package = module.rpartition(".")[0]
     for name in (module, package, f"{package}.*", package.rpartition(".")[0]):
-        if name in ORDER and (name == module or name not in ("batchnorm", "batchnorm.torch")):
+        if name in ORDER and (name == module or name not in ("batchnorm", "batchnorm.torch", "batchnorm.keras")):
             return ORDER.index(name)
     raise AssertionError(f"{module} has no place in ORDER")
 

@@ -10,8 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from batchnorm.definition import Moments, merge_moments, reciprocal_std
+from batchnorm.calibration import Calibration, change, watched
+from batchnorm.definition import Moments, merge_moments
 from batchnorm.torch import batches
 from batchnorm.torch.functional import moments
 from batchnorm.torch.layers import FORWARDS
@@ -32,40 +31,6 @@ __all__ = ["Calibration", "calibrate"]
 
 Method = Literal["parallel", "sequential"]
 METHODS: tuple[Method, ...] = ("parallel", "sequential")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` did.
-
-    Attributes:
-        samples: How many there were, over all processes; a batch without tensors counts as one.
-        changes: How much each layer changed: the largest difference in its normalized output, over its channels, for an
-            input one standard deviation from the mean. 0.01 is little, 1 is a standard deviation.
-        skipped: Why each of the other layers is as it was.
-    """
-
-    samples: int
-    changes: dict[str, float] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The names of the layers that were calibrated."""
-        return tuple(self.changes)
-
-    @property
-    def largest(self) -> float:
-        """The largest of the changes; 0 without any."""
-        return max(self.changes.values(), default=0.0)
-
-    def __str__(self) -> str:
-        """To read."""
-        lines = [f"{len(self.changes)} layers calibrated on {self.samples} samples"]
-        if self.changes:
-            name = max(self.changes, key=self.changes.__getitem__)
-            lines[0] += f"; the largest change is {self.largest:.2g} standard deviations, in {name}"
-        return "\n".join([*lines, *(f"  {name} is as it was: {reason}" for name, reason in self.skipped.items())])
 
 
 def calibrate(
@@ -154,7 +119,7 @@ def calibrate(
 
         samples, found = find(passes, layers, pool, finish)
         changed = [name for name in layers if name in found and name not in skipped]
-        changes = {name: _change(before[name], _statistics(layers[name]), layers[name].eps) for name in changed}
+        changes = {name: change(before[name], _statistics(layers[name]), layers[name].eps) for name in changed}
         skipped |= dict.fromkeys(layers.keys() - found.keys(), "no sample came in through a call of this module")
         skipped = {name: skipped[name] for name, _ in model.named_modules() if name in skipped}
         if not changes:
@@ -214,15 +179,6 @@ def _finish(name: str, layer: Any, pooled: Moments, unbiased: bool) -> None:
             "nothing has been changed. Look for NaN or infinity in the data, or in the layers before it"
         )
     _write(layer, pooled.mean, var)
-
-
-def _change(old: tuple[Any, Any], new: tuple[Any, Any], eps: float) -> float:
-    (old_mean, old_var), (new_mean, new_var) = old, new
-    with np.errstate(all="ignore"):
-        old_rstd, new_rstd = reciprocal_std(old_var, eps), reciprocal_std(new_var, eps)
-        std = np.sqrt(new_var)
-        differences = [np.abs(s * std * new_rstd - (new_mean + s * std - old_mean) * old_rstd) for s in (-1, 1)]
-        return float(np.max(np.nan_to_num(differences, nan=np.inf), initial=0.0))
 
 
 @contextmanager
@@ -316,7 +272,7 @@ class _Passes:
         ]
         samples = 0
         try:
-            for batch in _watched(self.data, what, self.progress):
+            for batch in watched(self.data, what, self.progress):
                 start()
                 with torch.no_grad(), _not_compiled():
                     self.forward(self.model, batches.move(batch, self.device))
@@ -400,18 +356,3 @@ def _in_sequence(passes: _Passes, layers: Layers, pool: Pool, finish: Finish) ->
 def _demand(samples: int) -> None:
     if samples == 0:
         raise ValueError("there is nothing to calibrate with: the data gave no samples")
-
-
-def _watched(data: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
-    """The data, with a bar if someone is there to see it."""
-    if progress and sys.stderr.isatty() and find_spec("rich"):
-        from rich.console import Console
-        from rich.progress import track
-
-        try:
-            total = len(data)  # type: ignore[arg-type]
-        except TypeError:
-            total = None
-        yield from track(data, what, total=total, console=Console(stderr=True), transient=True)
-    else:
-        yield from data

@@ -155,6 +155,7 @@ def normalize(
         )
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
+    unbiased = _is_unbiased(statistics)
     recomputed = not running and _is_recomputed()
     if recomputed and running_mean is not None and running_var is not None:
         running_mean, running_var = running_mean.clone(), running_var.clone()
@@ -168,9 +169,14 @@ def normalize(
     if (plain and _takes_one_operation(x, residual, mask, running)) or (
         running and not torch.compiler.is_compiling() and torch._C._is_tracing()
     ):
-        y = _one_operation(
-            x, running_mean, running_var, weight, bias, not running, float(momentum), eps, activation, residual
-        )
+        if not running and not unbiased and running_mean is not None and running_var is not None:
+            y = _one_operation_biased(
+                x, running_mean, running_var, weight, bias, float(momentum), eps, activation, residual
+            )
+        else:
+            y = _one_operation(
+                x, running_mean, running_var, weight, bias, not running, float(momentum), eps, activation, residual
+            )
         return Normalized(y, None if running or recomputed else True)
     _check(x, running_mean, running_var, weight, bias, residual)
     weights = None if running or mask is None else _expand_mask(mask, x)
@@ -195,8 +201,15 @@ def normalize(
         return Normalized(y, None)
     if running_mean is None or running_var is None:
         return Normalized(y, True)
-    updated = _update_running(running_mean, running_var, count, mean, var, momentum)
+    updated = _update_running(running_mean, running_var, count, mean, var, momentum, unbiased)
     return Normalized(y, None if recomputed else updated)
+
+
+def _is_unbiased(statistics: Statistics | None) -> bool:
+    """Whether the running variance moves towards the unbiased one."""
+    if isinstance(statistics, Renorm):
+        statistics = statistics.statistics
+    return statistics is None or isinstance(statistics, RunningStatistics) or statistics.unbiased
 
 
 def _normalize_variant(
@@ -245,7 +258,7 @@ def _normalize_variant(
         y = y.contiguous(memory_format=memory_format(x))
     if running_mean is None or running_var is None:
         return Normalized(y, True)
-    updated = _update_running(running_mean, running_var, count, mean, var, momentum)
+    updated = _update_running(running_mean, running_var, count, mean, var, momentum, _is_unbiased(statistics))
     return Normalized(y, None if recomputed else updated)
 
 
@@ -337,11 +350,20 @@ def _count(x: Tensor, weights: Tensor | None) -> float | Tensor:
 
 
 def _update_running(
-    running_mean: Tensor, running_var: Tensor, count: float | Tensor, mean: Any, var: Any, momentum: float | Tensor
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: float | Tensor,
+    mean: Any,
+    var: Any,
+    momentum: float | Tensor,
+    unbiased: bool,
 ) -> bool | Tensor:
     """`definition.update_running`, in place; a batch whose statistics are not finite, or that is empty, is left out."""
     if not isinstance(count, Tensor) and count == 0:
         return False
+    if not unbiased:  # what follows multiplies by count / (count - 1)
+        one = torch.where(count > 1, (count - 1) / count, 1.0) if isinstance(count, Tensor) else (count - 1) / count
+        var = var * one if isinstance(count, Tensor) or count > 1 else var
     if isinstance(mean, np.ndarray) and running_mean.dtype is torch.bfloat16:
         mean, var = torch.from_numpy(mean), torch.from_numpy(var)
     if isinstance(mean, np.ndarray):
@@ -457,6 +479,27 @@ def _takes_one_operation(x: Tensor, residual: Tensor | None, mask: Tensor | None
     if running:
         return True
     return mask is None and values > x.shape[1] and math.isfinite(torch.linalg.vector_norm(x.detach()).item())
+
+
+def _one_operation_biased(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: tuple[str, float],
+    residual: Tensor | None,
+) -> Tensor:
+    """Training, with the biased variance for the running one, which PyTorch's operation does not give."""
+    mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    y = _one_operation(x, mean, var, weight, bias, True, 1.0, eps, activation, residual)
+    count = x.numel() // x.shape[1]
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * ((count - 1) / count), momentum)
+    return y
 
 
 def _one_operation(

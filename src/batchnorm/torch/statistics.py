@@ -25,7 +25,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """Of the batch itself, which also update the running ones: the default."""
+    """Of the batch itself, which also update the running ones: the default.
+
+    Args:
+        unbiased: Whether the running variance moves towards the unbiased one, as in PyTorch. False is Keras' way.
+    """
+
+    unbiased: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class GhostStatistics:
 
     Args:
         batch_size: Samples per group.
+        unbiased: As in `BatchStatistics`.
 
     Raises:
         ValueError: If `batch_size` is not a positive number.
@@ -67,6 +74,7 @@ class GhostStatistics:
     """
 
     batch_size: int
+    unbiased: bool = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.batch_size, int) and self.batch_size > 0):
@@ -91,6 +99,7 @@ class SyncStatistics:
 
     Args:
         process_group: Of `torch.distributed`; the default one if None.
+        unbiased: As in `BatchStatistics`.
 
     Raises:
         RuntimeError: In a call, in all processes, if one of them fails, if their channels or types differ, or if `x`
@@ -100,6 +109,7 @@ class SyncStatistics:
     """
 
     process_group: Any = None
+    unbiased: bool = True
 
     @property
     def group(self) -> Group | None:
@@ -114,7 +124,7 @@ class SyncStatistics:
             raise TypeError(
                 "a process group cannot be saved: save the state dict, or set layer.statistics = SyncStatistics() first"
             )
-        return SyncStatistics, ()
+        return SyncStatistics, (None, self.unbiased)
 
 
 @dataclass(frozen=True)

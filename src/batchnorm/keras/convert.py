@@ -1,0 +1,78 @@
+"""Models that are there already, and their files: Keras' layers become ours, and ours Keras'.
+
+```
+model = convert(keras.models.load_model("theirs.keras"))
+revert(model).save("for_everyone.keras")               # loads where this package is not installed
+```
+"""
+
+from typing import Any, TypeVar
+
+import keras
+
+from batchnorm.keras.layers import EXTRAS, BatchNormalization, adopt, release
+from batchnorm.keras.models import forget_compiled, named_layers, refuse
+
+__all__ = ["convert", "revert"]
+
+M = TypeVar("M")
+
+
+def convert(model: M, **extras: Any) -> M:
+    """Make Keras' batch normalizations ours, in place, with the same weights.
+
+    Args:
+        model: A model of any kind, or a layer.
+        **extras: What all of them get, e.g. `virtual_batch_size=32` or `synchronized=True`.
+
+    Returns:
+        `model`. Layers of other classes, also subclasses, stay.
+
+    Raises:
+        TypeError: If this is no model, or there is no such argument.
+        ValueError: If the arguments do not go together.
+    """
+    refuse(model)
+    allowed = EXTRAS.keys() - {"frozen", "activation"} | {"synchronized"}
+    if unknown := extras.keys() - allowed:
+        raise TypeError(f"convert has no argument {', '.join(sorted(unknown))}; there are {', '.join(sorted(allowed))}")
+    found = [layer for layer in named_layers(model).values() if type(layer) is keras.layers.BatchNormalization]
+    for layer in found:
+        BatchNormalization(renorm=layer.renorm, **extras)  # an error comes before anything is changed
+    for layer in found:
+        adopt(layer)
+        for name, value in extras.items():
+            setattr(layer, name, value)
+    forget_compiled(model)
+    return model
+
+
+def revert(model: M) -> M:
+    """Make our batch normalizations Keras', in place, for a file that loads without this package.
+
+    Args:
+        model: A model of any kind, or a layer.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: If this is no model.
+        ValueError: If a layer does what Keras' cannot, or is not built; nothing is changed then.
+    """
+    refuse(model)
+    found = {name: layer for name, layer in named_layers(model).items() if type(layer) is BatchNormalization}
+    for name, layer in found.items():
+        said = name or "the layer"
+        if not layer.built:
+            raise ValueError(f"{said} has not seen an input yet: call the model on one batch first")
+        config = layer.get_config()
+        more = [f"{extra}={config[extra]!r}" for extra in EXTRAS if extra in config]
+        if layer.synchronized and keras.backend.backend() != "tensorflow":
+            more.append("synchronized=True")
+        if more:
+            raise ValueError(f"{said} has {', '.join(more)}, which Keras' layer has not: set it back first")
+    for layer in found.values():
+        release(layer)
+    forget_compiled(model)
+    return model

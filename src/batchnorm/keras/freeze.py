@@ -1,0 +1,94 @@
+"""Freeze a model's batch normalizations, so that nothing but `unfreeze` undoes it.
+
+```
+freeze(backbone)     # its statistics stay as they are: neither `fit` nor `training=True` moves them
+unfreeze(backbone)   # exactly as before
+```
+"""
+
+from typing import Any, TypeVar
+
+import keras
+
+from batchnorm.keras.layers import BatchNormalization, adopt, release
+from batchnorm.keras.models import forget_compiled, named_layers, refuse
+
+__all__ = ["freeze", "unfreeze"]
+
+M = TypeVar("M")
+WEIGHTS = ("gamma", "beta")
+
+
+def freeze(model: M, *, affine: bool = False) -> M:
+    """Let batch normalizations normalize by their moving statistics, in training too, and leave these as they are.
+
+    Layers of Keras become ours, in place, with the same weights. In Keras' the attribute `trainable` alone says which
+    statistics are used, together with whether gamma and beta learn, and every `model.trainable = True` changes it.
+
+    A model that was compiled before and has this one inside, or whose gamma and beta stop, has to be compiled again, as
+    after a change of `trainable`.
+
+    Args:
+        model: A model of any kind, or a layer.
+        affine: Whether gamma and beta stop learning as well.
+
+    Returns:
+        `model`. Layers that are frozen already stay as they are.
+
+    Raises:
+        TypeError: If this is no model.
+        ValueError: If it has no batch normalization, or one of a class whose `call` is its own, or one that is not
+            built; nothing is changed then.
+    """
+    refuse(model)
+    layers = {
+        name: layer for name, layer in named_layers(model).items() if isinstance(layer, keras.layers.BatchNormalization)
+    }
+    if not layers:
+        raise ValueError("there is no batch normalization to freeze in this model")
+    for name, layer in layers.items():
+        said = f"{name or 'the layer'}, a {type(layer).__name__},"
+        if not layer.built:
+            raise ValueError(f"{said} does not know its size yet: call the model on one batch first")
+        if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization) or "call" in vars(layer):
+            raise ValueError(f"{said} has a call of its own, which may not look at its statistics: freeze others")
+    for layer in layers.values():
+        if getattr(layer, "frozen", None) is None:
+            _freeze(layer, affine)
+    forget_compiled(model)
+    return model
+
+
+def _freeze(layer: Any, affine: bool) -> None:
+    if theirs := type(layer) is not BatchNormalization:
+        adopt(layer)
+    weights = {name: getattr(layer, name) for name in WEIGHTS if getattr(layer, name) is not None}
+    layer.frozen = tuple(name for name, weight in weights.items() if affine and weight.trainable)
+    layer._hold()
+    layer.frozen_from_keras = theirs
+
+
+def unfreeze(model: M) -> M:
+    """Undo `freeze`, in place: every layer is of its class again, and learns what it learned.
+
+    Args:
+        model: What was frozen, or a part of it.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: If this is no model.
+    """
+    refuse(model)
+    for layer in named_layers(model).values():
+        if type(layer) is not BatchNormalization or layer.frozen is None:
+            continue
+        learned, layer.frozen = layer.frozen, None
+        for name in learned:
+            getattr(layer, name).trainable = layer.trainable
+        theirs = layer.__dict__.pop("frozen_from_keras", False)  # a file does not know
+        if theirs and layer.activation.is_none:
+            release(layer)
+    forget_compiled(model)
+    return model

@@ -1,0 +1,211 @@
+"""The stages of batch normalization in `keras.ops`: any backend, any axis of channels, differentiable, compilable.
+
+`batchnorm.definition` says what they compute. Here the channels may be any axis of `x`, and a mask may count other
+positions in each channel.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from batchnorm.keras.activations import Activation
+
+__all__ = ["Moments", "expand_mask", "group_moments", "group_sizes", "moments", "normalize", "per_channel"]
+
+
+class Moments(NamedTuple):
+    """What a batch says about its channels.
+
+    Attributes:
+        count: How many values each channel has, `(C,)`; the sum of the weights where there is a mask.
+        mean: `(C,)`; 0 where nothing counts.
+        var: `(C,)`, biased: the mean of the squared distances from `mean`.
+    """
+
+    count: Any
+    mean: Any
+    var: Any
+
+
+def per_channel(values: Any, x: Any, axis: int) -> Any:
+    """`(C,)` values so that they broadcast along the channels of `x`."""
+    shape = [1] * len(x.shape)
+    shape[axis] = -1
+    return ops.reshape(values, shape)
+
+
+def _reduced(x: Any, axis: int, first: int = 0) -> tuple[int, ...]:
+    """The axes from `first` on without the channels'."""
+    channels = axis % len(x.shape)
+    return tuple(i for i in range(first, len(x.shape)) if i != channels)
+
+
+# --- Masks -----------------------------------------------------------------------------------------------------------
+
+
+def expand_mask(mask: Any, x: Any, axis: int) -> Any:
+    """The mask as weights that broadcast to `x`.
+
+    Args:
+        mask: Of the shape of `x` without its channels; or of the first axes of `x`, as `keras.layers.Masking` makes
+            them; or with as many axes as `x`, each of its length or of length 1.
+        x: The batch, whose type the weights get.
+        axis: The channels of `x`.
+
+    Raises:
+        ValueError: If the mask does not fit, or fits in two ways that mean different things.
+    """
+    shape, channels = tuple(x.shape), axis % len(x.shape)
+    given, axes = tuple(mask.shape), len(mask.shape)
+    positions = shape[:channels] + shape[channels + 1 :]
+
+    def fits(target: tuple[int | None, ...]) -> bool:
+        return all(m in (1, None, n) or n is None for m, n in zip(given, target, strict=True))
+
+    if axes == len(shape) and fits(shape):
+        return ops.cast(mask, x.dtype)
+    leading = 0 < axes < len(shape) and fits(shape[:axes])
+    without = 0 < axes < len(shape) and fits(positions[:axes])
+    if leading and without and axes > channels and None not in (*given, *shape[1:axes]):
+        raise ValueError(
+            f"mask of shape {given} can be read in two ways for inputs of shape {shape} with channels in axis {axis}: "
+            f"give it with {len(shape)} axes, e.g. ops.expand_dims(mask, {channels}) if it has none for the channels, "
+            f"or ops.expand_dims(mask, -1) if it covers the first axes"
+        )
+    if without:
+        after = max(0, axes - channels)  # the mask's axes behind the channels
+        mask = ops.reshape(mask, _expanded(mask, axes - after, after, len(shape) - axes - 1))
+    elif leading:
+        mask = ops.reshape(mask, _expanded(mask, axes, 0, len(shape) - axes - 1))
+    else:
+        raise ValueError(
+            f"mask of shape {given} does not fit inputs of shape {shape} with channels in axis {axis}: it must have "
+            f"the shape {positions}, without channels, or the first axes of the inputs', or as many axes as the inputs"
+        )
+    return ops.cast(mask, x.dtype)
+
+
+def _expanded(mask: Any, before: int, after: int, missing: int) -> tuple[Any, ...]:
+    """A mask's shape with an axis of length 1 for the channels, and as many as are missing at the end."""
+    shape = tuple(ops.shape(mask))
+    return (*shape[:before], 1, *shape[before : before + after], *(1,) * missing)
+
+
+# --- Moments ---------------------------------------------------------------------------------------------------------
+
+
+def moments(x: Any, weights: Any, axis: int) -> Moments:
+    """Count, mean and biased variance of every channel: `mean = sum(w*x)/sum(w)`, `var = sum(w*(x - mean)^2)/sum(w)`.
+
+    Args:
+        x: The batch, of float32 or float64.
+        weights: From `expand_mask`, or None. What has a weight of 0 is left out, even if it is NaN.
+        axis: The channels of `x`.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1, lines 1 and 2.
+    """
+    axes = _reduced(x, axis)
+    if weights is None:
+        shape = ops.shape(x)
+        count = ops.cast(ops.prod(ops.stack([ops.cast(shape[i], "int32") for i in axes])), x.dtype)
+        count = count * ops.ones((x.shape[axis],), x.dtype)
+        some = ops.maximum(count, 1)  # a batch may be empty
+        mean = ops.sum(x, axes) / some
+        return Moments(count, mean, ops.sum(ops.square(x - per_channel(mean, x, axis)), axes) / some)
+    weights = ops.broadcast_to(weights, ops.shape(x))
+    count = ops.sum(weights, axes)
+    some = ops.where(count > 0, count, 1)
+    mean = ops.sum(_weighed(weights, x), axes) / some
+    kept = ops.where(weights > 0, x - per_channel(mean, x, axis), 0)
+    return Moments(count, mean, ops.sum(weights * ops.square(kept), axes) / some)
+
+
+def _weighed(weights: Any, x: Any) -> Any:
+    """`weights * x`, 0 where nothing counts: 0 * NaN would be NaN, and so would its gradient."""
+    return weights * ops.where(weights > 0, x, 0)
+
+
+def group_sizes(samples: Any, size: int) -> tuple[Any, Any]:
+    """Into how many groups of consecutive samples a batch is cut, and the group of each sample.
+
+    `max(1, samples // size)` groups, whose sizes differ by one at most: none is smaller than `size`.
+    """
+    # A number where the backend knows the size of the batch: compiled, JAX must know how many groups there are.
+    groups = max(1, samples // size) if isinstance(samples, int) else ops.maximum(1, samples // size)
+    small = samples // groups
+    larger = samples - small * groups  # groups with one sample more, which are the first
+    sample = ops.arange(samples)
+    behind = larger + ops.maximum(sample - larger * (small + 1), 0) // ops.maximum(small, 1)
+    return groups, ops.where(sample < larger * (small + 1), sample // (small + 1), behind)
+
+
+def group_moments(x: Any, weights: Any, axis: int, size: int) -> tuple[Moments, Any, Any]:
+    """The moments of the whole batch, and each sample's mean and variance: those of its group.
+
+    The law of total variance makes the first from the groups': `var = sum(n_g (var_g + (mean_g - mean)^2)) / n`.
+
+    Args:
+        x, weights, axis: As in `moments`; the first axis is the samples.
+        size: How many samples a group has at least.
+
+    Returns:
+        The moments; the means and the variances, which broadcast to `x`.
+
+    Source: Hoffer, Hubara & Soudry 2017, algorithm 1.
+    """
+    channels = axis % len(x.shape)
+    samples = ops.shape(x)[0]
+    groups, group = group_sizes(samples, size)
+    inside = _reduced(x, axis, first=1)
+    weights = ops.broadcast_to(ops.ones((), x.dtype) if weights is None else weights, ops.shape(x))
+
+    def gather(values: Any) -> Any:
+        """Of each group, from values of each sample and position."""
+        return ops.segment_sum(ops.sum(values, inside) if inside else values, group, num_segments=groups)
+
+    def spread(values: Any) -> Any:
+        """Of each sample, from values of each group."""
+        shape = [samples] + [1] * (len(x.shape) - 1)
+        shape[channels] = x.shape[channels]
+        return ops.reshape(ops.take(values, group, axis=0), shape)
+
+    count = gather(weights)
+    some = ops.where(count > 0, count, 1)
+    mean = gather(_weighed(weights, x)) / some
+    var = gather(weights * ops.square(ops.where(weights > 0, x - spread(mean), 0))) / some
+    total = ops.sum(count, 0)
+    share = count / ops.where(total > 0, total, 1)
+    center = ops.sum(share * mean, 0)
+    return Moments(total, center, ops.sum(share * (var + ops.square(mean - center)), 0)), spread(mean), spread(var)
+
+
+# --- Normalize -------------------------------------------------------------------------------------------------------
+
+
+def normalize(
+    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, epsilon: float, activation: Activation
+) -> Any:
+    """`y = act((x - mean) / sqrt(var + epsilon) * gamma + beta)`.
+
+    Args:
+        x: The batch.
+        mean, var: `(C,)`, or of as many axes as `x`.
+        gamma, beta: `(C,)`; 1 and 0 if None.
+        axis: The channels of `x`.
+        epsilon: Added to the variance, in the square of the units of `x`.
+        activation: What follows.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1, lines 3 and 4.
+    """
+    scale = ops.rsqrt(var + epsilon)
+    if len(scale.shape) == 1 and gamma is not None:
+        scale = scale * gamma
+        gamma = None
+    if len(scale.shape) == 1:
+        mean, scale = per_channel(mean, x, axis), per_channel(scale, x, axis)
+    z = (x - mean) * scale
+    if gamma is not None:
+        z = z * per_channel(gamma, x, axis)
+    if beta is not None:
+        z = z + per_channel(beta, x, axis)
+    return activation(z)

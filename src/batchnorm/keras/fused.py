@@ -1,0 +1,120 @@
+"""The torch backend: the kernels of `batchnorm.torch` under the layer of Keras."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.definition import ActivationSpec
+from batchnorm.torch.functional import batch_norm
+from batchnorm.torch.statistics import BatchStatistics, GhostStatistics, Statistics, SyncStatistics
+
+__all__ = ["Trained", "evaluate", "takes", "train"]
+
+
+class Trained(NamedTuple):
+    """`y`, and where the batch has moved the running statistics to."""
+
+    y: Tensor
+    moving_mean: Tensor
+    moving_var: Tensor
+
+
+def takes(x: Tensor, weights: Tensor | None, axis: int, size: int | None, synchronized: bool) -> bool:
+    """Whether `batch_norm` does what Keras does: it refuses fewer than two values per channel, which Keras takes.
+
+    Args:
+        x, weights, axis: As in `moments`.
+        size: Of the groups of samples.
+        synchronized: Whether other processes take part, which must all decide alike.
+    """
+    if x.is_meta or (torch.compiler.is_compiling() and weights is not None):
+        return False
+    if weights is not None and (weights.shape[axis] != 1 or size is not None):
+        return False  # a count for each channel, or for each group
+    if synchronized:
+        return True
+    values = x.numel() // max(1, x.shape[axis])
+    if size is not None:
+        values = values // max(1, len(x)) * min(size, len(x))
+    if weights is not None and values > 0:
+        values = int((weights > 0).expand(_positions(x, axis)).sum())
+    return values > 1
+
+
+def train(
+    x: Tensor,
+    weights: Tensor | None,
+    moving_mean: Any,
+    moving_var: Any,
+    gamma: Any,
+    beta: Any,
+    axis: int,
+    momentum: float,
+    epsilon: float,
+    activation: ActivationSpec,
+    size: int | None,
+    synchronized: bool,
+    unbiased: bool,
+) -> Trained:
+    """Normalize by the statistics of the batch, of its groups of samples, or of all processes.
+
+    Args:
+        x, weights, axis: As in `moments`; the weights are the same for all channels.
+        moving_mean, moving_var: Which are to be moved; they stay as they are.
+        gamma, beta, epsilon, activation: As in `normalize`.
+        momentum: The weight of the old value.
+        size: Of the groups of samples.
+        synchronized: Whether other processes take part.
+        unbiased: Whether `moving_var` is to be the unbiased variance.
+    """
+    statistics: Statistics = BatchStatistics(unbiased)
+    if synchronized:
+        statistics = SyncStatistics(unbiased=unbiased)
+    elif size is not None:
+        statistics = GhostStatistics(size, unbiased)
+    rows = _rows(x, axis, size)
+    mask = None
+    if weights is not None:
+        mask = weights.expand(_positions(x, axis)).squeeze(axis)
+        mask = mask.reshape(-1) if rows.dim() < x.dim() else mask
+    mean, var = (_as(x, t).detach().clone() for t in (moving_mean, moving_var))
+    y = batch_norm(
+        rows, mean, var, _as(x, gamma), _as(x, beta), True, 1.0 - momentum, epsilon,
+        activation=activation, mask=mask, statistics=statistics,
+    )  # fmt: skip
+    return Trained(_restored(y, x, axis), mean, var)
+
+
+def evaluate(
+    x: Tensor, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, epsilon: float, activation: ActivationSpec
+) -> Tensor:
+    """Normalize by given statistics."""
+    mean, var, gamma, beta = (_as(x, t) for t in (mean, var, gamma, beta))
+    y = batch_norm(_rows(x, axis, None), mean, var, gamma, beta, False, 0.0, epsilon, activation=activation)
+    return _restored(y, x, axis)
+
+
+def _as(x: Tensor, values: Any) -> Any:
+    """A variable as a tensor of the type that goes with `x`."""
+    if values is None:
+        return None
+    tensor: Tensor = values.value if hasattr(values, "value") else values
+    return tensor.to(x.dtype if x.dtype is torch.float64 else torch.float32)
+
+
+def _positions(x: Tensor, axis: int) -> tuple[int, ...]:
+    shape = list(x.shape)
+    shape[axis] = 1
+    return tuple(shape)
+
+
+def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
+    """Channels second, as `batch_norm` has them, without a copy: a matrix where they are last."""
+    if x.dim() > 2 and axis % x.dim() == x.dim() - 1 and size is None and x.is_contiguous():
+        return x.view(-1, x.shape[-1])
+    return x.movedim(axis, 1)
+
+
+def _restored(y: Tensor, x: Tensor, axis: int) -> Tensor:
+    return y.reshape(x.shape) if y.dim() != x.dim() else y.movedim(1, axis)

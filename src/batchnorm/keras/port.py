@@ -1,0 +1,323 @@
+"""Layers and models between Keras and PyTorch, with what the two mean differently by the same words.
+
+```
+result = to_torch(keras_layer)          # a layer of batchnorm.torch
+print(result)                           # what had to be changed
+to_torch(keras_model, torch_model, {"stem/bn": "stem.1"})
+```
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from batchnorm.definition import parse_activation
+from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.models import named_layers, numbers
+
+__all__ = ["Ported", "from_torch", "to_torch"]
+
+
+@dataclass(frozen=True)
+class Ported:
+    """A layer or model that came from the other framework, and what had to be changed on the way.
+
+    Attributes:
+        model: The layer or model.
+        changes: What is written differently there, by the names of the layers; '' for a layer alone.
+    """
+
+    model: Any
+    changes: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        """All of it but the model, to read."""
+        lines = [f"{len(self.changes)} layers ported"]
+        lines += [f"  {name or 'the layer'}: {'; '.join(said)}" for name, said in self.changes.items() if said]
+        return "\n".join(lines)
+
+
+def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = None) -> Ported:
+    """Keras' batch normalization as a layer of `batchnorm.torch`, or a Keras model's weights in a PyTorch model.
+
+    Outputs are equal, in evaluation and after steps of training: PyTorch's `momentum` is one minus Keras', and the
+    running variance stays the biased one, `BatchStatistics(unbiased=False)`, unless the layer has `unbiased=True`.
+
+    Args:
+        model: A built layer, Keras' or ours; or a model.
+        into: For a model, the PyTorch model that gets its weights: its batch normalizations, dense layers and
+            convolutions. Dense layers behind a Flatten are right only if both flatten in the same order.
+        names: Which layer of PyTorch belongs to which of Keras; those of the same name belong together.
+
+    Returns:
+        A layer, in evaluation, or `into`; and what was changed.
+
+    Raises:
+        ValueError: If a layer is not built, is of a kind that is not known, or has no counterpart of the same shape;
+            nothing is changed then.
+        TypeError: If `into` is missing for a model.
+    """
+    if isinstance(model, layers.BatchNormalization):
+        return Ported(*_layer_to_torch(model))
+    if into is None:
+        raise TypeError(f"{type(model).__name__} has several layers: give the PyTorch model that they shall go into")
+    return _model(model, into, names or {}, _give)
+
+
+def from_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = None, *, axis: int = 1) -> Ported:
+    """PyTorch's batch normalization as our layer for Keras, or a PyTorch model's weights in a Keras model.
+
+    Outputs are equal, in evaluation and after steps of training: Keras' `momentum` is one minus PyTorch's, and the
+    moving variance stays the unbiased one, `unbiased=True`.
+
+    Args:
+        model: A layer, PyTorch's or ours; or a model.
+        into: For a model, the Keras model that gets its weights. Its batch normalizations become ours where they are
+            Keras', which cannot keep the unbiased variance.
+        names: Which layer of PyTorch belongs to which of Keras, as in `to_torch`.
+        axis: The channels of the new layer's inputs: 1 as in PyTorch, -1 as is usual in Keras.
+
+    Returns:
+        A built layer, or `into`; and what was changed.
+
+    Raises:
+        ValueError: If a layer keeps no running statistics or averages over all batches (`momentum=None`), is of a kind
+            that is not known, or has no counterpart of the same shape; nothing is changed then.
+        TypeError: If `into` is missing for a model.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    if isinstance(model, _BatchNorm):
+        return Ported(*_layer_from_torch(model, axis))
+    if into is None:
+        raise TypeError(f"{type(model).__name__} has several layers: give the Keras model that they shall go into")
+    return _model(into, model, names or {}, _take)
+
+
+# --- One layer --------------------------------------------------------------------------------------------------------
+
+
+def _layer_to_torch(layer: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    import torch
+
+    from batchnorm.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+    if not layer.built:
+        raise ValueError(f"{layer.name} has not seen an input yet: call it on one batch first")
+    rank = layer.input_spec.ndim
+    kinds: dict[int, Any] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
+    if rank not in kinds:
+        raise ValueError(f"{layer.name} takes inputs of {rank} axes; PyTorch has layers for 2 to 5")
+    activation = layer.activation.fused if isinstance(layer, BatchNormalization) else None
+    if isinstance(layer, BatchNormalization) and not layer.activation.is_fused:
+        raise ValueError(f"{layer.name} has the activation {layer.activation.config!r}, which batchnorm.torch has not")
+    channels = layer.moving_mean.shape[0]
+    new = kinds[rank](channels, layer.epsilon, 1.0 - layer.momentum, activation=activation)
+    new = new.to(torch.float64 if layer.variable_dtype == "float64" else torch.float32)
+    said = _set(layer, new)
+    if layer.axis % rank != 1:
+        said.append(f"channels are axis 1 of its inputs, not {layer.axis}")
+    return new.eval(), {"": tuple(said)}
+
+
+def _set(layer: Any, new: Any) -> list[str]:
+    """Give a layer of PyTorch what a layer of Keras has, all but the activation; tell what is written differently."""
+    import torch
+
+    from batchnorm.torch import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, SyncStatistics
+
+    said = [f"momentum {layer.momentum:g} of the old is {1 - layer.momentum:g} of the new"]
+    statistics: Any = BatchStatistics(unbiased=False)
+    if isinstance(layer, BatchNormalization):
+        statistics = BatchStatistics(unbiased=layer.unbiased)
+        if layer.virtual_batch_size is not None:
+            statistics = GhostStatistics(layer.virtual_batch_size, layer.unbiased)
+        if layer.synchronized:
+            statistics = SyncStatistics(unbiased=layer.unbiased)
+    if layer.renorm:
+        clipping = layer.renorm_clipping or {}
+        inner = statistics if isinstance(statistics, BatchStatistics | SyncStatistics) else BatchStatistics(False)
+        statistics = Renorm(clipping.get("rmax", np.inf), clipping.get("dmax", np.inf), 0, inner)
+        said.append("renormalization corrects towards the running statistics, and has no rmin but 1/rmax")
+    if not layer.trainable or getattr(layer, "frozen", None) is not None:
+        statistics = RunningStatistics()
+        said.append("it is frozen: RunningStatistics()")
+    elif not (statistics.statistics if isinstance(statistics, Renorm) else statistics).unbiased:
+        said.append("the running variance stays the biased one")
+    new.statistics = statistics
+    new.eps, new.momentum = layer.epsilon, 1.0 - layer.momentum
+    with torch.no_grad():
+        for name, variable, neutral in (("weight", layer.gamma, 1.0), ("bias", layer.beta, 0.0)):
+            parameter = getattr(new, name)
+            if variable is None:
+                parameter.fill_(neutral).requires_grad_(False)
+                said.append(f"{name} is {neutral:g} and does not learn")
+            else:
+                parameter.copy_(torch.from_numpy(numbers(variable))).requires_grad_(bool(variable.trainable))
+        new.running_mean.copy_(torch.from_numpy(numbers(layer.moving_mean)))
+        new.running_var.copy_(torch.from_numpy(numbers(layer.moving_variance)))
+    return said
+
+
+def _layer_from_torch(layer: Any, axis: int) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    _check_torch(layer, "the layer")
+    ranks = {"1": 2, "2": 4, "3": 5}
+    rank = next((rank for digit, rank in ranks.items() if f"{digit}d" in type(layer).__name__), 4)
+    new = BatchNormalization(axis=axis, center=layer.affine, scale=layer.affine)
+    shape: list[int | None] = [None] * rank
+    shape[axis] = layer.num_features
+    new.build(tuple(shape))
+    new.input_spec = keras.layers.InputSpec(axes={axis: layer.num_features})  # of any rank, like a BatchNorm1d
+    said = _get(new, layer)
+    if axis != 1:
+        said.append(f"channels are axis {axis} of its inputs, not 1")
+    return new, {"": tuple(said)}
+
+
+def _check_torch(layer: Any, name: str) -> None:
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError(f"{name} keeps no running statistics (track_running_stats=False), and Keras' always does")
+    if layer.momentum is None:
+        raise ValueError(f"{name} averages over all batches (momentum=None), which Keras cannot: set a momentum")
+
+
+def _get(new: Any, layer: Any) -> list[str]:
+    """Give our layer for Keras what a layer of PyTorch has; tell what is written differently."""
+    from batchnorm.keras.activations import Activation
+    from batchnorm.torch import BatchStatistics, GhostStatistics, RunningStatistics, SyncStatistics
+
+    new.momentum, new.epsilon, new.unbiased = 1.0 - layer.momentum, layer.eps, True
+    said = [f"momentum {layer.momentum:g} of the new is {new.momentum:g} of the old"]
+    statistics = getattr(layer, "statistics", None)
+    match statistics:
+        case None:
+            pass
+        case BatchStatistics():
+            new.unbiased = statistics.unbiased
+        case GhostStatistics():
+            new.virtual_batch_size, new.unbiased = statistics.batch_size, statistics.unbiased
+        case SyncStatistics():
+            new.synchronized, new.unbiased = True, statistics.unbiased
+        case RunningStatistics():
+            new.frozen = ()
+            said.append("it is frozen")
+        case _:
+            raise ValueError(f"{statistics!r} corrects otherwise than renorm=True: port the layer without it")
+    if new.unbiased:
+        said.append("the moving variance stays the unbiased one")
+    name, parameter = parse_activation(getattr(layer, "activation", None))
+    new.activation = Activation((name, parameter) if name in ("leaky_relu", "elu") else name)
+    pairs = [("moving_mean", layer.running_mean), ("moving_variance", layer.running_var)]
+    if layer.affine:
+        pairs += [("gamma", layer.weight), ("beta", layer.bias)]
+        for name in ("gamma", "beta"):
+            getattr(new, name).trainable = bool(dict(pairs)[name].requires_grad)
+    for name, tensor in pairs:
+        getattr(new, name).assign(tensor.detach().cpu().double().numpy())
+    return said
+
+
+# --- Whole models -----------------------------------------------------------------------------------------------------
+
+
+def _model(keras_model: Any, torch_model: Any, names: Mapping[str, str], move: Any) -> Ported:
+    """Pair the layers by name, check all of them, then move the weights."""
+    from torch import nn
+
+    theirs = dict(torch_model.named_modules())
+    weighted = {
+        name: layer
+        for name, layer in named_layers(keras_model).items()
+        if layer.weights and not layer._flatten_layers(include_self=False, recursive=False)
+    }
+    if unknown := set(names) - set(weighted):
+        raise ValueError(f"the Keras model has no layer with weights named {', '.join(sorted(unknown))}")
+    pairs = {}
+    for name, layer in weighted.items():
+        other = names.get(name, name.replace("/", "."))
+        if other not in theirs:
+            raise ValueError(f"the PyTorch model has no {other!r}: say with names={{{name!r}: ...}} where it belongs")
+        _fit(name, layer, other, theirs[other])
+        pairs[name] = layer, theirs[other]
+    taken = {id(module) for _, module in pairs.values()}
+    for name, module in theirs.items():
+        if id(module) not in taken and any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(f"{name}, a {type(module).__name__} of the PyTorch model, has no counterpart: give names")
+    assert isinstance(torch_model, nn.Module)
+    changes = {name: tuple(move(layer, module)) for name, (layer, module) in pairs.items()}
+    return Ported(torch_model if move is _give else keras_model, changes)
+
+
+def _order(layer: Any) -> tuple[int, ...] | None:
+    """How the axes of a kernel of Keras come in PyTorch; None for a layer that is not known."""
+    if type(layer) is layers.Dense:
+        return (1, 0)
+    spatial = {layers.Conv1D: 1, layers.Conv2D: 2, layers.Conv3D: 3}
+    spatial |= {layers.Conv1DTranspose: 1, layers.Conv2DTranspose: 2, layers.Conv3DTranspose: 3}
+    if type(layer) not in spatial:
+        return None
+    rank = spatial[type(layer)]
+    return (rank + 1, rank, *range(rank))
+
+
+def _fit(name: str, layer: Any, other: str, module: Any) -> None:
+    """See that two layers belong together."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"{name}, a {type(layer).__name__}, and {other}, a {type(module).__name__}, {what}")
+
+    if isinstance(layer, layers.BatchNormalization):
+        if not isinstance(module, _BatchNorm):
+            raise wrong("are not of the same kind")
+        _check_torch(module, other)
+        if module.num_features != layer.moving_mean.shape[0]:
+            raise wrong(f"have {layer.moving_mean.shape[0]} and {module.num_features} channels")
+        if not module.affine and (layer.scale or layer.center):
+            raise wrong("differ in gamma and beta")
+        return
+    order = _order(layer)
+    if order is None or not hasattr(module, "weight"):
+        raise wrong("cannot be ported: known are batch normalizations, Dense and convolutions")
+    shape = tuple(np.transpose(np.empty(layer.kernel.shape), order).shape)
+    if shape != tuple(module.weight.shape) or layer.use_bias != (module.bias is not None):
+        raise wrong(f"do not have the same weights: {shape} and {tuple(module.weight.shape)}, biases apart")
+
+
+def _give(layer: Any, module: Any) -> list[str]:
+    """Keras' weights to PyTorch."""
+    import torch
+
+    from batchnorm.torch.layers import OURS, adopt
+
+    if isinstance(layer, layers.BatchNormalization):
+        if type(module) in OURS:
+            adopt(module)
+        return _set(layer, module)
+    order = _order(layer)
+    assert order is not None
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(np.ascontiguousarray(np.transpose(numbers(layer.kernel), order))))
+        if layer.use_bias:
+            module.bias.copy_(torch.from_numpy(numbers(layer.bias)))
+    return [f"axes of the kernel in the order {order}"]
+
+
+def _take(layer: Any, module: Any) -> list[str]:
+    """PyTorch's weights to Keras."""
+    from batchnorm.keras.layers import adopt
+
+    if isinstance(layer, layers.BatchNormalization):
+        if type(layer) is layers.BatchNormalization:
+            adopt(layer)
+        return _get(layer, module)
+    order = _order(layer)
+    assert order is not None
+    layer.kernel.assign(np.transpose(module.weight.detach().cpu().double().numpy(), np.argsort(order)))
+    if layer.use_bias:
+        layer.bias.assign(module.bias.detach().cpu().double().numpy())
+    return [f"axes of the kernel in the order {tuple(int(i) for i in np.argsort(order))}"]

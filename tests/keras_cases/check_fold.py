@@ -1,0 +1,224 @@
+"""Folding: the same outputs, the original untouched, and what stays says why."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from backends import numbers
+from check_layer import draw, randomize
+from check_tools import Own, Subclassed, normalizations, subclassed
+from keras import layers, ops
+
+from batchnorm.folded import Folded
+from batchnorm.keras import BatchNormalization, fold
+
+
+def network(shape: tuple[int | None, ...], *rest: Any) -> Any:
+    return keras.Sequential([keras.Input(shape), *rest])
+
+
+def filled(model: Any) -> Any:
+    for seed, n in enumerate(normalizations(model)):
+        randomize(n, seed)
+    return model
+
+
+def assert_folds(model: Any, x: Any) -> Folded[Any]:
+    """The model is as it was, and the new one computes the same, from a file too."""
+    filled(model)
+    weights, expected = model.get_weights(), numbers(model(x))
+    result = fold(model, x)
+    assert all((a == b).all() for a, b in zip(weights, model.get_weights(), strict=True))
+    assert (numbers(model(x)) == expected).all()
+    assert type(result.model) is type(model)
+    assert result.max_error is not None
+    assert result.max_error < 2e-5
+    assert np.max(np.abs(numbers(result.model(x)) - expected)) <= 2e-5 * np.max(np.abs(expected))
+    assert len(result.folded) + len(result.skipped) == len(normalizations(model))
+    assert len(normalizations(result.model)) == len(result.skipped)
+    return result
+
+
+BN = BatchNormalization
+IMAGES = (6, 7, 4)
+MAPS = [
+    ((5,), lambda: layers.Dense(3)),
+    ((6, 5), lambda: layers.Dense(3, use_bias=False)),
+    ((9, 4), lambda: layers.Conv1D(6, 3, padding="causal", groups=2)),
+    (IMAGES, lambda: layers.Conv2D(6, 3, padding="same", groups=2, use_bias=False)),
+    ((4, 5, 4, 2), lambda: layers.Conv3D(3, 2)),
+    (IMAGES, lambda: layers.Conv2DTranspose(3, 3, strides=2, padding="same", use_bias=False)),
+    ((9, 4), lambda: layers.Conv1DTranspose(3, 3)),
+    (IMAGES, lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False)),
+    (IMAGES, lambda: layers.SeparableConv2D(5, 3)),
+]
+
+
+@pytest.mark.parametrize(("shape", "make"), MAPS)
+@pytest.mark.parametrize("kind", [layers.BatchNormalization, BN])
+def test_into_the_layer_before(shape: tuple[int, ...], make: Any, kind: Any) -> None:
+    map, extra = make(), {"activation": "relu"} if kind is BN else {}
+    result = assert_folds(
+        network(shape, map, layers.Dropout(0.5), kind(**extra), layers.Activation("tanh")), draw((2, *shape))
+    )
+    assert list(result.folded.values()) == [map.name]
+    assert type(result.model.layers[2]) is (layers.Activation if kind is BN else layers.Identity)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rest"),
+    [
+        ((5,), lambda: [BN(), layers.Dense(3)]),
+        ((6, 5), lambda: [BN(), layers.Dropout(0.2), layers.Dense(3, activation="relu", use_bias=False)]),
+        (IMAGES, lambda: [BN(), layers.Conv2D(6, 3, groups=2, use_bias=False)]),
+        (IMAGES, lambda: [BN(), layers.Flatten(), layers.Dense(3)]),
+        (IMAGES, lambda: [BN(axis=1), layers.Flatten(), layers.Dense(3)]),
+        (IMAGES, lambda: [BN(axis=2), layers.Flatten(), layers.Dense(3)]),
+        (IMAGES, lambda: [BN(), layers.GlobalAveragePooling2D(), layers.Dense(3)]),
+        (IMAGES, lambda: [BN(), BN(center=False), BN(scale=False), layers.Conv2D(3, 2)]),
+    ],
+)
+def test_into_the_layer_after(shape: tuple[int, ...], rest: Any) -> None:
+    model = network(shape, *rest())
+    result = assert_folds(model, draw((3, *shape)))
+    assert set(result.folded.values()) == {model.layers[-1].name}
+    assert not result.skipped
+
+
+def test_chains_and_files(tmp_path: Path) -> None:
+    conv = layers.Conv2D(4, 3)
+    model = network(
+        IMAGES,
+        conv,
+        BN(),
+        layers.BatchNormalization(),
+        BN(activation=("leaky_relu", 0.1)),
+        layers.Flatten(),
+        layers.Dense(2),
+    )
+    result = assert_folds(model, x := draw((3, *IMAGES)))
+    assert set(result.folded.values()) == {conv.name}
+    assert "3 of 3 batch normalizations folded; outputs differ by" in str(result)
+    result.model.save(tmp_path / "folded.keras")
+    assert "batchnorm" not in (result.model.to_json())
+    loaded = keras.models.load_model(tmp_path / "folded.keras")
+    np.testing.assert_allclose(numbers(loaded(x)), numbers(result.model(x)), rtol=1e-6, atol=1e-6)
+
+
+def residual() -> Any:
+    inputs = keras.Input(IMAGES)
+    x = BN(name="first")(layers.Conv2D(4, 3, padding="same", name="conv_1")(inputs))
+    y = BN(name="second")(layers.Conv2D(4, 3, padding="same", name="conv_2")(layers.ReLU()(x)))
+    y = BN(name="third")(layers.Add()([x, y]))
+    same = layers.Conv2D(4, 3, padding="same", name="conv_3")(layers.ReLU()(y))
+    z = BN(name="fourth")(same)
+    inner = keras.Sequential([keras.Input(IMAGES), layers.Conv2D(3, 1, name="inside"), BN(name="fifth")], name="nested")
+    return keras.Model(inputs, [inner(z), layers.GlobalMaxPooling2D()(same)])
+
+
+def test_a_network_with_branches() -> None:
+    model, x = filled(residual()), draw((2, *IMAGES))
+    result = fold(model, x)
+    assert result.folded == {"first": "conv_1", "second": "conv_2", "nested/fifth": "nested/inside"}
+    assert "before it is an Add" in result.skipped["third"]
+    assert result.skipped["fourth"].startswith("what comes before it is used elsewhere, too")
+    assert result.max_error is not None
+    assert result.max_error < 1e-5
+    assert fold(model).folded == result.folded  # the graph is known without examples
+
+
+def test_subclassed_models() -> None:
+    model, x = filled(subclassed()), draw((8, 5))
+    result = fold(model, x)
+    assert type(result.model) is Subclassed
+    assert len(result.folded) == 2
+    assert result.max_error is not None
+    assert result.max_error < 1e-5
+    with pytest.raises(ValueError, match="has layers that only a call builds: give example inputs"):
+        fold(model)
+
+
+@keras.saving.register_keras_serializable(package="checks")
+class Reads(keras.Model):
+    """Reads the kernel of a layer besides calling it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.dense, self.normalization = layers.Dense(5), BN()
+
+    def call(self, inputs: Any) -> Any:
+        y = self.normalization(self.dense(inputs))
+        return y + ops.matmul(inputs, self.dense.kernel)
+
+
+def test_variables_that_are_read_elsewhere() -> None:
+    model = Reads()
+    model(x := draw((8, 5)))
+    result = fold(filled(model), x)
+    assert not result.folded
+    assert "has variables that something else reads" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        (lambda: [layers.Dense(4, activation="relu"), BN()], "before it has an activation of its own"),
+        (lambda: [layers.LayerNormalization(), BN(), layers.Conv2D(3, 3, padding="same")], "pads with zeros"),
+        (lambda: [layers.Conv2D(4, 3), Own()], "is a Own with a call of its own"),
+        (lambda: [layers.Conv2D(4, 3), BN(axis=1), layers.ReLU()], "before it has its 4 channels elsewhere"),
+        (lambda: [BN(activation="relu"), layers.Dense(3)], "what comes after it is its own activation"),
+        (lambda: [layers.ReLU(), BN(), layers.ReLU()], "after it is a ReLU, which it cannot go into"),
+    ],
+)
+def test_what_stays_says_why(rest: Any, reason: str) -> None:
+    result = assert_folds(network(IMAGES, *rest()), draw((2, *IMAGES)))
+    assert not result.folded
+    assert reason in str(result)
+
+
+def test_layers_that_are_called_twice() -> None:
+    inputs, dense, normalization = keras.Input((5,)), layers.Dense(5), BN()
+    model = keras.Model(inputs, normalization(dense(dense(inputs))))
+    assert "is called 2 times" in str(assert_folds(model, draw((3, 5))))
+    model = keras.Model(inputs, normalization(layers.Dense(5)(normalization(layers.Dense(5)(inputs)))))
+    filled(model)
+    assert "is called 2 times" in str(fold(model, draw((3, 5))))
+
+
+def test_statistics_that_cannot_be_folded() -> None:
+    model = network((5,), layers.Dense(3), BN())
+    model.layers[1].moving_variance.assign([1.0, -2.0, 1.0])
+    assert "is not positive" in str(fold(model))
+    model.layers[1].moving_variance.assign([1.0, np.nan, 1.0])
+    assert "has a moving_variance that is not finite" in str(fold(model))
+    told = keras.Model(inputs := keras.Input((5,)), BN()(layers.Dense(3)(inputs), training=True))
+    assert "is told to train" in str(fold(told))
+
+
+def test_a_difference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchnorm.keras.linear import LinearMap
+
+    then = LinearMap.then
+    monkeypatch.setattr(LinearMap, "then", lambda self, scale, shift: then(self, scale * 1.01, shift))
+    with pytest.raises(RuntimeError, match=r"where rounding explains 1\.0e-04"):
+        fold(filled(network((5,), layers.Dense(3), BN())), draw((4, 5)))
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"must be a keras\.Model, got a layer"):
+        fold(layers.Dense(3))
+    with pytest.raises(ValueError, match="call it on one batch first"):
+        fold(keras.Sequential([layers.Dense(3)]))
+
+
+@pytest.mark.parametrize("make", ["MobileNetV2", "ResNet50V2"])
+def test_networks_of_keras(make: str) -> None:
+    model = filled(getattr(keras.applications, make)(weights=None, input_shape=(32, 32, 3), classes=5))
+    for n in normalizations(model):  # outputs of size 1 to the end
+        n.moving_variance.assign(np.ones(n.moving_variance.shape))
+    result = fold(model, draw((2, 32, 32, 3)))
+    print(result)
+    folded, all_of_them = len(result.folded), len(normalizations(model))
+    assert folded == all_of_them if make == "MobileNetV2" else folded >= all_of_them // 2

@@ -1,0 +1,30 @@
+"""For one backend of Keras, which the environment names: two devices, the same numbers every time, kernels."""
+
+import os
+
+import pytest
+
+BACKEND = os.environ["KERAS_BACKEND"]
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time() -> None:
+    import keras
+
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are of small tensors, and most are of the kernels."""
+    if BACKEND == "torch":
+        from batchnorm.torch import functional
+
+        monkeypatch.setattr(functional, "SMALL", 0)
+        monkeypatch.setattr(functional, "SMALL_EVALUATION", 0)
