@@ -21,8 +21,8 @@ from batchnorm.bench.terminal import check, comparison, watch
 from benchmarks import (
     folding,
     gradients,
-    kernels,
     keras_steps,
+    kernels,
     memory,
     report,
     small_batches,
