@@ -57,7 +57,7 @@ ALLOWED = {
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},
     "batchnorm.onnx": {"onnx", "onnxruntime"},
-    "batchnorm.bench": {"torch", "jax"},
+    "batchnorm.bench": {"torch", "jax", "tensorflow"},
 }
 """The frameworks that a package may import; all others none."""
 

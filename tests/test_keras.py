@@ -27,6 +27,7 @@ def test_keras(backend: str, checks: str) -> None:
     environment = os.environ | {
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OMP_NUM_THREADS": "1",  # there are others beside this one, and threads that wait for each other take long
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
     environment.pop("PYTEST_XDIST_WORKER", None)

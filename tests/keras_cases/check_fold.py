@@ -22,6 +22,10 @@ def network(shape: tuple[int | None, ...], *rest: Any) -> Any:
 def filled(model: Any) -> Any:
     for seed, n in enumerate(normalizations(model)):
         randomize(n, seed)
+    rng = np.random.default_rng(0)
+    for layer in model._flatten_layers():
+        if getattr(layer, "use_bias", False):
+            layer.bias.assign(rng.normal(size=layer.bias.shape))
     return model
 
 

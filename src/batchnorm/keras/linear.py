@@ -117,7 +117,7 @@ class LinearMap:
         """Whether a normalization of so many channels can come before it."""
         if self.place.into is None:
             return False
-        inputs = self.shape[self.place.into]
+        inputs = int(self.shape[self.place.into])
         if type(self.layer) is layers.Dense:
             return channels == inputs
         return bool(channels == inputs * self.layer.groups and self.layer.padding == "valid")
