@@ -14,6 +14,7 @@ from check_layer import BOUND, EPS, close, draw, layer_for, second
 from numpy.typing import NDArray
 
 from batchnorm import definition
+from batchnorm.keras import calibrate
 
 SHAPE = (4, 3, 5)  # of one of two replicas
 
@@ -196,7 +197,33 @@ def in_process(file: str, rank: int) -> None:
             close(summed(layer.beta.value.grad), expected.d_beta, 4 * BOUND)
             close(layer.moving_mean, expected.mean)
             close(layer.moving_variance, expected.var)
+    calibrated(rank)
     dist.destroy_process_group()
+
+
+def calibrated(rank: int) -> None:
+    """Processes with other numbers of batches have the statistics of all data; or all have an error."""
+    data = draw((11, 3)) * 2 + 1
+    for method in ("parallel", "sequential"):
+        for shares in ((slice(0, 7), slice(7, 11)), (slice(0, 0), slice(0, 11))):
+            layer = layer_for((4, 3))
+            model = keras.Sequential([keras.Input((3,)), layer])
+            mine = data[shares[rank]]
+            done = calibrate(model, [mine[i : i + 4] for i in range(0, len(mine), 4)], method=method, progress=False)
+            batch = definition.moments(data)
+            assert done.samples == 11
+            close(layer.moving_mean, batch.mean)
+            close(layer.moving_variance, batch.var)
+            before = layer.get_weights()
+            with pytest.raises((RuntimeError, ValueError), match="failed" if rank == 0 else "not finite|broken"):
+                calibrate(model, broken() if rank == 1 else [data], method="parallel", progress=False)
+            for old, new in zip(before, layer.get_weights(), strict=True):
+                np.testing.assert_array_equal(old, new)
+
+
+def broken() -> Any:
+    yield draw((4, 3))
+    raise ValueError("broken")
 
 
 if __name__ == "__main__":

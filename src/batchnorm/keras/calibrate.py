@@ -6,7 +6,7 @@ calibrate(model, dataset, method="sequential")     # one pass for each layer: tr
 ```
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ def calibrate(
     that are frozen stay as they are. Frozen are those that `freeze` has seen, and, in a model in which other batch
     normalizations are trainable, those that are not. After an exception everything is as before.
 
+    On PyTorch all processes of `torch.distributed`, if it is initialized, pool their statistics, and each must call.
+
     Args:
         model: With Keras' layers or ours; built.
         data: Batches as `fit` takes them, of which only the inputs are used: tensors or arrays, tuples or lists of
@@ -71,7 +73,7 @@ def calibrate(
         ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
             `max_samples` is wrong; if the data can be read only once and `method` is "sequential"; if a layer is called
             inside of a function that is compiled on its own.
-        RuntimeError: If a layer has not seen its first batch.
+        RuntimeError: If a layer has not seen its first batch; if another process fails or has other layers.
         TypeError: If this is no model; if `data` is one batch, or a batch has more than inputs, targets and weights.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
@@ -88,11 +90,14 @@ def calibrate(
             "method='sequential' reads the data once for each layer, and these can be read only once: "
             "pass a dataset or a list"
         )
-    layers, skipped = _find(model)
-    passes = _Passes(model, data, forward or _call, max_samples, progress)
+    pool = _processes()
+    with pool.all_or_none():
+        layers, skipped = _find(model)
+        passes = _Passes(model, data, forward or _call, max_samples, progress)
+        pool.agree({name: layer.moving_mean.shape[0] for name, layer in layers.items()})
     with _undone_on_error(layers.values()):
         before = {name: _statistics(layer) for name, layer in layers.items()}
-        samples, found = (_in_parallel if method == "parallel" else _in_sequence)(passes, layers, unbiased)
+        samples, found = (_in_parallel if method == "parallel" else _in_sequence)(passes, layers, pool, unbiased)
         for name, pooled in found.items():
             if pooled.count <= 1:
                 skipped[name] = "only one value came in, which has no variance"
@@ -177,6 +182,33 @@ def _undone_on_error(layers: Iterable[Any]) -> Iterator[None]:
         for variable, values in kept:
             variable.assign(values)
         raise
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
+class _Alone:
+    """One process, with the methods of `batchnorm.torch.pool.Pool`."""
+
+    def all_or_none(self) -> Any:
+        return nullcontext()
+
+    def agree(self, sizes: Mapping[str, int]) -> None:
+        """There is nobody to agree with."""
+
+    def merge(
+        self, samples: int, found: dict[str, Moments], marked: Collection[str] = ()
+    ) -> tuple[int, dict[str, Moments], Collection[str]]:
+        return samples, found, marked
+
+
+def _processes() -> Any:
+    """Those that calibrate together."""
+    if keras.backend.backend() != "torch":
+        return _Alone()
+    from batchnorm.torch.pool import Pool
+
+    return Pool()
 
 
 # --- Passes over the data --------------------------------------------------------------------------------------------
@@ -326,7 +358,7 @@ def _add(found: dict[str, Moments], name: str, batch: Moments) -> None:
         found[name] = merge_moments(found[name], batch) if name in found else batch
 
 
-def _in_parallel(passes: _Passes, layers: Layers, unbiased: bool) -> tuple[int, dict[str, Moments]]:
+def _in_parallel(passes: _Passes, layers: Layers, pool: Any, unbiased: bool) -> tuple[int, dict[str, Moments]]:
     found: dict[str, Moments] = {}
 
     def collect(name: str, layer: Any, batch: Moments) -> None:
@@ -336,7 +368,9 @@ def _in_parallel(passes: _Passes, layers: Layers, unbiased: bool) -> tuple[int, 
         if seen.count > 0:
             _write(layer, seen.mean, seen.var if seen.count > 1 else np.ones_like(seen.var))
 
-    samples = passes.run(layers, collect, "calibrating")
+    with pool.all_or_none():
+        samples = passes.run(layers, collect, "calibrating")
+        samples, found, _ = pool.merge(samples, found)
     _demand(samples)
     for name, pooled in found.items():
         _finish(name, layers[name], pooled, unbiased)
@@ -364,7 +398,7 @@ class _Seen:
         _add(self.found, name, batch)
 
 
-def _in_sequence(passes: _Passes, layers: Layers, unbiased: bool) -> tuple[int, dict[str, Moments]]:
+def _in_sequence(passes: _Passes, layers: Layers, pool: Any, unbiased: bool) -> tuple[int, dict[str, Moments]]:
     """In each pass those layers are done before which, in every batch, only layers that were done have run."""
     done: dict[str, Moments] = {}
     samples = 0
@@ -373,10 +407,11 @@ def _in_sequence(passes: _Passes, layers: Layers, unbiased: bool) -> tuple[int, 
 
         left = {name: layer for name, layer in layers.items() if name not in done}
         what = f"calibrating, {len(done)} of {len(layers)} layers done"
-        samples = passes.run(left, seen.collect, what, seen.start)
+        with pool.all_or_none():
+            samples = passes.run(left, seen.collect, what, seen.start)
+            samples, found, late = pool.merge(samples, seen.found, seen.late)
         _demand(samples)
-        found = seen.found
-        ready = {name: m for name, m in found.items() if name not in seen.late} or dict(list(found.items())[:1])
+        ready = {name: m for name, m in found.items() if name not in late} or dict(list(found.items())[:1])
         for name, pooled in ready.items():
             _finish(name, layers[name], pooled, unbiased)
         if not ready:
