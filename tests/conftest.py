@@ -1,5 +1,8 @@
 import pytest
 
+collect_ignore = ["keras_cases"]
+"""Run by `test_keras`, in a process for each backend."""
+
 
 @pytest.fixture(autouse=True)
 def the_same_numbers_every_time() -> None:

@@ -15,20 +15,37 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-@pytest.mark.parametrize("checks", sorted(path.stem for path in (HERE / "keras_cases").glob("check_*.py")))
+CHECKS = {"layer": ("check_layer",), "sync": ("check_sync",), "tools": ("check_tools", "check_fold", "check_port")}
+"""What shares a process: a backend takes seconds to start."""
+
+XLA = {
+    "tensorflow": "--xla_force_host_platform_device_count=2",
+    # Compiling is most of what JAX does here.
+    "jax": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+    "torch": "",
+}
+
+
+def test_every_check_is_run() -> None:
+    files = {path.stem for path in (HERE / "keras_cases").glob("check_*.py")}
+    assert {name for names in CHECKS.values() for name in names} == files
+
+
+@pytest.mark.parametrize("backend", XLA)
+@pytest.mark.parametrize("checks", CHECKS)
 def test_keras(backend: str, checks: str) -> None:
     for module in ("keras", backend):
         pytest.importorskip(module)
-    command = [sys.executable, "-m", "pytest", f"keras_cases/{checks}.py", "--confcutdir=keras_cases", "-x"]
-    command += ["-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    command = [sys.executable, "-m", "pytest", *(f"keras_cases/{name}.py" for name in CHECKS[checks])]
+    command += ["--confcutdir=keras_cases", "-x", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
     for said in FILTERS:
         command += ["-W", said]
     environment = os.environ | {
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "OMP_NUM_THREADS": "1",  # there are others beside this one, and threads that wait for each other take long
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": XLA[backend],
     }
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
