@@ -536,3 +536,25 @@ def test_wrong_data_changes_nothing() -> None:
         bn.Standardize(2)(torch.randn(3, 2))
     with pytest.raises(ValueError, match="num_features"):
         bn.Standardize(0)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20], ids=["kernels", "one operation"])
+@pytest.mark.parametrize(
+    "statistics",
+    [BatchStatistics(False), GhostStatistics(4, False), SyncStatistics(unbiased=False)],
+    ids=["batch", "ghost", "sync"],
+)
+def test_the_running_variance_can_be_the_biased_one(
+    statistics: Any, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "SMALL", small)
+    layer = BatchNorm2d(5, momentum=0.3, statistics=statistics)
+    x = torch.randn(8, 5, 3, 3) * 2 + 1
+    mean, var = layer.running_mean.numpy().copy(), layer.running_var.numpy().copy()
+    layer(x)
+    want = definition.update_running(mean, var, definition.moments(x.numpy()), 0.3, unbiased=False)
+    np.testing.assert_allclose(layer.running_mean, want[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.running_var, want[1], rtol=1e-5)
+    layer(torch.full_like(x, torch.inf))
+    np.testing.assert_allclose(layer.running_var, want[1], rtol=1e-5)
+    assert layer.num_batches_skipped == 1
