@@ -193,6 +193,7 @@ def check(name: str, shape: Shape, classes: int) -> int:
     Raises:
         InputError: If it is of no use here.
     """
+    number = 0
     with torch.random.fork_rng(devices=[]):
         for variant in VARIANTS if own(name) else ("batch_norm",):
             torch.manual_seed(0)

@@ -80,6 +80,7 @@ def _records(
     if not first():
         _help(source)
         return None
+    runs: dict[Task, Run] = {}
     try:
         with ExitStack() as stack:
             try:
