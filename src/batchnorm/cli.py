@@ -90,8 +90,8 @@ def study(
     claims: Annotated[
         str, typer.Option(metavar="A,B", help="Only these claims or sections, by their ids. [default: all]")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller everything: half a minute.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More seeds, more steps: a quarter of an hour.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller everything, and quicker.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More seeds, more steps: several times as long.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what an interrupted study has left in DIR, and do the rest.")
     ] = False,

@@ -282,11 +282,7 @@ def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments:
         values = np.moveaxis(numbers(x), axis, 1)
         weights = None if mask is None else numbers(expand_mask(ops.convert_to_tensor(mask), x, axis))
     except Exception as error:
-        if type(error).__name__ in (
-            "TracerArrayConversionError",
-            "NotImplementedError",
-            "OperatorNotAllowedInGraphError",
-        ):
+        if type(error).__name__ in COMPILED:
             raise ValueError(
                 f"{name or 'the layer'} is called inside of a function that is compiled on its own, where its inputs "
                 "cannot be seen: call the model without it, with forward=lambda model, batch: ..."
