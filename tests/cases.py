@@ -26,6 +26,9 @@ ACTIVATIONS: list[ActivationSpec] = [
 
 DTYPES = [np.float32, np.float64]
 
+ROUTES = ("native", "numba", "triton", "operator", "functorch", "composed")
+"""In the order of the table; all of them, whatever the size of a tensor, with `route(*ROUTES)`."""
+
 KERNEL_SHAPES = [
     (1, 1, 3),
     (2, 3, 1),

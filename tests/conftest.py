@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 
 collect_ignore = ["keras_cases"]
@@ -13,10 +15,11 @@ def the_same_numbers_every_time() -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_for_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_for_small_tensors_too() -> Iterator[None]:
     """Tests are of small tensors, and most are of the kernels."""
-    from batchnorm.torch import functional
+    from cases import ROUTES
 
-    monkeypatch.setattr(functional, "SMALL", 0)
-    monkeypatch.setattr(functional, "SMALL_EVALUATION", 0)
-    monkeypatch.setattr(functional, "SMALL_COMPILED", 0)
+    from batchnorm.torch import route
+
+    with route(*ROUTES[1:]):
+        yield

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import relative_error, tolerance
+from cases import ROUTES, relative_error, tolerance
 from torch import Tensor, nn
 
 import batchnorm.torch as bn
+from batchnorm.torch import route
 
 pytestmark = [
     # What PyTorch itself warns of as it compiles, exports and traces.
@@ -88,11 +89,12 @@ def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("small", [True, False])
 @BACKENDS
-def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(
-    backend: str, small: bool, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if small:
-        monkeypatch.undo()
+def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(backend: str, small: bool, training: bool) -> None:
+    with route(*(ROUTES if small else ROUTES[1:])):
+        check_a_compiled_block(backend, training)
+
+
+def check_a_compiled_block(backend: str, training: bool) -> None:
     batches = [draw(seed=seed) for seed in range(4)]
     eager, other = block(training), block(training)
     want = run(eager, eager, batches)
@@ -216,9 +218,12 @@ def test_in_onnx_there_are_only_standard_operators(activation: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")
 @pytest.mark.parametrize("small", [True, False])
-def test_traced_in_evaluation_it_takes_other_sizes(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if small:
-        monkeypatch.undo()
+def test_traced_in_evaluation_it_takes_other_sizes(small: bool) -> None:
+    with route(*(ROUTES if small else ROUTES[1:])):
+        check_a_trace()
+
+
+def check_a_trace() -> None:
     model = block(False)
     traced = torch.jit.trace(model, draw())
     file = io.BytesIO()

@@ -3,7 +3,7 @@
 Both paths, that of the kernels and that of PyTorch's operations, go through the same tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,22 +31,18 @@ from cases import (
 from torch import Tensor
 
 from batchnorm import definition
-from batchnorm.torch import BatchStatistics, RunningStatistics, batch_norm, functional
+from batchnorm.torch import BatchStatistics, RunningStatistics, batch_norm, route
 
 MATRIX, SERIES, IMAGES, VOLUMES = CONTIGUOUS
 IMAGES_LAST, VOLUMES_LAST = CHANNELS_LAST
 BOTH_FORMATS = pytest.mark.parametrize("layout", [IMAGES, IMAGES_LAST], ids=str)
 
 
-@pytest.fixture(params=["kernels", "one operation", "composed"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the three ways to the answer."""
-    if request.param == "one operation":
-        monkeypatch.setattr(functional, "SMALL", 1 << 62)
-        monkeypatch.setattr(functional, "SMALL_EVALUATION", 1 << 62)
-    if request.param == "composed":
-        monkeypatch.setattr(functional, "_takes_kernels", lambda *_: False)
-    return str(request.param)
+@pytest.fixture(params=[("numba", "composed"), ("native", "numba", "composed"), ("composed",)], ids=lambda p: p[0])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of the three ways to the answer, where it can be gone."""
+    with route(*request.param):
+        yield request.param[0]
 
 
 def given(layout: Layout, dtype: Any = np.float64, **kwargs: Any) -> Any:
@@ -102,7 +98,7 @@ def assert_exact(got: dict[str, Any], want: dict[str, Any], g: Any, dtype: Any, 
 def test_the_kernels_are_what_is_tested(path: str) -> None:
     g = given(MATRIX)
     taken = type(batch_norm(leaf(g.x), None, None, training=True).grad_fn).__name__ == "_BatchNormBackward"
-    assert taken == (path == "kernels")
+    assert taken == (path == "numba")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

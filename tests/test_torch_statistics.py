@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from batchnorm.torch import (
     RunningStatistics,
     SyncStatistics,
     batch_norm,
-    functional,
+    route,
 )
 
 LAYOUTS = [*CONTIGUOUS, *CHANNELS_LAST]
@@ -34,11 +35,10 @@ CLIPPED = Renorm(1.0001, 0.0001, 0)  # its r and d are at their limits, and so c
 VARIANTS = [GhostStatistics(2), CLIPPED, Renorm(statistics=SyncStatistics(), warmup_steps=0), SyncStatistics()]
 
 
-@pytest.fixture(params=["kernels", "composed"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "composed":
-        monkeypatch.setattr(functional, "_are_plain", lambda *_: False)
-    return str(request.param)
+@pytest.fixture(params=["numba", "composed"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with route(request.param):
+        yield request.param
 
 
 def tensors(layout: Layout, *, mask: bool = False, dtype: Any = np.float64) -> dict[str, Any]:
@@ -538,16 +538,18 @@ def test_wrong_data_changes_nothing() -> None:
         bn.Standardize(0)
 
 
-@pytest.mark.parametrize("small", [0, 1 << 20], ids=["kernels", "one operation"])
+@pytest.mark.parametrize("path", ["numba", "native"])
 @pytest.mark.parametrize(
     "statistics",
     [BatchStatistics(False), GhostStatistics(4, False), SyncStatistics(unbiased=False)],
     ids=["batch", "ghost", "sync"],
 )
-def test_the_running_variance_can_be_the_biased_one(
-    statistics: Any, small: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(functional, "SMALL", small)
+def test_the_running_variance_can_be_the_biased_one(statistics: Any, path: str) -> None:
+    with route(path, "numba"):
+        check_the_biased_running_variance(statistics)
+
+
+def check_the_biased_running_variance(statistics: Any) -> None:
     layer = BatchNorm2d(5, momentum=0.3, statistics=statistics)
     x = torch.randn(8, 5, 3, 3) * 2 + 1
     mean, var = layer.running_mean.numpy().copy(), layer.running_var.numpy().copy()

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,24 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from cases import LAYOUTS, Layout, channels_last, relative_error, tolerance
+from cases import LAYOUTS, ROUTES, Layout, channels_last, relative_error, tolerance
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import batchnorm.torch as bn
-from batchnorm.torch import batch_norm, functional
+from batchnorm.torch import batch_norm, route
 
 SHAPE = 4, 3, 5, 6
 STATISTICS = ["running_mean", "running_var", "num_batches_tracked"]
 
 
-@pytest.fixture(params=["kernels", "one operation"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["numba", "native"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels, and what small tensors take if nobody says otherwise."""
-    if request.param == "one operation":
-        monkeypatch.undo()
-    return str(request.param)
+    with route(request.param, *ROUTES[1:]):
+        yield request.param
 
 
 def draw(shape: tuple[int, ...] = SHAPE, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -198,11 +198,11 @@ def two_forward_passes(rank: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        for small, (training, options) in itertools.product((1 << 20, 0), MODES.values()):
-            functional.SMALL = functional.SMALL_EVALUATION = small
+        for path, (training, options) in itertools.product(("native", "numba"), MODES.values()):
             wrapped = nn.parallel.DistributedDataParallel(network(**options).train(training), broadcast_buffers=True)
             a, b = draw(seed=1 + rank), draw(seed=3 + rank)
-            (wrapped(a).square().sum() + wrapped(b).sum()).backward()
+            with route(path, "numba"):
+                (wrapped(a).square().sum() + wrapped(b).sum()).backward()
             got = [p.grad.clone() for p in wrapped.parameters()]
             wants = []
             for other in range(2):
@@ -373,17 +373,15 @@ def test_the_same_bits_twice(threads: int, path: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if 1 not in layout.shape], ids=str)
-def test_small_tensors_have_the_strides_of_torch(
-    layout: Layout, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
+def test_small_tensors_have_the_strides_of_torch(layout: Layout, training: bool) -> None:
     running = torch.zeros(layout.shape[1]).double(), torch.ones(layout.shape[1]).double()
     dy = draw(layout.shape, 1)
     for grad in (dy, channels_last(dy), dy.flip(0), dy[:1].expand(dy.shape), dy.flatten()[0].expand(dy.shape)):
         found = []
         for function in (batch_norm, F.batch_norm):
             x = layout.lay(draw(layout.shape)).detach().requires_grad_()
-            y = function(x, *(t.clone() for t in running), training=training)
+            with route("native"):
+                y = function(x, *(t.clone() for t in running), training=training)
             found.append([y, *torch.autograd.grad(y, x, grad)])
         for got, want in zip(*found, strict=True):
             assert got.stride() == want.stride()

@@ -1,6 +1,7 @@
 """Layers and the function inside `torch.func`: each model, each batch and its running statistics as without it."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import batchnorm.torch as bn
-from batchnorm.torch import batch_norm, transforms
+from batchnorm.torch import batch_norm, route
 
 # Forward mode loads decompositions that PyTorch itself still compiles in the deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -58,11 +59,10 @@ def loss_of(model: nn.Module) -> Any:
     return loss
 
 
-@pytest.fixture(params=["kernels", "composed"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "composed":
-        monkeypatch.setattr(transforms, "reach_kernels", lambda: False)
-    return str(request.param)
+@pytest.fixture(params=["functorch", "composed"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with route(request.param, "numba", "composed"):
+        yield request.param
 
 
 @LAYERS

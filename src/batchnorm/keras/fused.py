@@ -7,7 +7,7 @@ from torch import Tensor
 
 from batchnorm.definition import ActivationSpec
 from batchnorm.torch.functional import batch_norm
-from batchnorm.torch.statistics import BatchStatistics, GhostStatistics, Statistics, SyncStatistics
+from batchnorm.torch.sources import BatchStatistics, GhostStatistics, Statistics, SyncStatistics
 
 __all__ = ["Trained", "evaluate", "takes", "train"]
 

@@ -15,8 +15,8 @@ from batchnorm.torch.layers import (
     LazyBatchNorm3d,
     SyncBatchNorm,
 )
-from batchnorm.torch.standardize import Standardize
-from batchnorm.torch.statistics import (
+from batchnorm.torch.routes import route
+from batchnorm.torch.sources import (
     BatchStatistics,
     GhostStatistics,
     Renorm,
@@ -24,6 +24,7 @@ from batchnorm.torch.statistics import (
     Statistics,
     SyncStatistics,
 )
+from batchnorm.torch.standardize import Standardize
 
 __all__ = [
     "BatchNorm1d",
@@ -48,5 +49,6 @@ __all__ = [
     "fold",
     "freeze",
     "revert",
+    "route",
     "unfreeze",
 ]

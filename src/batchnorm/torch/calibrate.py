@@ -25,7 +25,7 @@ from batchnorm.torch import batches
 from batchnorm.torch.functional import moments
 from batchnorm.torch.layers import FORWARDS
 from batchnorm.torch.pool import Pool
-from batchnorm.torch.statistics import RunningStatistics
+from batchnorm.torch.sources import RunningStatistics
 
 __all__ = ["Calibration", "calibrate"]
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.torch.sync import Group
+from batchnorm.torch.call import Batch, Call, Outcome, Plan
+from batchnorm.torch.layout import memory_format
 
-__all__ = ["ACTIVATIONS", "count", "forward", "forward_by_parts", "moments", "positions", "statistics"]
+__all__ = ["ACTIVATIONS", "adjusted", "compute", "forward", "statistics", "together"]
 
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda z, _: z,
@@ -24,89 +25,93 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
-def moments(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel, of the type of `z`."""
-    axes = (0, *range(2, z.dim()))
-    if weights is None:
+def compute(call: Call, plan: Plan) -> Outcome:
+    """Any plan of any call."""
+    y, count, mean, var = forward(call, plan)
+    if not torch._C._are_functorch_transforms_active():
+        y = y.contiguous(memory_format=memory_format(call.x))
+    if plan.constants is not None and plan.count != 0:
+        return Outcome(y)
+    return Outcome(y, Batch.of(torch.stack([mean.detach(), var.detach()]), count))
+
+
+def forward(call: Call, plan: Plan) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """`y`, and count, mean and biased variance of all that was normalized, differentiable."""
+    y, count, mean, var = _forward(call._replace(x=call.x.to(call.arithmetic)), plan)
+    return y.to(call.x.dtype), count, mean, var
+
+
+def _forward(call: Call, plan: Plan) -> tuple[Tensor, Any, Tensor, Tensor]:
+    if plan.parts is not None:
+        calls = [call.part(part.samples) for part in plan.parts]
+        moments = [_moments(each) for each in calls]
+        y = torch.cat([_normalize(each, mean, var) for each, (mean, var) in zip(calls, moments, strict=True)])
+        return y, *together([(part.count, *each) for part, each in zip(plan.parts, moments, strict=True)])
+    count, mean, var = statistics(call, plan)
+    if plan.adjust is None:
+        return _normalize(call, mean, var), count, mean, var
+    weight, bias = adjusted(call, *plan.adjust(mean, var))
+    return _normalize(call._replace(weight=weight, bias=bias), mean, var), count, mean, var
+
+
+def statistics(call: Call, plan: Plan) -> tuple[Any, Tensor, Tensor]:
+    """Count, mean and biased variance of a call, which may be empty; over all processes if there are others.
+
+    Its `x` must be float32 or float64.
+    """
+    if plan.constants is not None:
+        return plan.count, *plan.constants
+    mean, var = _moments(call)
+    if plan.group is None:
+        return plan.count, mean, var
+    return plan.group.pool(call.x, call.positions(), plan.count, mean, var)
+
+
+def adjusted(call: Call, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight and the bias with which `xhat` gives what `xhat * r + d` gives with those of the call."""
+    if call.weight is not None:
+        r, d = r * call.weight, d * call.weight
+    return r, d if call.bias is None else d + call.bias
+
+
+def together(found: list[tuple[Any, Tensor, Tensor]]) -> tuple[Any, Tensor, Tensor]:
+    """The moments of all parts together, by the law of total variance."""
+    total = sum(count for count, _, _ in found)
+    mean = sum(count / total * mean for count, mean, _ in found)
+    var = sum(count / total * (var + (mean_part - mean) ** 2) for count, mean_part, var in found)
+    return total, mean, var  # type: ignore[return-value]
+
+
+def _moments(call: Call) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel; zeros, with a gradient, if the call is empty."""
+    z, axes = call.x, (0, *range(2, call.x.dim()))
+    if call.x.numel() == 0:
+        nothing = z.sum(axes)  # all processes take part in the backward pass
+        return nothing, nothing
+    if call.counts is None:
         var, mean = torch.var_mean(z, axes, correction=0)
         return mean, var
-    weights = weights.unsqueeze(1)
-    total, kept = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny), weights > 0
-    mean = (weights * torch.where(kept, z, 0)).sum(axes) / total
+    counts = call.counts.unsqueeze(1)
+    total, kept = counts.sum().clamp(min=torch.finfo(counts.dtype).tiny), counts > 0
+    mean = (counts * torch.where(kept, z, 0)).sum(axes) / total
     centered = z - mean.reshape((1, -1) + (1,) * (z.dim() - 2))
-    return mean, (weights * torch.where(kept, centered, 0) ** 2).sum(axes) / total
+    return mean, (counts * torch.where(kept, centered, 0) ** 2).sum(axes) / total
 
 
-def statistics(x: Tensor, weights: Tensor | None, group: Group | None) -> tuple[Any, Tensor, Tensor]:
-    """Count, mean and biased variance of a batch, which may be empty; over all processes of a group."""
-    z = x.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
-    total: Any = count(x, None) if weights is None else weights.sum(dtype=torch.float64)
-    if x.numel() == 0:
-        mean = var = z.sum((0, *range(2, z.dim())))  # zeros, with a gradient: all processes take part backward
-    else:
-        mean, var = moments(z, weights)
-    return (total, mean, var) if group is None else group.pool(x, positions(x, weights), total, mean, var)
-
-
-def count(x: Tensor, weights: Tensor | None) -> float:
-    """How much the values of a channel count together."""
-    return x.numel() / max(1, x.shape[1]) if weights is None else float(weights.sum(dtype=torch.float64))
-
-
-def positions(x: Tensor, weights: Tensor | None) -> int:
-    """How many values of a channel the mask keeps."""
-    return x.numel() // max(1, x.shape[1]) if weights is None else int((weights > 0).sum())
-
-
-def forward_by_parts(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weights: Tensor | None,
-    parts: list[slice],
-    eps: float,
-    activation: tuple[str, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`y`, each part of the samples normalized by its own statistics; and these, a row for each part."""
-    found = [
-        forward(
-            x[part], weight, bias, None if residual is None else residual[part],
-            None if weights is None else weights[part], None, None, eps, activation,
-        )
-        for part in parts
-    ]  # fmt: skip
-    y, mean, var = zip(*found, strict=True)
-    return torch.cat(y), torch.stack(mean), torch.stack(var)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weights: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    activation: tuple[str, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`y`, and the statistics: `mean` and `var` if given, else the batch's. Half precision is computed in float32."""
-    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+def _normalize(call: Call, mean: Tensor, var: Tensor) -> Tensor:
+    """`y` by given statistics."""
 
     def per_channel(values: Tensor) -> Tensor:
-        return values.to(dtype).reshape((1, -1) + (1,) * (x.dim() - 2))
+        return values.to(call.arithmetic).reshape((1, -1) + (1,) * (call.x.dim() - 2))
 
-    z = x.to(dtype)
-    if mean is None or var is None:
-        mean, var = moments(z, weights)
-    scale = per_channel(torch.rsqrt(var.to(dtype) + eps))
-    if weight is not None:
-        scale = scale * per_channel(weight)
-    z = (z - per_channel(mean)) * scale
-    if bias is not None:
-        z = z + per_channel(bias)
-    if residual is not None:
-        z = z + residual
-    name, parameter = activation
-    return ACTIVATIONS[name](z, parameter).to(x.dtype), mean, var
+    scale = per_channel(torch.rsqrt(var.to(call.arithmetic) + call.eps))
+    if call.weight is not None:
+        scale = scale * per_channel(call.weight)
+    z = (call.x - per_channel(mean)) * scale
+    if call.bias is not None:
+        z = z + per_channel(call.bias)
+    if call.residual is not None:
+        z = z + call.residual
+    name, parameter = call.activation
+    y: Tensor = ACTIVATIONS[name](z, parameter)
+    return y

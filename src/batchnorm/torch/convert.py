@@ -15,7 +15,7 @@ from torch import nn
 
 from batchnorm.torch.layers import OURS, THEIRS, adopt, release, take
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
-from batchnorm.torch.statistics import RunningStatistics, Statistics, expect
+from batchnorm.torch.sources import RunningStatistics, Statistics, expect
 
 __all__ = ["convert", "revert"]
 

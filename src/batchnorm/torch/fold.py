@@ -26,7 +26,7 @@ from batchnorm.torch.dataflow import Flow, Link, Unproven, is_watched
 from batchnorm.torch.layers import FORWARDS
 from batchnorm.torch.linear import LinearMap, make_plain
 from batchnorm.torch.rewrite import original_class
-from batchnorm.torch.statistics import RunningStatistics
+from batchnorm.torch.sources import RunningStatistics
 from batchnorm.torch.tracing import duplicate, trace
 
 __all__ = ["Rest", "fold"]

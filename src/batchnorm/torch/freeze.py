@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from batchnorm.torch.layers import OURS, THEIRS, adopt, release
-from batchnorm.torch.statistics import Before, RunningStatistics
+from batchnorm.torch.sources import Before, RunningStatistics
 
 __all__ = ["freeze", "unfreeze"]
 

@@ -4,6 +4,7 @@ Each is a subclass of the class of the same name in `torch.nn`, but for `SyncBat
 constructor, parameters, buffers, state dict and checks of the input.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.definition import ActivationSpec, parse_activation
-from batchnorm.torch import transforms
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.statistics import RunningStatistics, Statistics, SyncStatistics, expect
-from batchnorm.torch.variants import group_of
+from batchnorm.torch.running import Running
+from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics, expect
 
 __all__ = [
     "FORWARDS",
@@ -32,6 +32,11 @@ __all__ = [
     "release",
     "take",
 ]
+
+RUNNING = RunningStatistics()
+
+observers: list[Callable[[nn.Module, str], None]] = []
+"""Called with each layer that has normalized something, and the name of its route."""
 
 if TYPE_CHECKING:
     _Base = nn.modules.batchnorm._BatchNorm
@@ -134,45 +139,25 @@ class _Layer(_Base):
         return f"{type(self).__name__}({self.num_features}): {problem}"
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        source = self.statistics if self.training else None
         try:
             self._check_input_dim(input)
         except ValueError:
-            if self.training and self.statistics is not None and (group := group_of(self.statistics)) is not None:
-                group.fail(input.device)  # the others wait for this process
+            if source is not None:
+                source.fail(input.device)  # the others wait for this process
             raise
-        running_mean, running_var = self.running_mean, self.running_var
         tracks = self.training and self.track_running_stats
-        batches = self.num_batches_tracked if tracks else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and batches is not None:
-            k = batches + 1  # the average of all batches: the k-th counts 1/k
-            momentum = 1.0 / (k.double() if torch.compiler.is_compiling() or transforms.active() else float(k))
-        uses_running = tracks or not self.training
-        y, updated = normalize(
-            input,
-            running_mean if uses_running else None,
-            running_var if uses_running else None,
-            self.weight,
-            self.bias,
-            self.training or (running_mean is None and running_var is None),
-            momentum,
-            self.eps,
-            self.activation,
-            residual,
-            mask,
-            self.statistics if self.training else None,
-            batches,
-        )
-        if batches is not None and updated is not None:
-            if updated is True:
-                batches.add_(1)
-            elif updated is False:
-                self.num_batches_skipped.add_(1)
-            elif transforms.active() and not torch.compiler.is_compiling():
-                transforms.count_batch(batches, self.num_batches_skipped, updated)
-            else:
-                batches.add_(updated)
-                self.num_batches_skipped.add_(~updated)
+        running = Running()
+        if tracks or not self.training:
+            counters = (self.num_batches_tracked, self.num_batches_skipped) if tracks else ()
+            running = Running(self.running_mean, self.running_var, self.momentum, *counters)
+        if not self.training and (running.mean is not None or running.var is not None):
+            source, mask = RUNNING, None
+        asked = input, self.weight, self.bias, residual, mask, self.eps, self.activation
+        y, route = normalize(asked, running, source)
+        if observers:
+            for observer in observers:
+                observer(self, route)
         return y
 
     def extra_repr(self) -> str:

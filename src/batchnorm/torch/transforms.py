@@ -13,8 +13,10 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from batchnorm.torch import operators
+from batchnorm.torch.call import Batch, Call, Outcome, Plan
+from batchnorm.torch.running import Running, correction, move
 
-__all__ = ["active", "batch_norm", "count_batch", "reach_kernels", "update_running"]
+__all__ = ["active", "compute", "takes", "update"]
 
 
 def active() -> bool:
@@ -22,24 +24,22 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def reach_kernels() -> bool:
-    """Whether the transforms that are active leave plain tensors in the end."""
+def takes(call: Call, plan: Plan) -> bool:
+    """Whether the operators compute this, and the transforms that are active leave plain tensors in the end."""
     known = _functorch.TransformType.Vmap, _functorch.TransformType.Grad
-    return all(each.key() in known for each in _functorch.get_interpreter_stack() or ())
+    return (
+        active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(each.key() in known for each in _functorch.get_interpreter_stack() or ())
+        and call.x.numel() > 0
+        and operators.takes(call, plan)
+    )
 
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    weights: Tensor | None,
-    eps: float,
-    activation: tuple[str, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`y`, and the mean and the biased variance of the batch, float64, which have no gradient."""
-    y, mean, var = _Forward.apply(x, weight, bias, residual, weights, eps, *activation)
-    return y, mean, var
+def compute(call: Call, plan: Plan) -> Outcome:
+    """A call by the statistics of the batch."""
+    return operators.compute(call, plan, forward=_Forward.apply)
 
 
 # --- The operators, folded -------------------------------------------------------------------------------------------
@@ -90,9 +90,9 @@ class _Forward(torch.autograd.Function):
     """The operator `batchnorm::forward`."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = torch.ops.batchnorm.forward(*arguments)
-        return y, mean, var
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        y, statistics = torch.ops.batchnorm.forward(*arguments)
+        return y, statistics
 
     setup_context = staticmethod(operators.keep_forward)
 
@@ -148,39 +148,49 @@ def _unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[in
     return t, own
 
 
-def update_running(
-    running_mean: Tensor, running_var: Tensor, count: Any, mean: Tensor, var: Tensor, momentum: Any
-) -> Tensor:
-    """Move the running statistics, which may be of an ensemble, by batches that may be many; tell which were moved."""
+def update(running: Running, batch: Batch, unbiased: bool) -> None:
+    """`running.update`, for statistics and batches that may each be many: `vmap` makes ensembles of both."""
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        given = [count, momentum, mean, var, running_mean, running_var]
-        tensors = [
-            torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64) for value in given
-        ]
+        if running.mean is None or running.var is None:
+            return _count(running, True)
+        if not isinstance(batch.count, Tensor) and batch.count == 0:
+            return _count(running, False)
+        averages = running.momentum is None and running.batches is not None
+        given = [batch.count, running.batches if averages else running.momentum or 0.0]
+        tensors = [_tensor(value, batch.var) for value in (*given, batch.mean, batch.var, running.mean, running.var)]
         levels = sorted({level for t in tensors for level in _unwrap(t)[1]})
-        count, momentum, mean, var, old_mean, old_var = (_unwrap(t, levels)[0] for t in tensors)
-        own = set(_unwrap(running_mean)[1]) | set(_unwrap(running_var)[1])
+        count, rate, mean, var, old_mean, old_var = (_unwrap(t, levels)[0] for t in tensors)
+        own = set(_unwrap(running.mean)[1]) | set(_unwrap(running.var)[1])
         pooled = [place for place, level in enumerate(levels) if level not in own]
-        count = count.unsqueeze(-1).expand(*mean.shape[:-1], 1).double()
-        momentum = momentum.unsqueeze(-1)
+        exact = var.dtype
+        rate = (rate.to(exact) + 1).reciprocal() if averages else rate.to(exact)
+        count = count.to(exact).unsqueeze(-1).expand(*mean.shape[:-1], 1)
+        if batch.is_unbiased:
+            var = var / correction(count)
         if pooled:
             total = count.sum(pooled, keepdim=True)
             center = (count * mean).sum(pooled, keepdim=True) / total
             var = (count * (var + (mean - center) ** 2)).sum(pooled, keepdim=True) / total
             mean, count = center, total
-        var = var * torch.where(count > 1, count / (count - 1), 1.0)
-        mean, var = mean.to(old_mean.dtype), var.to(old_var.dtype)
-        finite = (mean.isfinite() & var.isfinite()).all(-1, keepdim=True) & (count > 0)
-        for running, batch in ((old_mean, mean), (old_var, var)):
-            moved = torch.where(finite, running + momentum * (batch - running), running)
-            running.copy_(moved.to(running.dtype))
-        told: Tensor = finite.squeeze(-1).squeeze(pooled)
-        return told
+        if unbiased:
+            var = var * correction(count)
+        moved = move(old_mean, old_var, Batch.of(torch.stack([mean, var]), count.squeeze(-1)), rate.unsqueeze(-1))
+        _count(running, moved.squeeze(pooled) if isinstance(moved, Tensor) else moved)
 
 
-def count_batch(batches: Tensor, skipped: Tensor, updated: Tensor) -> None:
-    """Add to the counters of a layer what `update_running` tells."""
-    with temporarily_clear_interpreter_stack(), torch.no_grad():
-        for counter, told in ((batches, updated), (skipped, ~updated)):
-            counter, _ = _unwrap(counter)
-            counter.add_(told if counter.dim() else told.all())
+def _tensor(value: Any, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.as_tensor(
+        value, dtype=torch.float32 if like.device.type == "mps" else torch.float64, device=like.device
+    )
+
+
+def _count(running: Running, moved: bool | Tensor) -> None:
+    """Add to the counters of a layer, which may be of an ensemble, too."""
+    if running.batches is None or running.skipped is None:
+        return
+    told = torch.as_tensor(moved, device=running.batches.device)
+    for counter, said in ((running.batches, told), (running.skipped, ~told)):
+        plain, _ = _unwrap(counter)
+        plain.add_(said if plain.dim() else said.all())

@@ -1,0 +1,233 @@
+"""What one normalization is asked for, what a source of statistics makes of it, and what comes of it.
+
+A `Call` holds the tensors of one normalization, checked once. A source of statistics turns it into a `Plan`. A route
+computes the two and returns an `Outcome`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch.sync import Group
+
+__all__ = ["Batch", "Call", "Outcome", "Part", "Plan", "check_channels", "is_eager", "is_plain", "is_symbolic"]
+
+_parse = functools.lru_cache(maxsize=256)(parse_activation)
+
+
+class Call(NamedTuple):
+    """One normalization: `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`.
+
+    Attributes:
+        x: `(N, C, *spatial)`.
+        weight, bias: `(C,)`; 1 and 0 if None.
+        residual: Of the shape of `x`; 0 if None.
+        counts: `(N, *spatial)`: how much each position counts in the statistics; 1 if None.
+        eps: Added to the variance.
+        activation: A name and its parameter.
+    """
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    counts: Tensor | None = None
+    eps: float = 1e-5
+    activation: tuple[str, float] = ("none", 0.0)
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        eps: float,
+        activation: ActivationSpec,
+    ) -> "Call":
+        """Check the arguments of `batch_norm` and put them together; the errors are those of `batch_norm`."""
+        parsed = parse_activation(activation) if torch.compiler.is_compiling() else _parse(activation)
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        if x.dim() < 2:
+            raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise NotImplementedError(
+                f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()"
+            )
+        check_channels("weight", weight, x)
+        check_channels("bias", bias, x)
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+        return Call(x, weight, bias, residual, None if mask is None else _expand(mask, x), eps, parsed)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The type in which the call is computed: that of `x`, and float32 for half precision."""
+        dtype = self.x.dtype
+        return dtype if dtype is torch.float32 or dtype is torch.float64 else torch.float32
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors but `x` and `counts`."""
+        return self.weight, self.bias, self.residual
+
+    def part(self, samples: slice) -> "Call":
+        """The same call for some of the samples."""
+        return self._replace(
+            x=self.x[samples],
+            residual=None if self.residual is None else self.residual[samples],
+            counts=None if self.counts is None else self.counts[samples],
+        )
+
+    def positions(self) -> int:
+        """How many values of each channel count at all."""
+        if self.counts is None:
+            return self.x.numel() // max(1, self.x.shape[1])
+        return int((self.counts > 0).sum())
+
+    def count(self) -> float | Tensor:
+        """How much the values of each channel count together; a tensor where code must not depend on values."""
+        if self.counts is None:
+            return torch.sym_float(self.x.numel() // max(1, self.x.shape[1]))  # type: ignore[no-any-return]
+        total = self.counts.sum(dtype=self.arithmetic if self.x.device.type == "mps" else torch.float64)
+        return total if is_symbolic() else float(total)
+
+
+class Part(NamedTuple):
+    """Some of the samples, and how much the values of a channel count there."""
+
+    samples: slice
+    count: Any
+
+
+class Plan(NamedTuple):
+    """What a source of statistics makes of a call.
+
+    Attributes:
+        count: How much the values of each channel count, in this process; infinity if the statistics are constants.
+        constants: Mean and variance if they do not depend on `x`.
+        parts: Groups of samples that are normalized each by its own statistics; None for all samples together.
+        group: The processes over which statistics are pooled; None if this one is alone.
+        adjust: `(mean, var) -> (r, d)`: constants with which `xhat` becomes `xhat * r + d`; None for 1 and 0.
+        unbiased: Whether the running variance moves towards the unbiased one.
+    """
+
+    count: float | Tensor
+    constants: tuple[Tensor, Tensor] | None = None
+    parts: list[Part] | None = None
+    group: Group | None = None
+    adjust: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    unbiased: bool = True
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the statistics are those of the whole batch in this process."""
+        return self.constants is None and self.parts is None and self.group is None and self.adjust is None
+
+
+class Batch(NamedTuple):
+    """The statistics of a batch, for the running ones to move towards.
+
+    Attributes:
+        moments: `(2, C)`: the next two, as one tensor.
+        mean, var: `(C,)`.
+        count: How much the values behind each of them count.
+        is_unbiased: Whether the variance is the unbiased one already.
+    """
+
+    moments: Tensor
+    mean: Tensor
+    var: Tensor
+    count: float | Tensor
+    is_unbiased: bool = False
+
+    @staticmethod
+    def of(moments: Tensor, count: float | Tensor, is_unbiased: bool = False) -> "Batch":
+        """The batch with these moments."""
+        mean, var = moments.unbind()
+        return Batch(moments, mean, var, count, is_unbiased)
+
+
+class Outcome(NamedTuple):
+    """What a route returns: `y`, and the batch; None where nothing moves the running statistics, or they have moved."""
+
+    y: Tensor
+    batch: Batch | None = None
+
+
+# --- Where a call comes from -----------------------------------------------------------------------------------------
+
+
+def is_symbolic() -> bool:
+    """Whether code that depends on the values of tensors would be wrong: in compiled graphs and under `torch.func`."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_eager() -> bool:
+    """Whether operations are run as they are called, and by nothing but PyTorch itself."""
+    return not (
+        is_symbolic()
+        or torch._C._is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors, in memory of one device, and not of a subclass."""
+    device = None
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        device = t.device if device is None else device
+        if t.device != device:
+            return False
+    return True
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:
+    """See that `values` has one number per channel of `x`, in a type that fits.
+
+    Raises:
+        RuntimeError: If not.
+    """
+    if values is None:
+        return
+    if values.dim() != 1 or values.shape[0] != x.shape[1]:
+        raise RuntimeError(
+            f"{name} should contain {x.shape[1]} elements, in one axis, not {tuple(values.shape)}: "
+            f"x has shape {tuple(x.shape)}, and its second axis is the channels"
+        )
+    if values.dtype is not x.dtype and (x.dtype is torch.float32 or x.dtype is torch.float64):
+        raise RuntimeError(
+            f"mixed dtype: x is {x.dtype} and {name} is {values.dtype}; convert one of them, e.g. with .to(x.dtype)"
+        )
+
+
+def _expand(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as counts of shape `(N, *spatial)`, of the type of `x` (float32 for half precision)."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    positions = (x.shape[0], *x.shape[2:])
+    fits = 1 <= mask.dim() <= len(positions) and all(
+        m in (1, size) for m, size in zip(mask.shape, positions, strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not fit x of shape {tuple(x.shape)}: "
+            f"it must have the shape {positions}, without channels, or its first axes"
+        )
+    counts = mask.detach().to(x.device, x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
+    if not is_symbolic() and not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError("mask must hold booleans, or weights that are finite and not negative")
+    return counts.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)

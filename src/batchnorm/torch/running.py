@@ -1,0 +1,142 @@
+"""The running statistics of a layer, and the one way in which they move."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.torch.call import Batch, check_channels, is_eager
+
+__all__ = ["Running", "correction", "is_finite", "move", "update"]
+
+
+class Running(NamedTuple):
+    """The running statistics that go with a call.
+
+    Attributes:
+        mean, var: `(C,)`; None if there are none.
+        momentum: The weight of the new batch; None for the average of all batches.
+        batches: How many batches have been counted; None if nobody counts.
+        skipped: How many batches have been left out; None if nobody counts.
+        is_recomputed: Whether the batch has been counted before: an activation checkpoint repeats a forward pass.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    momentum: float | None = 0.1
+    batches: Tensor | None = None
+    skipped: Tensor | None = None
+    is_recomputed: bool = False
+
+    def check(self, x: Tensor, needed: bool) -> None:
+        """See that the statistics fit `x`, and are there if they are needed.
+
+        Raises:
+            RuntimeError: If they do not fit, or are missing.
+            ValueError: If only one of the two is there.
+        """
+        if needed and (self.mean is None or self.var is None):
+            raise RuntimeError(
+                "running_mean and running_var must be defined in evaluation mode, and with RunningStatistics(): "
+                "pass both, or training=True"
+            )
+        if (self.mean is None) != (self.var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        check_channels("running_mean", self.mean, x)
+        check_channels("running_var", self.var, x)
+
+    def rate(self, dtype: torch.dtype = torch.float64) -> float | Tensor:
+        """The weight of the next batch: a number, or a tensor of `dtype` where a number would have to be waited for."""
+        if self.momentum is not None:
+            return self.momentum
+        if self.batches is None:
+            return 0.0
+        if self.batches.is_cpu and is_eager():
+            return 1.0 / (float(self.batches) + 1.0)
+        return (self.batches + 1).to(dtype).reciprocal()
+
+    def count(self, moved: bool | Tensor) -> None:
+        """Count a batch as one that has moved the running statistics, or as one that was skipped."""
+        if isinstance(moved, bool):
+            counter = self.batches if moved else self.skipped
+            if counter is not None:
+                counter.add_(1)
+        elif self.batches is not None and self.skipped is not None:
+            torch._foreach_add_([self.batches, self.skipped], [moved, ~moved])
+
+
+def correction(count: float | Tensor) -> float | Tensor:
+    """What makes a biased variance unbiased: `count / (count - 1)`, and 1 where that is not defined."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 1, count / (count - 1), 1.0)
+    return count / (count - 1) if count > 1 else 1.0
+
+
+def update(running: Running, batch: Batch, unbiased: bool) -> None:
+    """Move the running statistics towards those of a batch, in place, and count it: `definition.update_running`.
+
+    A batch that is empty, or whose statistics are not finite in the type of the running ones, leaves them as they are.
+    It is counted as skipped. Nothing waits for the device.
+
+    Args:
+        running: Which.
+        batch: The batch; its statistics are at least float32.
+        unbiased: Whether the running variance moves towards the unbiased one.
+    """
+    with torch.no_grad():
+        if running.mean is None or running.var is None:
+            return running.count(True)
+        if not isinstance(batch.count, Tensor) and batch.count == 0:
+            return running.count(False)
+        if batch.is_unbiased != unbiased:
+            factor = correction(batch.count)
+            var = batch.var * factor if unbiased else batch.var / factor
+            batch = Batch.of(torch.stack([batch.mean, var]), batch.count, unbiased)
+        return running.count(move(running.mean, running.var, batch, running.rate(batch.var.dtype)))
+
+
+def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | Tensor) -> bool | Tensor:
+    """`running += rate * (batch - running)`, if the batch's statistics are finite.
+
+    Args:
+        running_mean, running_var: `(..., C)`. Changed in place.
+        batch: Mean and variance are `(..., C)`; the sum is taken in their type.
+        rate: A number, or a tensor of that type that broadcasts.
+
+    Returns:
+        Whether they are finite: a boolean where that is known at once, else a tensor `(...)`.
+    """
+    # As the buffers will hold them: a variance above 65504 is finite, but not in the float16 of `model.half()`.
+    stored = batch.moments if running_var.dtype is batch.var.dtype else batch.moments.to(running_var.dtype)
+    if stored.numel() == 0:
+        return True
+    many = batch.var.dim() > 1
+    finite = torch.linalg.vector_norm(stored, torch.inf, dim=(0, -1) if many else None) < torch.inf
+    if isinstance(batch.count, Tensor):
+        finite = finite & (batch.count > 0)
+    at_once = not many and batch.var.is_cpu and is_eager()
+    if at_once and not finite:
+        return False
+    olds, targets = [running_mean, running_var], [batch.mean, batch.var]
+    is_exact = running_var.dtype is batch.var.dtype and running_mean.dtype is batch.var.dtype
+    exact = olds if is_exact else [old.to(batch.var.dtype) for old in olds]
+    if isinstance(rate, Tensor):
+        news = [torch.lerp(old, new, rate) for old, new in zip(exact, targets, strict=True)]
+    else:
+        news = list(torch._foreach_lerp(exact, targets, rate))
+    keep = finite.unsqueeze(-1) if many else finite
+    if at_once:
+        torch._foreach_copy_(olds, news)
+    elif is_exact and not torch.compiler.is_compiling():
+        for old, new in zip(olds, news, strict=True):
+            torch.where(keep, new, old, out=old)
+    else:
+        kept = [torch.where(keep, new, old) for old, new in zip(exact, news, strict=True)]
+        torch._foreach_copy_(olds, kept)
+    return True if at_once else finite
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all values are finite, and not so large that their squares are not."""
+    return math.isfinite(torch.linalg.vector_norm(x.detach()).item())
