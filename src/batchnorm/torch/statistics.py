@@ -13,7 +13,6 @@ from batchnorm.torch.sync import Group
 
 __all__ = [
     "BatchStatistics",
-    "Before",
     "GhostStatistics",
     "Renorm",
     "RunningStatistics",
@@ -35,23 +34,8 @@ class BatchStatistics:
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a layer was before it was frozen."""
-
-    statistics: Any
-    ours: bool
-    learned: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class RunningStatistics:
-    """The running ones, in training too, and they stay as they are: a frozen layer. Weight and bias may still learn.
-
-    Args:
-        before: What `freeze` found, for `unfreeze` to put back.
-    """
-
-    before: Before | None = field(default=None, repr=False)
+    """The running ones, in training too, and they stay as they are: a frozen layer. Weight and bias may still learn."""
 
 
 @dataclass(frozen=True)
