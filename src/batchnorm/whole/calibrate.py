@@ -226,16 +226,11 @@ def calibrate(
     samples, left = 0, list(layers)
     with _undone_on_error(model, layers) as undo:
         while left:
-            seen = _Seen(normalize_by_batch=method == "parallel")
-            done = f", {len(layers) - len(left)} of {_counted(len(layers), 'layer')} done"
+            seen = _Pass(model, left, normalize_by_batch=method == "parallel")
+            done = f"{len(layers) - len(left)} of {_counted(len(layers), 'layer')} done"
             with processes.all_or_none():
-                for batch in _watched(data, "calibrating" + done * (method == "sequential"), progress):
-                    seen.begin_batch()
-                    model.run(batch, left, seen.see)
-                    size = model.size(batch)
-                    seen.samples += 1 if size is None else size
-                    if max_samples is not None and seen.samples >= max_samples:
-                        break
+                what = "calibrating" if method == "parallel" else f"calibrating, {done}"
+                seen.read(_watched(data, what, progress), max_samples)
                 samples, pooled, late = processes.merge(seen.samples, seen.found, seen.late)
             if samples == 0:
                 raise ValueError("there is nothing to calibrate with: the data gave no samples")
@@ -248,8 +243,10 @@ def calibrate(
                     skipped[name] = "only one value came in, which has no variance"
             left = [name for name in left if name not in complete]
             if method == "parallel" or not complete:
-                skipped |= {name: seen.refused.get(name, UNREACHED) for name in left}
                 break
+        for name in left:
+            undo[name]()
+            skipped[name] = seen.refused.get(name, "no sample came in through a call of this layer")
         changes = {n: change(before[n], model.read(n), layer.eps) for n, layer in layers.items() if n not in skipped}
         skipped = {name: skipped[name] for name in found if name in skipped}
         if not changes:
@@ -258,44 +255,45 @@ def calibrate(
     return Calibration(samples, changes, skipped)
 
 
-UNREACHED = "no sample came in through a call of this layer"
-
-
-class _Seen:
-    """What came into the layers in one pass.
+class _Pass:
+    """One pass over the data, and what came into some layers.
 
     Attributes:
-        samples: How many there were.
+        samples: The number of samples.
         found: The moments of each layer's inputs.
         late: The layers that ever ran after another one of them.
-        refused: Why layers have inputs without moments.
+        refused: Why a layer has an input without moments.
     """
 
-    def __init__(self, normalize_by_batch: bool) -> None:
-        self.normalize_by_batch = normalize_by_batch
+    def __init__(self, model: Model, names: Collection[str], normalize_by_batch: bool) -> None:
+        self.model, self.names, self.normalize_by_batch = model, names, normalize_by_batch
         self.samples = 0
         self.found: dict[str, Moments] = {}
         self.late: set[str] = set()
         self.refused: dict[str, str] = {}
         self._first: str | None = None
 
-    def begin_batch(self) -> None:
-        """No layer has run yet."""
-        self._first = None
+    def read(self, batches: Iterable[Any], max_samples: int | None) -> None:
+        """Call the model on the batches, until there are enough samples."""
+        for batch in batches:
+            self._first = None
+            self.model.run(batch, self.names, self._see)
+            size = self.model.size(batch)
+            self.samples += 1 if size is None else size
+            if max_samples is not None and self.samples >= max_samples:
+                break
 
-    def see(self, name: str, batch: Moments | str) -> Statistics | None:
+    def _see(self, name: str, batch: Moments | str) -> Statistics | None:
         """A `See`."""
         if isinstance(batch, str):
             self.refused[name] = batch
-        if name in self.refused:
             self.found.pop(name, None)
             return None
-        if not self.normalize_by_batch:
-            if self._first is None:
-                self._first = name
-            elif name != self._first:
-                self.late.add(name)
-        if batch.count == 0:
+        if self._first is None:
+            self._first = name
+        elif name != self._first and not self.normalize_by_batch:
+            self.late.add(name)
+        if batch.count == 0 or name in self.refused:
             return None
         so_far = self.found[name] = merge_moments(self.found[name], batch) if name in self.found else batch
         if not self.normalize_by_batch:
