@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ ORDER = [
     "batchnorm",
     "batchnorm.definition",
     "batchnorm.errors",
-    "batchnorm.calibration",
     "batchnorm.folded",
+    "batchnorm.whole",  # its tools know no framework
     "batchnorm.onnx",
     "batchnorm.kernels",
     "batchnorm.torch.sync",
-    "batchnorm.torch.statistics",
+    "batchnorm.torch.sources",
     "batchnorm.torch.arrays",
     "batchnorm.torch.composed",
     "batchnorm.torch.autograd",
@@ -43,6 +44,7 @@ ORDER = [
 """From what is imported to what imports."""
 
 TOGETHER = [
+    "batchnorm.whole",
     "batchnorm.kernels",
     "batchnorm.torch.*",
     "batchnorm.keras.*",
@@ -51,6 +53,9 @@ TOGETHER = [
     "batchnorm.bench",
 ]
 """Places of several modules, which may import each other, though not in a circle."""
+
+LATE = {("batchnorm.torch.layers", "batchnorm.torch.convert")}
+"""What a function imports of what imports it: `SyncBatchNorm` has a tool for whole models, because PyTorch's has it."""
 
 ALLOWED = {
     "batchnorm.torch": {"torch"},
@@ -147,8 +152,17 @@ def modules() -> dict[str, Path]:
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
     """The modules of the package that a file imports, anywhere in it."""
+    return _imports(ast.walk(ast.parse(path.read_text(encoding="utf-8"))), path, known)
+
+
+def imported_at_once(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a file imports when it is imported."""
+    return _imports(ast.parse(path.read_text(encoding="utf-8")).body, path, known)
+
+
+def _imports(nodes: Iterable[ast.AST], path: Path, known: dict[str, Path]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -171,6 +185,10 @@ def test_imports_go_one_way() -> None:
     known = modules()
     assert len(known) >= 10
     graph = {module: imports(path, known) for module, path in known.items()}
+    for module, late in LATE:
+        assert late in graph[module]
+        assert late not in imported_at_once(known[module], known)
+        graph[module].remove(late)
     for module, imported in graph.items():
         for other in imported:
             shared = place(module) == place(other) and ORDER[place(module)] in TOGETHER

@@ -218,7 +218,7 @@ def test_empty_inputs_say_nothing() -> None:
         model, x = Gated(), branched()[0][0]
         done = calibrate(model, [x, x[:3]], method=method)  # type: ignore[arg-type]
         assert done.layers == ("b",)
-        assert done.skipped["a"] == "no sample came in through a call of this module"
+        assert done.skipped["a"] == "no sample came in through a call of this layer"
         assert done.skipped["c"] == "only one value came in, which has no variance"
         assert_moments(model.b, torch.cat([x, x[:3]]))
         for layer in (model.a, model.c):
@@ -280,7 +280,7 @@ class Last(nn.BatchNorm2d):
 def test_layers_with_a_forward_of_their_own() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), Last(4)).double()
     done = calibrate(model, data().split(5))
-    assert done.skipped == {"1": "is a Last with a forward of its own: what it normalizes is not known"}
+    assert done.skipped == {"1": "has a forward of its own, Last.forward: what it normalizes is not known"}
     torch.testing.assert_close(model[1].running_mean, torch.zeros(4).double())
 
 
@@ -493,7 +493,7 @@ def test_layers_that_are_never_reached() -> None:
     model.unused = nn.BatchNorm1d(2)
     for method in METHODS:
         done = calibrate(model, [(X, SCALE)], method=method)  # type: ignore[arg-type]
-        assert done.skipped == {"unused": "no sample came in through a call of this module"}
+        assert done.skipped == {"unused": "no sample came in through a call of this layer"}
         assert "unused is as it was: no sample came in" in str(done)
 
 
@@ -509,7 +509,7 @@ def test_wrong_arguments() -> None:
     for empty in ([], iter([])):
         with pytest.raises(ValueError, match="the data gave no samples"):
             calibrate(model, empty)
-    with pytest.raises(ValueError, match="can be read only once: pass a DataLoader or a list"):
+    with pytest.raises(ValueError, match="can be read only once: pass a data loader or a list"):
         calibrate(model, iter(data().split(5)), method="sequential")
     with pytest.raises(ValueError, match="one of parallel, sequential, got 'fast'"):
         calibrate(model, [data()], method="fast")  # type: ignore[arg-type]

@@ -154,7 +154,10 @@ def whole_table() -> Iterator[None]:
 
 def test_a_route_is_kept_to_and_left_again() -> None:
     x = torch.randn(4, 3)
-    with pytest.raises(RuntimeError, match=r"route\('triton'\) cannot compute.*float32 of shape \(4, 3\) on cpu"), bn.route("triton"):
+    with (
+        pytest.raises(RuntimeError, match=r"route\('triton'\) cannot compute.*float32 of shape \(4, 3\) on cpu"),
+        bn.route("triton"),
+    ):
         bn.batch_norm(x, training=True)
     with bn.route("composed"):
         with bn.route("native"):

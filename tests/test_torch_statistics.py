@@ -411,9 +411,9 @@ def test_what_cannot_be_frozen_leaves_all_as_it_is() -> None:
             return input
 
     for last, error, words in (
-        (nn.BatchNorm2d(4, track_running_stats=False), ValueError, "1, a BatchNorm2d, keeps no running"),
+        (nn.BatchNorm2d(4, track_running_stats=False), ValueError, r"1 \(BatchNorm2d\) keeps no running"),
         (nn.LazyBatchNorm2d(), RuntimeError, "does not know its size"),
-        (Own(4), ValueError, "1, a Own, has a forward of its own"),
+        (Own(4), ValueError, r"1 \(Own\) has a forward of its own"),
     ):
         model = nn.Sequential(nn.BatchNorm2d(4), last)
         with pytest.raises(error, match=words):

@@ -467,7 +467,7 @@ def test_converting() -> None:
     np.testing.assert_allclose(numbers(model(x)), expected, rtol=1e-4, atol=1e-4)
     model.fit(x, np.zeros((4, 3)), verbose=0)
     assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
-    with pytest.raises(ValueError, match=r"has virtual_batch_size=2, unbiased=True, which Keras' layer has not"):
+    with pytest.raises(ValueError, match=r"has virtual_batch_size=2, unbiased=True, which Keras' layer does not have"):
         revert(model)
     with pytest.raises(TypeError, match="convert has no argument size"):
         convert(model, size=2)

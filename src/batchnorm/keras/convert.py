@@ -1,4 +1,4 @@
-"""Models that are there already, and their files: Keras' layers become ours, and ours Keras'.
+"""Existing models and their files: Keras' layers become ours, and ours become Keras'.
 
 ```
 model = convert(keras.models.load_model("theirs.keras"))
@@ -23,14 +23,14 @@ def convert(model: M, **extras: Any) -> M:
 
     Args:
         model: A model of any kind, or a layer.
-        **extras: What all of them get, e.g. `virtual_batch_size=32` or `synchronized=True`.
+        **extras: Arguments for all of them, e.g. `virtual_batch_size=32` or `synchronized=True`.
 
     Returns:
-        `model`. Layers of other classes, also subclasses, stay.
+        `model`. Layers of other classes stay as they are, and so do subclasses.
 
     Raises:
-        TypeError: If this is no model, or there is no such argument.
-        ValueError: If the arguments do not go together.
+        TypeError: If `model` is no model, or there is no such argument.
+        ValueError: If the arguments contradict each other.
     """
     refuse(model)
     allowed = EXTRAS.keys() - {"frozen", "activation"} | {"synchronized"}
@@ -38,7 +38,7 @@ def convert(model: M, **extras: Any) -> M:
         raise TypeError(f"convert has no argument {', '.join(sorted(unknown))}; there are {', '.join(sorted(allowed))}")
     found = [layer for layer in named_layers(model).values() if type(layer) is keras.layers.BatchNormalization]
     for layer in found:
-        BatchNormalization(renorm=layer.renorm, **extras)  # an error comes before anything is changed
+        BatchNormalization(renorm=layer.renorm, **extras)  # raises before anything is changed
     for layer in found:
         adopt(layer)
         for name, value in extras.items():
@@ -57,8 +57,8 @@ def revert(model: M) -> M:
         `model`.
 
     Raises:
-        TypeError: If this is no model.
-        ValueError: If a layer does what Keras' cannot, or is not built; nothing is changed then.
+        TypeError: If `model` is no model.
+        ValueError: If a layer does what Keras' cannot do, or is not built; nothing is changed then.
     """
     refuse(model)
     found = {name: layer for name, layer in named_layers(model).items() if type(layer) is BatchNormalization}
@@ -71,7 +71,7 @@ def revert(model: M) -> M:
         if layer.synchronized and keras.backend.backend() != "tensorflow":
             more.append("synchronized=True")
         if more:
-            raise ValueError(f"{said} has {', '.join(more)}, which Keras' layer has not: set it back first")
+            raise ValueError(f"{said} has {', '.join(more)}, which Keras' layer does not have: reset it first")
     for layer in found.values():
         release(layer)
     forget_compiled(model)

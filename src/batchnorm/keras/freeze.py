@@ -22,23 +22,23 @@ WEIGHTS = ("gamma", "beta")
 def freeze(model: M, *, affine: bool = False) -> M:
     """Let batch normalizations normalize by their moving statistics, in training too, and leave these as they are.
 
-    Layers of Keras become ours, in place, with the same weights. In Keras' the attribute `trainable` alone says which
-    statistics are used, together with whether gamma and beta learn, and every `model.trainable = True` changes it.
+    Keras' layers become ours, in place, with the same weights. In Keras' one attribute, `trainable`, decides both which
+    statistics are used and whether gamma and beta learn, and every `model.trainable = True` changes it.
 
-    A model that was compiled before and has this one inside, or whose gamma and beta stop, has to be compiled again, as
-    after a change of `trainable`.
+    A compiled model that contains this one must be compiled again, as after a change of `trainable`. So must this one
+    if gamma and beta stop learning.
 
     Args:
         model: A model of any kind, or a layer.
         affine: Whether gamma and beta stop learning as well.
 
     Returns:
-        `model`. Layers that are frozen already stay as they are.
+        `model`. Layers that are already frozen stay as they are.
 
     Raises:
-        TypeError: If this is no model.
-        ValueError: If it has no batch normalization, or one of a class whose `call` is its own, or one that is not
-            built; nothing is changed then.
+        TypeError: If `model` is no model.
+        ValueError: If it has no batch normalization, or one whose class has its own `call`, or one that is not built;
+            nothing is changed then.
     """
     refuse(model)
     layers = {
@@ -47,11 +47,13 @@ def freeze(model: M, *, affine: bool = False) -> M:
     if not layers:
         raise ValueError("there is no batch normalization to freeze in this model")
     for name, layer in layers.items():
-        said = f"{name or 'the layer'}, a {type(layer).__name__},"
+        said = f"{name or 'the layer'} ({type(layer).__name__})"
         if not layer.built:
             raise ValueError(f"{said} does not know its size yet: call the model on one batch first")
         if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization) or "call" in vars(layer):
-            raise ValueError(f"{said} has a call of its own, which may not look at its statistics: freeze others")
+            raise ValueError(
+                f"{said} has a call of its own, so it cannot be frozen: freeze the other layers one by one"
+            )
     for layer in layers.values():
         if getattr(layer, "frozen", None) is None:
             _freeze(layer, affine)
@@ -69,7 +71,7 @@ def _freeze(layer: Any, affine: bool) -> None:
 
 
 def unfreeze(model: M) -> M:
-    """Undo `freeze`, in place: every layer is of its class again, and learns what it learned.
+    """Undo `freeze`, in place: every layer has its class again, and learns what it learned before.
 
     Args:
         model: What was frozen, or a part of it.
@@ -78,7 +80,7 @@ def unfreeze(model: M) -> M:
         `model`.
 
     Raises:
-        TypeError: If this is no model.
+        TypeError: If `model` is no model.
     """
     refuse(model)
     for layer in named_layers(model).values():
@@ -87,7 +89,7 @@ def unfreeze(model: M) -> M:
         learned, layer.frozen = layer.frozen, None
         for name in learned:
             getattr(layer, name).trainable = layer.trainable
-        theirs = layer.__dict__.pop("frozen_from_keras", False)  # a file does not know
+        theirs = layer.__dict__.pop("frozen_from_keras", False)  # a model from a file does not know
         if theirs and layer.activation.is_none:
             release(layer)
     forget_compiled(model)

@@ -292,7 +292,7 @@ def _give(layer: Any, module: Any) -> list[str]:
     """Keras' weights to PyTorch."""
     import torch
 
-    from batchnorm.torch.layers import OURS, adopt
+    from batchnorm.torch.adopt import OURS, adopt
 
     if isinstance(layer, layers.BatchNormalization):
         if type(module) in OURS:

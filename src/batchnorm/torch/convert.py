@@ -2,22 +2,23 @@
 
 ```
 model = convert(model)     # the same model, the same parameters; in place
-print(explain(model))      # which layer is fused with what, and where with nothing, why
+print(explain(model))      # what each layer is fused with, or why with nothing
 model = revert(model)      # as it was
 ```
 """
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from batchnorm.torch.layers import OURS, THEIRS, adopt, release, take
+from batchnorm.torch.adopt import adopt, before_freeze, hindrance, original, release, take
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
-from batchnorm.torch.sources import RunningStatistics, Statistics, expect
+from batchnorm.torch.sources import Statistics, expect
+from batchnorm.torch.survey import survey
 
-__all__ = ["convert", "revert"]
+__all__ = ["adopt_layers", "convert", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,32 +27,30 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
     """Turn a model's batch normalizations into ours, in place.
 
     Every layer stays the object that it is, with its parameters, buffers, hooks and mode: only its class changes. State
-    dicts keep their keys, and an optimizer made before goes on working.
+    dicts keep their keys, and an optimizer made before goes on working. A subclass of PyTorch's layer that inherits the
+    forward stays a subclass of its class.
 
     With `fuse`, a layer, a residual added to it and the activation after it are computed in one pass, wherever they are
-    called one right after the other. Modules in which this is so get a subclass of their class, of the same name, whose
-    methods are compiled from the same source with just these calls exchanged. The activations and the residual stay
+    called one right after the other. Modules that call them so get a subclass of their class, of the same name, whose
+    methods are compiled from the same source with only these calls replaced. The activations and the residual stay
     where they are: with hooks on the layer or on the activation, or with a residual of another shape, everything is
-    called as before, so that the model means the same whatever is done to it later.
+    called as before. So the model computes the same, whatever is done to it later.
 
     Args:
         model: Any module; it may be a batch normalization itself.
         fuse: Whether to compute layers together with what follows them.
-        statistics: Where our layers' statistics come from in training; None leaves it as it is: from the batch, or
-            from all processes where a layer was a `SyncBatchNorm`. A frozen layer takes them when it is unfrozen.
+        statistics: Where our layers' statistics come from in training. None leaves each layer its own: those of the
+            batch, or those of all processes where a layer was a `SyncBatchNorm`. A frozen layer gets them when it is
+            unfrozen.
 
     Returns:
-        `model`.
+        `model`. Layers with a forward of their own stay as they are; `explain` says why.
 
     Raises:
-        TypeError: If `statistics` are not.
+        TypeError: If `statistics` is of another type.
     """
     expect(statistics)
-    for module in model.modules():
-        if type(module) in OURS and "forward" not in vars(module):
-            adopt(module)
-        if type(module) in THEIRS:
-            take(module, _unfrozen(module) if statistics is None else statistics)
+    adopt_layers(model, statistics)
     shared = at_several_places(model)
     for module in model.modules():
         module.__class__ = original_class(module)
@@ -61,10 +60,25 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
     return model
 
 
-def revert(model: M) -> M:
-    """Undo `convert`, in place: all layers of ours are PyTorch's again, all modules of their own classes.
+def adopt_layers(model: nn.Module, statistics: Statistics | None) -> None:
+    """Make a model's batch normalizations ours where they can be, with these statistics; the modules around them stay.
 
-    A layer that was made with an activation stays, since PyTorch has no such layer; a frozen one stays until
+    Args:
+        model: Any module.
+        statistics: As in `convert`.
+    """
+    for found in survey(model):
+        if found.ours:
+            take(found.layer, statistics)
+        elif not (found.reason or hindrance(found.layer)):
+            adopt(found.layer)
+            take(found.layer, statistics)
+
+
+def revert(model: M) -> M:
+    """Undo `convert`, in place: all layers of ours are PyTorch's again, and all modules have their own classes.
+
+    A layer that was made with an activation stays, since PyTorch has no such layer. A frozen one stays until
     `unfreeze`.
 
     Args:
@@ -75,17 +89,11 @@ def revert(model: M) -> M:
     """
     for module in model.modules():
         module.__class__ = original_class(module)
-        if type(module) in THEIRS and module.activation is None:
-            layer: Any = module
-            frozen = layer.statistics
-            if isinstance(frozen, RunningStatistics) and frozen.before is not None:
-                layer.statistics = RunningStatistics(replace(frozen.before, ours=False))
-            else:
+    for _, layer, ours, _ in survey(model):
+        if ours and layer.activation is None and original(layer) is not None:
+            before = before_freeze(layer)
+            if before is None:
                 release(layer)
+            else:
+                layer._before_freeze = replace(before, ours=False)
     return model
-
-
-def _unfrozen(layer: Any) -> Any:
-    """The statistics of a layer, or those that it will have again when it is not frozen any more."""
-    frozen = layer.statistics
-    return frozen.before.statistics if isinstance(frozen, RunningStatistics) and frozen.before else frozen

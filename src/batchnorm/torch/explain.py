@@ -1,4 +1,4 @@
-"""Say of every batch normalization in a model what is computed in the same pass, and where nothing is, why.
+"""Show what each batch normalization of a model computes in the same pass, or why nothing else.
 
 ```
 >>> print(explain(convert(model)))
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.torch import fuse
+from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
 from batchnorm.torch.source import Site
+from batchnorm.torch.survey import survey
 
 __all__ = ["Report", "Row", "explain"]
 
@@ -46,7 +47,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """All batch normalizations of a model, in its order; as text a table."""
+    """All batch normalizations of a model, in the order of `named_modules`. As text it is a table."""
 
     rows: tuple[Row, ...]
 
@@ -58,39 +59,36 @@ class Report:
             for row in self.rows
         ]
         converted, fused = sum(row.converted for row in self.rows), sum(bool(row.fused) for row in self.rows)
-        return "\n".join([*lines, f"{len(self.rows)} layers, {converted} converted, {fused} fused"])
+        layers = f"{len(self.rows)} layer{'' if len(self.rows) == 1 else 's'}"
+        return "\n".join([*lines, f"{layers}, {converted} converted, {fused} fused"])
 
 
 def explain(model: nn.Module) -> Report:
-    """Say of every batch normalization in a model whether it is ours, and what is computed with it, or why nothing is.
+    """Report for each batch normalization whether it is ours, and what is computed with it, or why nothing is.
 
-    This is how things are at this moment: a hook, for instance, counts from when it is there. Whether a residual has
-    the shape that it needs is known only when it comes.
+    The report describes the model as it is now: a hook that is added later changes it. Whether a residual has the right
+    shape is known only when the model runs.
 
     Args:
         model: Any module, converted or not; it is not changed.
 
     Returns:
-        The report; print it, or go through its rows.
+        The report: print it, or iterate over its rows.
     """
     shared = at_several_places(model)
     rows = []
-    for name, layer in model.named_modules():
-        if fuse.is_ours(layer):
-            rows.append(Row(name, type(layer).__name__, True, *_fused(model, name, layer, shared)))
-        elif isinstance(layer, _BatchNorm):
-            rows.append(Row(name, type(layer).__name__, False, "", _unconverted(layer)))
+    for name, layer, ours, reason in survey(model):
+        fused = ""
+        if not ours:
+            reason = reason or hindrance(layer) or "not converted"
+        elif not reason:
+            fused, reason = _fused(model, name, layer, shared)
+        rows.append(Row(name, type(layer).__name__, ours, fused, reason))
     return Report(tuple(rows))
 
 
-def _unconverted(layer: nn.Module) -> str:
-    if type(layer).__module__ != nn.BatchNorm1d.__module__:
-        return f"{type(layer).__name__} is not PyTorch's own class, and may compute something else"
-    return "its forward has been replaced" if "forward" in vars(layer) else "not converted"
-
-
 def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]) -> tuple[str, str]:
-    """What the layer is computed together with, and if with nothing, why."""
+    """What the layer is computed together with; or why with nothing."""
     if layer in shared:
         return "", "at several places in the model"
     if not name:
@@ -113,14 +111,14 @@ def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]
 
 
 def _caller(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module | None]:
-    """The module that calls a layer, what it is there, as in `Names`, and the sequence that it is one of, if any."""
+    """The module that calls a layer, the layer's name there, as in `Names`, and the sequence it belongs to, if any."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
     if type(owner).forward in (nn.Sequential.forward, forward_sequence):
         return owner, key, owner
     if type(owner) not in (nn.ModuleList, nn.ModuleDict) or not path:
         return owner, key, None
-    path, _, key = path.rpartition(".")  # a list calls nothing, but what it belongs to does
+    path, _, key = path.rpartition(".")  # a list calls nothing, but its owner does
     members, owner = owner, model.get_submodule(path)
     in_a_row = any(site.layer == f"{key}[]()" for site in _sites(owner))
     return owner, f"{key}[]", members if in_a_row else None
@@ -142,7 +140,7 @@ def _why_not(owner: nn.Module, shared: set[nn.Module]) -> str:
 
 
 class _Follower(NamedTuple):
-    """What follows a layer at one place; `text` if that is known only when it is called."""
+    """What follows a layer at one place. `text` is its source, where its value is known only when it is called."""
 
     activation: Any
     args: tuple[Any, ...] = ()
@@ -163,7 +161,7 @@ class _Follower(NamedTuple):
 
 
 def _resolve(site: Site, owner: nn.Module) -> _Follower:
-    """What follows at a place in the source, in this module."""
+    """What follows at a place in the source of this module."""
 
     def value(expression: ast.expr) -> Any:
         return eval(compile(ast.Expression(expression), "", "eval"), site.globals, {site.self: owner})
@@ -173,5 +171,5 @@ def _resolve(site: Site, owner: nn.Module) -> _Follower:
     try:
         kwargs = {str(keyword.arg): value(keyword.value) for keyword in site.kwargs}
         return _Follower(value(site.activation), tuple(map(value, site.args)), kwargs, site.residual)
-    except NameError:  # a variable
+    except NameError:  # a local variable
         return _Follower(None, residual=site.residual, text=ast.unparse(site.activation))

@@ -20,10 +20,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.folded import Folded
 from batchnorm.torch import fuse
+from batchnorm.torch.adopt import FORWARDS
 from batchnorm.torch.compare import compare, run
 from batchnorm.torch.composed import ACTIVATIONS
 from batchnorm.torch.dataflow import Flow, Link, Unproven, is_watched
-from batchnorm.torch.layers import FORWARDS
 from batchnorm.torch.linear import LinearMap, make_plain
 from batchnorm.torch.rewrite import original_class
 from batchnorm.torch.sources import RunningStatistics

@@ -6,7 +6,6 @@ constructor, parameters, buffers, state dict and checks of the input.
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +17,6 @@ from batchnorm.torch.running import Running
 from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics, expect
 
 __all__ = [
-    "FORWARDS",
-    "OURS",
-    "THEIRS",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -28,9 +24,6 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "SyncBatchNorm",
-    "adopt",
-    "release",
-    "take",
 ]
 
 RUNNING = RunningStatistics()
@@ -254,57 +247,7 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """Let all batch normalizations of a model take the statistics of all processes, in place."""
-        for layer in module.modules():
-            if type(layer) in OURS and "forward" not in vars(layer):
-                adopt(layer)
-            if type(layer) in THEIRS:
-                take(layer, SyncStatistics(process_group))
+        from batchnorm.torch.convert import adopt_layers  # it needs the classes of this file
+
+        adopt_layers(module, SyncStatistics(process_group))
         return module
-
-
-FORWARDS = {nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, _Layer.forward}
-"""The forwards that normalize the second axis of just what they are given; a subclass may do something else."""
-
-
-# --- Layers of PyTorch's that become ours -----------------------------------------------------------------------------
-
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-    nn.LazyBatchNorm1d: LazyBatchNorm1d,
-    nn.LazyBatchNorm2d: LazyBatchNorm2d,
-    nn.LazyBatchNorm3d: LazyBatchNorm3d,
-    nn.SyncBatchNorm: SyncBatchNorm,
-}
-"""Of exactly these types: a subclass may compute something else."""
-
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
-
-
-def adopt(layer: nn.Module) -> None:
-    """Make PyTorch's layer ours, in place."""
-    layer.__class__ = OURS[type(layer)]
-    layer.activation = None  # type: ignore[assignment]
-    if isinstance(layer, SyncBatchNorm):
-        layer._group = vars(layer).pop("process_group")
-        layer.statistics = SyncStatistics(layer._group)
-    else:
-        layer.statistics = None  # type: ignore[assignment]
-    device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
-    layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
-
-
-def take(layer: Any, statistics: Statistics) -> None:
-    """Give a layer of ours other statistics; one that is frozen takes them when it is not frozen any more."""
-    if isinstance(layer.statistics, RunningStatistics) and layer.statistics.before is not None:
-        statistics = RunningStatistics(replace(layer.statistics.before, statistics=statistics, ours=True))
-    layer.statistics = statistics
-
-
-def release(layer: Any) -> None:
-    """Make our layer PyTorch's, in place."""
-    if "_group" in vars(layer):
-        vars(layer)["process_group"] = vars(layer).pop("_group")
-    del layer.num_batches_skipped, layer.activation, layer.statistics
-    layer.__class__ = THEIRS[type(layer)]

@@ -69,19 +69,9 @@ class BatchStatistics(Statistics):
 
 
 @dataclass(frozen=True)
-class Before:
-    """TEMPORARY."""
-
-    statistics: Any
-    ours: bool
-    learned: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class RunningStatistics(Statistics):
     """The running statistics, in training too, and they stay as they are: a frozen layer. Weight and bias may learn."""
 
-    before: Before | None = field(default=None, repr=False)
     needs_running = True
 
     def plan(self, call: Call, running: Running) -> Plan:

@@ -1,0 +1,66 @@
+"""Which batch normalizations a model has, and which of them a tool may touch.
+
+A layer counts as a batch normalization if it computes what one computes: if it has the forward of PyTorch's class or of
+ours. A subclass that inherits the forward counts; one that has its own does not, since it may normalize something else.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from batchnorm.torch.adopt import FORWARDS
+from batchnorm.torch.fuse import is_ours
+from batchnorm.torch.sources import RunningStatistics
+
+__all__ = ["Found", "deviation", "is_frozen", "is_unsized", "keeps_statistics", "survey"]
+
+
+class Found(NamedTuple):
+    """One batch normalization of a model.
+
+    Attributes:
+        name: Where it is, as in `named_modules`; empty if it is the model itself.
+        layer: The layer.
+        ours: Whether its class is ours, or inherits our forward.
+        reason: Why it may compute something else, to be read after its name; empty if it does not.
+    """
+
+    name: str
+    layer: Any
+    ours: bool
+    reason: str
+
+
+def survey(model: nn.Module) -> list[Found]:
+    """All batch normalizations of a model, each once, in the order of `named_modules`."""
+    return [
+        Found(name, module, is_ours(module), deviation(module))
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    ]
+
+
+def deviation(layer: nn.Module) -> str:
+    """Why a layer may compute something other than a batch normalization, to be read after its name; empty if not."""
+    kind = type(layer)
+    if kind.forward not in FORWARDS:
+        return f"has a forward of its own, {kind.__name__}.forward"
+    return "has had its forward replaced" if "forward" in vars(layer) else ""
+
+
+def is_unsized(layer: nn.Module) -> bool:
+    """Whether a layer is lazy and has not seen its first batch."""
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    return any(tensor is not None and is_lazy(tensor) for tensor in tensors)
+
+
+def keeps_statistics(layer: Any) -> bool:
+    """Whether a layer has running statistics."""
+    return layer.running_mean is not None and layer.running_var is not None
+
+
+def is_frozen(layer: Any) -> bool:
+    """Whether a layer normalizes by its running statistics in training, too, and leaves them as they are."""
+    return is_ours(layer) and layer.statistics == RunningStatistics()

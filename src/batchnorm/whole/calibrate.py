@@ -1,0 +1,342 @@
+"""Calibration: running statistics that are exactly those of the data, pooled over all of it.
+
+`calibrate` is the tool without a framework. It reads the data, merges the moments of what comes into each layer, writes
+them, and says what it did. All that it asks of a framework is a `Model`.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.definition import Moments, merge_moments, reciprocal_std
+
+__all__ = ["Alone", "Calibration", "Layer", "Method", "Model", "Processes", "See", "Statistics", "calibrate"]
+
+Method = Literal["parallel", "sequential"]
+METHODS: tuple[Method, ...] = ("parallel", "sequential")
+
+Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Mean and variance of each channel."""
+
+
+# --- What was done ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did.
+
+    Attributes:
+        samples: The number of samples, over all processes; a batch without tensors counts as one.
+        changes: How much each layer changed: the largest difference in its normalized output, over its channels, for an
+            input one standard deviation from the mean. 0.01 is little, 1 is a standard deviation.
+        skipped: Why each of the other layers is as it was.
+    """
+
+    samples: int
+    changes: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that were calibrated."""
+        return tuple(self.changes)
+
+    @property
+    def largest(self) -> float:
+        """The largest of the changes; 0 without any."""
+        return max(self.changes.values(), default=0.0)
+
+    def __str__(self) -> str:
+        """A line of summary, and a line for each layer that was skipped."""
+        summary = f"{_counted(len(self.changes), 'layer')} calibrated on {_counted(self.samples, 'sample')}"
+        if self.changes:
+            name = max(self.changes, key=self.changes.__getitem__)
+            summary += f"; the largest change is {self.largest:.2g} standard deviations, in {_named(name)}"
+        return "\n".join([summary, *(f"  {_named(name)} is as it was: {why}" for name, why in self.skipped.items())])
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _named(name: str) -> str:
+    return name or "the layer"
+
+
+def change(old: Statistics, new: Statistics, eps: float) -> float:
+    """How far the normalized outputs of two pairs of statistics are apart: see `Calibration.changes`."""
+    (old_mean, old_var), (new_mean, new_var) = old, new
+    with np.errstate(all="ignore"):
+        old_rstd, new_rstd = reciprocal_std(old_var, eps), reciprocal_std(new_var, eps)
+        std = np.sqrt(new_var)
+        differences = [np.abs(s * std * new_rstd - (new_mean + s * std - old_mean) * old_rstd) for s in (-1, 1)]
+        return float(np.max(np.nan_to_num(differences, nan=np.inf), initial=0.0))
+
+
+# --- What a framework brings ------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """A layer to calibrate.
+
+    Attributes:
+        channels: How many it has.
+        eps: What it adds to the variance.
+        dtype: The type of its running statistics, as an error should name it.
+    """
+
+    channels: int
+    eps: float
+    dtype: str
+
+
+See = Callable[[str, Moments | str], Statistics | None]
+"""Called with the name of a layer and the moments of its input, or the reason why it has none, before the layer runs.
+
+It returns the statistics by which the layer normalizes this input; None stands for those that it has.
+"""
+
+
+class Model(Protocol):
+    """A model, as `calibrate` sees it: batch normalizations by name. The name is empty if the model itself is one."""
+
+    def find(self) -> Mapping[str, Layer | str]:
+        """All batch normalizations, in the model's order: what to calibrate, or the reason why one is skipped.
+
+        Raises:
+            RuntimeError: If a layer does not know its size yet.
+        """
+
+    def run(self, batch: Any, names: Collection[str], see: See) -> None:
+        """Call the model on a batch.
+
+        All of the model evaluates meanwhile, and `see` is told what comes into the layers of these names. Afterwards
+        all is as before, but for statistics that `see` has given.
+        """
+
+    def size(self, batch: Any) -> int | None:
+        """How many samples a batch has; None if that cannot be seen."""
+
+    def read(self, name: str) -> Statistics:
+        """The running statistics of a layer: copies."""
+
+    def write(self, name: str, mean: NDArray[np.float64], var: NDArray[np.float64]) -> None:
+        """Set the running statistics of a layer."""
+
+    def keep(self, name: str) -> Callable[[], None]:
+        """What puts the statistics of a layer back to what they are now, to the bit."""
+
+
+class Processes(Protocol):
+    """The processes that pool their statistics. Each calls `agree` once, then `merge` as often as the others."""
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Around one call of `agree` or `merge` and what leads to it: if one process fails there, all fail."""
+
+    def agree(self, sizes: Mapping[str, int]) -> None:
+        """See that all processes have the same layers, with so many channels."""
+
+    def merge(
+        self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
+    ) -> tuple[int, dict[str, Moments], set[str]]:
+        """The sum of the samples, the moments merged, and the layers that any process marked."""
+
+
+class Alone:
+    """One process."""
+
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """Nobody waits."""
+        return nullcontext()
+
+    def agree(self, sizes: Mapping[str, int]) -> None:
+        """There is nobody to agree with."""
+
+    def merge(
+        self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
+    ) -> tuple[int, dict[str, Moments], set[str]]:
+        """What this process has."""
+        return samples, dict(found), set(marked)
+
+
+# --- The tool ---------------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    model: Model,
+    data: Iterable[Any],
+    *,
+    method: Method,
+    max_samples: int | None,
+    unbiased: bool,
+    processes: Processes,
+    progress: bool,
+) -> Calibration:
+    """Set the running statistics of all layers to the statistics of what comes into them.
+
+    For each layer and channel, over all `n` values: `running_mean = mean`, `running_var = var`, or `var * n/(n-1)` if
+    `unbiased`. Batches are merged by their counts, with the variance between them.
+
+    "parallel" takes one pass: each layer normalizes by the batch at hand. "sequential" takes several: a pass completes
+    the layers that, in every batch, ran only after layers that were complete, which evaluate with their new statistics.
+
+    Args:
+        model: The model.
+        data: The batches.
+        method: "parallel" or "sequential".
+        max_samples: Stop after the batch that reaches so many, in each process; None takes all.
+        unbiased: Whether the running variance is the unbiased one.
+        processes: Who pools.
+        progress: Whether to show a bar, where stderr is a terminal and rich is installed.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
+            `max_samples` is wrong; if the data can be read only once and `method` is "sequential".
+        TypeError: If `data` is one batch.
+
+    Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples must be positive, got {max_samples}")
+    if isinstance(data, Mapping | str) or (hasattr(data, "shape") and hasattr(data, "dtype")):
+        raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
+    with processes.all_or_none():
+        if method == "sequential" and isinstance(data, Iterator):
+            raise ValueError(
+                "method='sequential' reads the data once for each layer, and these can be read only once: "
+                "pass a data loader or a list"
+            )
+        found = model.find()
+        layers = {name: layer for name, layer in found.items() if isinstance(layer, Layer)}
+        processes.agree({name: layer.channels for name, layer in layers.items()})
+    skipped = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    before = {name: model.read(name) for name in layers}
+    samples, left = 0, list(layers)
+    with _undone_on_error(model, layers) as undo:
+        while left:
+            seen = _Pass(model, left, normalize_by_batch=method == "parallel")
+            done = f"{len(layers) - len(left)} of {_counted(len(layers), 'layer')} done"
+            with processes.all_or_none():
+                what = "calibrating" if method == "parallel" else f"calibrating, {done}"
+                seen.read(_watched(data, what, progress), max_samples)
+                samples, pooled, late = processes.merge(seen.samples, seen.found, seen.late)
+            if samples == 0:
+                raise ValueError("there is nothing to calibrate with: the data gave no samples")
+            complete = {name: m for name, m in pooled.items() if name not in late} or dict(list(pooled.items())[:1])
+            for name, moments in complete.items():
+                if moments.count > 1:
+                    _write(model, name, layers[name].dtype, moments, unbiased)
+                else:
+                    undo[name]()
+                    skipped[name] = "only one value came in, which has no variance"
+            left = [name for name in left if name not in complete]
+            if method == "parallel" or not complete:
+                break
+        for name in left:
+            undo[name]()
+            skipped[name] = seen.refused.get(name, "no sample came in through a call of this layer")
+        changes = {n: change(before[n], model.read(n), layer.eps) for n, layer in layers.items() if n not in skipped}
+        skipped = {name: skipped[name] for name in found if name in skipped}
+        if not changes:
+            reasons = "; ".join(f"{_named(name)}: {reason}" for name, reason in skipped.items())
+            raise ValueError(f"no batch normalization was calibrated ({reasons or 'the model has none'})")
+    return Calibration(samples, changes, skipped)
+
+
+class _Pass:
+    """One pass over the data, and what came into some layers.
+
+    Attributes:
+        samples: The number of samples.
+        found: The moments of each layer's inputs.
+        late: The layers that ever ran after another one of them.
+        refused: Why a layer has an input without moments.
+    """
+
+    def __init__(self, model: Model, names: Collection[str], normalize_by_batch: bool) -> None:
+        self.model, self.names, self.normalize_by_batch = model, names, normalize_by_batch
+        self.samples = 0
+        self.found: dict[str, Moments] = {}
+        self.late: set[str] = set()
+        self.refused: dict[str, str] = {}
+        self._first: str | None = None
+
+    def read(self, batches: Iterable[Any], max_samples: int | None) -> None:
+        """Call the model on the batches, until there are enough samples."""
+        for batch in batches:
+            self._first = None
+            self.model.run(batch, self.names, self._see)
+            size = self.model.size(batch)
+            self.samples += 1 if size is None else size
+            if max_samples is not None and self.samples >= max_samples:
+                break
+
+    def _see(self, name: str, batch: Moments | str) -> Statistics | None:
+        """A `See`."""
+        if isinstance(batch, str):
+            self.refused[name] = batch
+            self.found.pop(name, None)
+            return None
+        if self._first is None:
+            self._first = name
+        elif name != self._first and not self.normalize_by_batch:
+            self.late.add(name)
+        if batch.count == 0 or name in self.refused:
+            return None
+        so_far = self.found[name] = merge_moments(self.found[name], batch) if name in self.found else batch
+        if not self.normalize_by_batch:
+            return None
+        # A single value has no variance: the layer takes that of all values so far.
+        shown = so_far if batch.count == 1 else batch
+        return shown.mean, shown.var if shown.count > 1 else np.ones_like(shown.var)
+
+
+def _write(model: Model, name: str, dtype: str, moments: Moments, unbiased: bool) -> None:
+    """Write the statistics of all the data, and see that the layer can hold them."""
+    var = moments.var * (moments.count / (moments.count - 1) if unbiased else 1.0)
+    with np.errstate(over="ignore"):
+        model.write(name, moments.mean, var)
+    if not all(np.isfinite(values).all() for values in model.read(name)):
+        raise ValueError(
+            f"the statistics of what comes into {_named(name)} are not finite in {dtype}; nothing has been changed. "
+            "Look for NaN or infinity in the data, or in the layers before it"
+        )
+
+
+@contextmanager
+def _undone_on_error(model: Model, names: Iterable[str]) -> Iterator[dict[str, Callable[[], None]]]:
+    """What puts each layer's statistics back; after an exception it does."""
+    undo = {name: model.keep(name) for name in names}
+    try:
+        yield undo
+    except BaseException:
+        for put_back in undo.values():
+            put_back()
+        raise
+
+
+def _watched(data: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
+    """The data, with a bar if someone is there to see it."""
+    if progress and sys.stderr.isatty() and find_spec("rich"):
+        from rich.console import Console
+        from rich.progress import track
+
+        try:
+            total = len(data)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+        yield from track(data, what, total=total, console=Console(stderr=True), transient=True)
+    else:
+        yield from data
