@@ -264,7 +264,7 @@ def batches_of_a_small_variance(dtype: torch.dtype) -> list[Tensor]:
 def test_the_running_statistics_are_those_of_the_definition(
     name: str, dtype: torch.dtype, momentum: float | None
 ) -> None:
-    """Also where the variance is tiny beside the 1 that the running one starts from, and in buffers of half precision."""
+    """Even where the variance is tiny beside the 1 that the running one starts from, and in half precision."""
     layer = bn.BatchNorm1d(3, momentum=momentum, dtype=dtype)
     mean, var = np.zeros(3), np.ones(3)
     model = torch.compile(layer, backend="aot_eager") if name == "operator" else layer

@@ -9,16 +9,22 @@ blocks.0.bn2           BatchNorm2d  residual, relu
 blocks.2.downsample.1  BatchNorm2d  -  (the last of its Sequential)
 ...
 20 layers, 20 converted, 17 fused
+>>> print(explain(model, torch.randn(16, 3, 224, 224)))
+bn1                    BatchNorm2d  numba  relu
+...
 ```
 """
 
 import ast
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from batchnorm.torch import fuse
+from batchnorm.torch import fuse, layers
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
 from batchnorm.torch.source import Site
@@ -36,6 +42,7 @@ class Row(NamedTuple):
         converted: Whether it is ours.
         fused: What is computed in the same pass, e.g. `"residual, relu"`; empty if nothing is.
         reason: Why nothing is, or why the layer is not ours.
+        route: By which routes its calls were computed; empty without example inputs, and for what was not called.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Row(NamedTuple):
     converted: bool
     fused: str
     reason: str
+    route: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,10 @@ class Report:
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
         kinds = max((len(row.kind) for row in self.rows), default=0)
+        routes = max((len(row.route) + 2 for row in self.rows if row.route), default=0)
         lines = [
-            f"{row.name:{width}}  {row.kind:{kinds}}  {row.fused or '-'}{f'  ({row.reason})' if row.reason else ''}"
+            f"{row.name:{width}}  {row.kind:{kinds}}  {row.route:{routes}}{row.fused or '-'}"
+            f"{f'  ({row.reason})' if row.reason else ''}"
             for row in self.rows
         ]
         converted, fused = sum(row.converted for row in self.rows), sum(bool(row.fused) for row in self.rows)
@@ -63,7 +73,7 @@ class Report:
         return "\n".join([*lines, f"{layers}, {converted} converted, {fused} fused"])
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     """Report for each batch normalization whether it is ours, and what is computed with it, or why nothing is.
 
     The report describes the model as it is now: a hook that is added later changes it. Whether a residual has the right
@@ -71,11 +81,15 @@ def explain(model: nn.Module) -> Report:
 
     Args:
         model: Any module, converted or not; it is not changed.
+        example_inputs: What the model is called with once, to see which route each layer takes: a tensor, a tuple or
+            list of arguments, or a mapping of named ones. Buffers and random numbers are as before afterwards. With
+            `SyncStatistics`, all processes must do this together.
 
     Returns:
         The report: print it, or iterate over its rows.
     """
     shared = at_several_places(model)
+    routes = {} if example_inputs is None else _routes(model, example_inputs)
     rows = []
     for name, layer, ours, reason in survey(model):
         fused = ""
@@ -83,8 +97,38 @@ def explain(model: nn.Module) -> Report:
             reason = reason or hindrance(layer) or "not converted"
         elif not reason:
             fused, reason = _fused(model, name, layer, shared)
-        rows.append(Row(name, type(layer).__name__, ours, fused, reason))
+        route = " or ".join(dict.fromkeys(routes.get(_identity(layer), ())))
+        rows.append(Row(name, type(layer).__name__, ours, fused, reason, route))
     return Report(tuple(rows))
+
+
+def _identity(layer: nn.Module) -> int:
+    """What a layer has in common with the twin that computes it together with what follows."""
+    return id(vars(layer)["_parameters"])
+
+
+def _routes(model: nn.Module, example_inputs: Any) -> dict[int, list[str]]:
+    """The routes of all calls of each layer, when the model is called once."""
+    found: dict[int, list[str]] = {}
+
+    def note(layer: nn.Module, route: str) -> None:
+        found.setdefault(_identity(layer), []).append(route)
+
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    layers.observers.append(note)
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            if isinstance(example_inputs, Mapping):
+                model(**example_inputs)
+            else:
+                model(*(example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)))
+    finally:
+        layers.observers.remove(note)
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+    return found
 
 
 def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]) -> tuple[str, str]:
