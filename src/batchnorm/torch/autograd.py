@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from batchnorm.kernels import cpu as kernels
+from batchnorm.kernels import launch as kernels
 from batchnorm.torch import composed
 from batchnorm.torch.arrays import array, mask_array, memory_format, numbers
 from batchnorm.torch.sync import Group

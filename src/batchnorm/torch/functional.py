@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.definition import ActivationSpec, Moments, parse_activation
-from batchnorm.kernels import cpu as kernels
+from batchnorm.kernels import launch as kernels
 from batchnorm.kernels import threads
 from batchnorm.torch import autograd, composed, operators, transforms, variants
 from batchnorm.torch.arrays import memory_format
