@@ -10,7 +10,7 @@ import torch
 from batchnorm.bench import layers
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Candidate, Record, interleave, records
-from batchnorm.kernels import cpu
+from batchnorm.kernels import launch
 from batchnorm.torch.arrays import array
 
 KERNEL_CASES = [case for case in CASES if case.group == "network" and case.activation == "relu" and not case.residual]
@@ -25,8 +25,8 @@ def candidates(case: Case) -> dict[str, Candidate]:
     weight, bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
 
     def both(y: Any, dx: Any) -> None:
-        cpu.forward(x_array, None, None, weight, bias, 1e-5, "relu", y, mean, var, rstd)
-        cpu.backward(
+        launch.forward(x_array, None, None, weight, bias, 1e-5, "relu", y, mean, var, rstd)
+        launch.backward(
             dy_array, x_array, None, None, mean, rstd, weight, bias, count, "relu", sum_dz, sum_dz_xhat, dx, None
         )
 

@@ -113,7 +113,7 @@ def test_backends_are_imported_inside_of_functions() -> None:
     [
         ("batchnorm", (*FRAMEWORKS, "numba", "numpy")),
         ("batchnorm.definition", (*FRAMEWORKS, "numba")),
-        ("batchnorm.kernels.cpu", FRAMEWORKS),
+        ("batchnorm.kernels.launch", FRAMEWORKS),
         ("batchnorm.torch", FRAMEWORKS[1:]),
         ("batchnorm.onnx", (*FRAMEWORKS[:-1], "numba")),
     ],
@@ -126,9 +126,9 @@ def test_only_what_is_needed_is_imported(module: str, absent: tuple[str, ...]) -
 def test_nothing_is_compiled_at_import() -> None:
     code = (
         "import sys, batchnorm.torch\n"
-        "from batchnorm.kernels import cpu\n"
+        "from batchnorm.kernels import launch\n"
         "from numba.core.dispatcher import Dispatcher\n"
-        "factories = [f for name, f in vars(cpu).items() if name.endswith('_kernel')]\n"
+        "factories = [f for name, f in vars(launch).items() if name.endswith('_kernel')]\n"
         "assert len(factories) >= 6\n"
         "print(sum(factory.cache_info().currsize for factory in factories))\n"
         "ours = [vars(m) for name, m in sys.modules.items() if name.startswith('batchnorm')]\n"

@@ -1,7 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 from cases import ACTIVATIONS, DTYPES, KERNEL_SHAPES, Problem, problem, relative_error, tolerance
 
+import batchnorm
 from batchnorm import definition
-from batchnorm.kernels import cpu, threads
+from batchnorm.kernels import launch, threads
+from batchnorm.kernels.activations import CODES
+from batchnorm.kernels.tiling import CACHE, SERIAL, tiling
 
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
 
@@ -20,16 +25,16 @@ def unwritten(*shapes: Any, dtype: Any = np.float64) -> list[Any]:
     return [np.full(shape, np.nan, dtype) for shape in shapes]
 
 
-def run(p: Problem, activation: Any, eps: float = 1e-5) -> dict[str, Any]:
+def run(p: Problem, activation: Any, eps: float = 1e-5, cache: int = CACHE) -> dict[str, Any]:
     """Forward and backward by the fused kernels."""
     channels = p.x.shape[1]
     mean, var, rstd, sum_dz, sum_dz_xhat = unwritten(*[channels] * 5)
     y, dx = unwritten(p.x.shape, p.x.shape, dtype=p.x.dtype)
     d_residual = None if p.residual is None else unwritten(p.x.shape, dtype=p.x.dtype)[0]
-    cpu.forward(p.x, p.residual, p.mask, p.weight, p.bias, eps, activation, y, mean, var, rstd)
-    cpu.backward(
+    launch.forward(p.x, p.residual, p.mask, p.weight, p.bias, eps, activation, y, mean, var, rstd, cache=cache)
+    launch.backward(
         p.dy, p.x, p.residual, p.mask, mean, rstd, p.weight, p.bias, p.count, activation,
-        sum_dz, sum_dz_xhat, dx, d_residual,
+        sum_dz, sum_dz_xhat, dx, d_residual, cache=cache,
     )  # fmt: skip
     outputs = {"y": y, "mean": mean, "var": var, "dx": dx, "d_weight": sum_dz_xhat, "d_bias": sum_dz}
     return outputs if d_residual is None else outputs | {"d_residual": d_residual}
@@ -44,8 +49,8 @@ def exact(p: Problem, activation: Any, eps: float = 1e-5) -> dict[str, Any]:
     return outputs if p.residual is None else outputs | {"d_residual": d_residual}
 
 
-def assert_exact(p: Problem, activation: Any) -> None:
-    got, want = run(p, activation), exact(p, activation)
+def assert_exact(p: Problem, activation: Any, cache: int = CACHE) -> None:
+    got, want = run(p, activation, cache=cache), exact(p, activation)
     terms = p.x.size // p.x.shape[1]
     gain = max(1.0, float(np.max(definition.reciprocal_std(want["var"]) * p.weight)))
     for name, value in got.items():
@@ -62,6 +67,11 @@ def test_every_shape(shape: Any, dtype: Any) -> None:
         assert_exact(problem(shape, dtype, residual=residual, mask=mask), "relu")
 
 
+def test_the_kernels_know_the_activations_of_the_definition() -> None:
+    assert list(CODES) == list(definition.ACTIVATIONS)
+    assert len(set(CODES.values())) == len(CODES)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -69,23 +79,14 @@ def test_every_activation(activation: Any, shape: Any, dtype: Any) -> None:
     assert_exact(problem(shape, dtype, residual=True, mask=True), activation)
 
 
-@pytest.fixture
-def small_cache(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A cache of 2 KB: nothing fits, and the stages run one after the other over tiles."""
-    monkeypatch.setattr(cpu, "CACHE", 1 << 11)
-    cpu.tiling.cache_clear()
-    yield
-    cpu.tiling.cache_clear()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(70, 20, 9), (30, 5, 160), (300, 40, 1)])
-@pytest.mark.usefixtures("small_cache")
 def test_stage_by_stage(shape: Any, dtype: Any) -> None:
+    cache = 1 << 11  # nothing fits 2 KB, and the stages run one after the other over tiles
     for residual, mask in FLAGS:
         p = problem(shape, dtype, residual=residual, mask=mask)
-        assert not cpu.tiling(shape, p.x.itemsize, 1).fused(p.x)
-        assert_exact(p, "relu")
+        assert not tiling(shape, p.x.itemsize, 1, cache).fused(p.x)
+        assert_exact(p, "relu", cache)
 
 
 @pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
@@ -95,10 +96,10 @@ def test_single_stages(shape: Any) -> None:
     rstd = definition.reciprocal_std(want["var"])
     mean, var, sum_dz, sum_dz_xhat = unwritten(*[shape[1]] * 4)
     y, dx, d_residual = unwritten(*[shape] * 3)
-    cpu.moments(p.x, p.mask, mean, var)
-    cpu.normalize(p.x, p.residual, want["mean"], rstd, p.weight, p.bias, "silu", y)
-    cpu.grad_sums(p.dy, p.x, p.residual, want["mean"], rstd, p.weight, p.bias, "silu", sum_dz, sum_dz_xhat)
-    cpu.grad_input(
+    launch.moments(p.x, p.mask, mean, var)
+    launch.normalize(p.x, p.residual, want["mean"], rstd, p.weight, p.bias, "silu", y)
+    launch.grad_sums(p.dy, p.x, p.residual, want["mean"], rstd, p.weight, p.bias, "silu", sum_dz, sum_dz_xhat)
+    launch.grad_input(
         p.dy, p.x, p.residual, p.mask, want["mean"], rstd, p.weight, p.bias, want["d_bias"], want["d_weight"],
         p.count, "silu", dx, d_residual,
     )  # fmt: skip
@@ -113,7 +114,7 @@ def test_constant_statistics_take_nothing_from_the_gradient(shape: Any) -> None:
     mean, rstd = np.zeros(shape[1]), np.ones(shape[1])
     infinite = np.full(shape[1], np.inf)
     (dx,) = unwritten(shape)
-    cpu.grad_input(p.dy, p.x, None, None, mean, rstd, None, None, infinite, infinite, np.inf, None, dx, None)
+    launch.grad_input(p.dy, p.x, None, None, mean, rstd, None, None, infinite, infinite, np.inf, None, dx, None)
     np.testing.assert_array_equal(dx, p.dy)
 
 
@@ -130,14 +131,18 @@ def from_bfloat16(bits: Any) -> Any:
 
 @pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
 def test_bfloat16_in_memory_is_calculated_in_float32(shape: Any) -> None:
+    assert_bfloat16_exact(shape)
+
+
+def assert_bfloat16_exact(shape: Any) -> None:
     p = problem(shape, np.float32, residual=True)
     bits = {name: to_bfloat16(getattr(p, name)) for name in ("x", "dy", "residual")}
     rounded = replace(p, **{name: from_bfloat16(value) for name, value in bits.items()})
     want = exact(rounded, "silu")
     mean, var, rstd, sum_dz, sum_dz_xhat = unwritten(*[shape[1]] * 5)
     y, dx, d_residual = (np.full(shape, 0x7FC0, np.uint16) for _ in range(3))
-    cpu.forward(bits["x"], bits["residual"], None, p.weight, p.bias, 1e-5, "silu", y, mean, var, rstd)
-    cpu.backward(
+    launch.forward(bits["x"], bits["residual"], None, p.weight, p.bias, 1e-5, "silu", y, mean, var, rstd)
+    launch.backward(
         bits["dy"], bits["x"], bits["residual"], None, mean, rstd, p.weight, p.bias, p.count, "silu",
         sum_dz, sum_dz_xhat, dx, d_residual,
     )  # fmt: skip
@@ -164,7 +169,7 @@ def test_a_far_first_value_costs_no_accuracy() -> None:
     x = np.random.default_rng(0).normal(size=(4, 3, 6000)).astype(np.float32)
     x[0, :, 0] = 1e4
     mean, var = unwritten(3, 3)
-    cpu.moments(x, None, mean, var)
+    launch.moments(x, None, mean, var)
     want = definition.moments(x)
     np.testing.assert_allclose(var, want.var, rtol=tolerance(np.float32))
     np.testing.assert_allclose(mean, want.mean, atol=tolerance(np.float32) * np.sqrt(want.var.max()))
@@ -177,13 +182,13 @@ def test_nan_and_infinity_go_through(activation: Any, dtype: Any, shape: Any) ->
     x = np.random.default_rng(0).normal(size=shape).astype(dtype)
     x[0, 0, 0], x[1, 1, 1], x[2, 2, 2] = np.nan, np.inf, -np.inf
     (y,) = unwritten(shape, dtype=dtype)
-    cpu.normalize(x, None, np.zeros(3), np.ones(3), None, None, activation, y)
+    launch.normalize(x, None, np.zeros(3), np.ones(3), None, None, activation, y)
     with np.errstate(all="ignore"):
         want = definition.activate(x, activation)
     np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
     np.testing.assert_array_equal(np.isinf(y), np.isinf(want))
     mean, var = unwritten(3, 3)
-    cpu.moments(x, None, mean, var)
+    launch.moments(x, None, mean, var)
     assert not np.isfinite(var).any()
 
 
@@ -205,12 +210,12 @@ def test_float32_activations_are_as_exact_as_float32() -> None:
     eps = np.finfo(np.float32).eps
     for activation in ACTIVATIONS:
         (y,) = unwritten(x.shape, dtype=np.float32)
-        cpu.normalize(x, None, 0 * unit, unit, None, None, activation, y)
+        launch.normalize(x, None, 0 * unit, unit, None, None, activation, y)
         error = np.abs(y - definition.activate(x, activation))
         # Relative to the value, or absolute below 1: one rounding each for the exponential, a quotient, a product.
         assert np.max(error / np.maximum(np.abs(x), 1)) < 3 * eps, activation
         dx = np.empty_like(x)
-        cpu.grad_input(
+        launch.grad_input(
             np.ones_like(x), x, None, None, 0 * unit, unit, None, None, unit, unit, np.inf, activation, dx, None
         )
         smooth = np.min([np.abs(x - kink) for kink in (-3, 0, 3, 6)], axis=0) > 1e-6
@@ -221,8 +226,8 @@ def test_float32_activations_are_as_exact_as_float32() -> None:
 @pytest.mark.parametrize("shape", [(9, 80, 49), (3, 50, 300), (30000, 4, 1)])
 def test_the_same_bits_for_any_number_of_threads(shape: Any) -> None:
     p = problem(shape, np.float32, residual=True)
-    assert p.x.size >= cpu.SERIAL
-    before = threads._count
+    assert p.x.size >= SERIAL
+    before = threads.follow(lambda: 1)
     results = []
     try:
         for count in (1, 2):
@@ -246,11 +251,11 @@ def in_new_process(code: str, **environment: str) -> str:
 
 CALL = """
 import numpy as np
-from batchnorm.kernels import cpu
+from batchnorm.kernels import launch
 x = np.random.default_rng(0).normal(size={shape}).astype(np.float32)
 y, mean, var, rstd = np.empty_like(x), *np.empty((3, x.shape[1]))
 def call():
-    cpu.forward(x, None, None, None, None, 1e-5, "relu", y, mean, var, rstd)
+    launch.forward(x, None, None, None, None, 1e-5, "relu", y, mean, var, rstd)
     return float(y.sum())
 """
 
@@ -259,12 +264,12 @@ def test_the_same_bits_for_any_number_of_threads_by_kernels_from_disk(tmp_path: 
     """Numba's code for a loaded parallel kernel is not that of the process that compiled it."""
     code = (
         "import numpy as np\n"
-        "from batchnorm.kernels import cpu, threads\n"
+        "from batchnorm.kernels import launch, threads\n"
         "x = np.random.default_rng(0).normal(size=(3, 50, 300)).astype(np.float32)\n"
         "mean, var = np.empty((2, 2, 50))\n"
         "for i in range(2):\n"
         "    threads.follow(lambda: i + 1)\n"
-        "    cpu.moments(x, None, mean[i], var[i])\n"
+        "    launch.moments(x, None, mean[i], var[i])\n"
         "print((mean[0] == mean[1]).all() and (var[0] == var[1]).all())"
     )
     for _ in range(2):
@@ -273,7 +278,8 @@ def test_the_same_bits_for_any_number_of_threads_by_kernels_from_disk(tmp_path: 
 
 def test_compiled_lazily_and_cached_on_disk(tmp_path: Any) -> None:
     code = CALL.format(shape=(2, 3, 4)) + (
-        "kernel = cpu._forward_kernel(False, cpu.CODES['relu'], False, False, False)\n"
+        "from batchnorm.kernels import activations, by_row\n"
+        "kernel = launch.forward_kernel(by_row, activations.RELU, False, False, False)\n"
         "assert not kernel.signatures\n"
         "call()\n"
         "print(sum(kernel.stats.cache_hits.values()))"
@@ -281,6 +287,142 @@ def test_compiled_lazily_and_cached_on_disk(tmp_path: Any) -> None:
     environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
     assert in_new_process(code, **environment) == "0\n"
     assert in_new_process(code, **environment) == "1\n"
+
+
+NORMALIZE_NAN = """
+import numpy as np
+from batchnorm.kernels import activations, by_row, launch
+kernel = launch.normalize_kernel(by_row, activations.NONE, False, False, False)
+x = np.full((1, 2, 3), 0x7F81, np.uint16)
+y = np.empty_like(x)
+def call():
+    launch.normalize(x, None, np.zeros(2), np.ones(2), None, None, None, y)
+    return hex(y[0, 0, 0]), sum(kernel.stats.cache_hits.values())
+"""
+"""A call with NaN in bfloat16: the bits of what comes out, and whether the kernel came from the disk."""
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A copy of the kernels' source that may be changed, and the environment in which it is what Python imports."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(batchnorm.__file__).parent, source / "batchnorm", ignore=ignored)
+    environment = {"PYTHONPATH": str(source), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    return source / "batchnorm" / "kernels", environment
+
+
+def test_a_change_in_any_file_replaces_what_is_on_disk(copied: Any) -> None:
+    source, environment = copied
+    code = NORMALIZE_NAN + "print(*call())"
+    assert in_new_process(code, **environment) == "0x7fc0 0\n"
+    (first,) = Path(environment["NUMBA_CACHE_DIR"]).rglob("*.nbc")
+    formats = source / "formats.py"
+    assert formats.read_text().count("0x7FC0") == 1
+    formats.write_text(formats.read_text().replace("0x7FC0", "0x7FC1"))
+    assert in_new_process(code, **environment) == "0x7fc1 0\n"
+    assert in_new_process(code, **environment) == "0x7fc1 1\n"
+    (second,) = Path(environment["NUMBA_CACHE_DIR"]).rglob("*.nbc")
+    assert second.name != first.name
+
+
+def test_everything_a_kernel_is_made_of_is_in_the_digest(copied: Any) -> None:
+    source, environment = copied
+    code = (
+        "import importlib, pathlib, llvmlite, numba\n"
+        "from batchnorm.kernels import disk\n"
+        "def changed():\n"
+        "    print(importlib.reload(disk).DIGEST)\n"
+        "changed()\n"
+        "for file in sorted(pathlib.Path(disk.__file__).parent.glob('*.py')):\n"
+        "    file.write_text(file.read_text() + '# changed')\n"
+        "    changed()\n"
+        "numba.__version__ += '.changed'\n"
+        "changed()\n"
+        "llvmlite.__version__ += '.changed'\n"
+        "changed()\n"
+        "numba.config.OPT = 0\n"
+        "changed()"
+    )
+    digests = in_new_process(code, **environment).split()
+    assert len(digests) == len(set(digests)) == 1 + len(list(source.glob("*.py"))) + 3
+
+
+def test_a_file_that_cannot_be_read_is_replaced(tmp_path: Any) -> None:
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    code = NORMALIZE_NAN + "print(*call())"
+    assert in_new_process(code, **environment) == "0x7fc0 0\n"
+    (file,) = tmp_path.rglob("*.nbc")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert in_new_process(code, **environment) == "0x7fc0 0\n"
+    assert in_new_process(code, **environment) == "0x7fc0 1\n"
+
+
+def test_a_folder_that_is_lost_does_not_stop_a_kernel(tmp_path: Any) -> None:
+    folder = tmp_path / "cache"
+    code = NORMALIZE_NAN + (
+        "import pathlib, shutil\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        "shutil.rmtree(folder)\n"
+        "folder.touch()\n"
+        "print(*call())"
+    )
+    assert in_new_process(code, NUMBA_CACHE_DIR=str(folder)) == "0x7fc0 0\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a home that is no folder")
+def test_without_a_writable_folder_a_kernel_is_compiled_every_time(copied: Any) -> None:
+    source, environment = copied
+    (source / "__pycache__").touch()  # in the way of a folder, even for root
+    nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "NUMBA_CACHE_DIR": "/dev/null/numba"}
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as warned:\n"
+        "    warnings.simplefilter('default')\n"
+        f"    exec({NORMALIZE_NAN!r})\n"
+        "    print(*call())\n"
+        "    mean, var = np.empty((2, 2))\n"
+        "    launch.moments(np.ones((3, 2, 1)), None, mean, var)\n"
+        "assert mean.tolist() == [1, 1]\n"
+        "(warning,) = warned  # once for all kernels\n"
+        "print(warning.message)"
+    )
+    result, warning = in_new_process(code, **environment | nowhere).splitlines()
+    assert result == "0x7fc0 0"
+    assert warning == (
+        "batchnorm cannot keep its compiled kernels, because it finds no writable folder: every process compiles them "
+        "again, which takes seconds. Set NUMBA_CACHE_DIR to a writable folder."
+    )
+
+
+def test_without_compilation_kernels_are_plain_python() -> None:
+    code = (
+        "import numpy as np\n"
+        "from cases import ACTIVATIONS, DTYPES, problem\n"
+        "from test_kernels import FLAGS, assert_bfloat16_exact, assert_exact, launch\n"
+        "assert type(launch.update_running_kernel()) is type(problem)  # not compiled\n"
+        "for shape in [(9, 3, 4), (2, 3, 70), (70, 2, 1)]:\n"
+        "    assert_bfloat16_exact(shape)\n"
+        "    for dtype, offset in zip(DTYPES, (1e3, 0)):  # float64 statistics hold a distant mean for float32 data\n"
+        "        for residual, mask in FLAGS:\n"
+        "            p = problem(shape, dtype, residual=residual, mask=mask, offset=offset)\n"
+        "            assert_exact(p, 'relu')\n"
+        "            assert_exact(p, 'relu', cache=64)\n"
+        "for dtype in DTYPES:\n"
+        "    for activation in ACTIVATIONS:\n"
+        "        assert_exact(problem((5, 2, 9), dtype), activation)\n"
+        # Bits of NaN; division by zero; a size for several threads.
+        "bits = np.array([[[0x7F81, 0x3F80]]], np.uint16)\n"
+        "y = np.empty_like(bits)\n"
+        "launch.normalize(bits, None, np.zeros(1), np.ones(1), None, None, None, y)\n"
+        "assert y.tolist() == [[[0x7FC0, 0x3F80]]]\n"
+        "mean, var, rstd = np.empty((3, 1))\n"
+        "x = np.ones((1, 1, launch.SERIAL), np.float32)\n"
+        "launch.forward(x, None, None, None, None, 0.0, None, np.empty_like(x), mean, var, rstd)\n"
+        "print(mean[0], var[0], rstd[0])"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    assert in_new_process(code, NUMBA_DISABLE_JIT="1", PYTHONPATH=path) == "1.0 0.0 inf\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -306,7 +448,7 @@ def test_eight_threads_at_once(layer: str) -> None:
         "want = call()\n"
         "def mine(_):\n"
         "    y, mean, var, rstd = np.empty_like(x), *np.empty((3, x.shape[1]))\n"
-        "    cpu.forward(x, None, None, None, None, 1e-5, 'relu', y, mean, var, rstd)\n"
+        "    launch.forward(x, None, None, None, None, 1e-5, 'relu', y, mean, var, rstd)\n"
         "    return float(y.sum())\n"
         "with ThreadPoolExecutor(8) as pool:\n"
         "    assert set(pool.map(mine, range(200))) == {want}"

@@ -1,1 +1,1 @@
-"""The stages of batch normalization, fast. Arrays in, outputs passed in last, nothing returned; no framework."""
+"""The stages of batch normalization, fast: arrays in, outputs passed last, nothing returned, no framework."""

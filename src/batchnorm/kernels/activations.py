@@ -1,48 +1,50 @@
 """The activations inside the kernels: value and gradient at `z`, compiled into the loop that calls them.
 
 `code` is a constant in the calling kernel, so that LLVM keeps one branch. A call to the C library would keep a loop
-from being vectorized, so in float32 the exponential is a polynomial on the bits. The coefficients are minimax fits,
-good to 4e-9 relative to the largest value before they are rounded. float64 calls the library.
+from being vectorized, so the float32 exponential is a polynomial on the bits. The coefficients are minimax fits, whose
+error before rounding is at most 4e-9 relative to the largest value. float64 calls the library.
 """
 
 import math
-import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import types
 from numba.extending import overload
 
-from batchnorm.definition import ACTIVATIONS
 from batchnorm.kernels.compilation import INLINED, inlined
 
 __all__ = ["CODES", "activate", "activate_grad"]
 
-SOURCE = zlib.crc32(Path(__file__).read_bytes())
+NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, ELU, SIGMOID, TANH, GELU = range(10)
 
-CODES = {name: SOURCE * len(ACTIVATIONS) + number for number, name in enumerate(ACTIVATIONS)}
-"""The number by which kernels know each activation of `definition.ACTIVATIONS`.
-
-Numba's disk cache looks at the file of the kernel, not at this one. With this file in the number, a change here is
-seen too.
-"""
-
-NONE, RELU, RELU6, LEAKY_RELU = (CODES[name] for name in ("none", "relu", "relu6", "leaky_relu"))
-SILU, HARDSWISH, ELU = (CODES[name] for name in ("silu", "hardswish", "elu"))
-SIGMOID, TANH, GELU = (CODES[name] for name in ("sigmoid", "tanh", "gelu"))
+CODES = {
+    "none": NONE,
+    "relu": RELU,
+    "relu6": RELU6,
+    "leaky_relu": LEAKY_RELU,
+    "silu": SILU,
+    "hardswish": HARDSWISH,
+    "elu": ELU,
+    "sigmoid": SIGMOID,
+    "tanh": TANH,
+    "gelu": GELU,
+}
+"""The number by which kernels know each activation of `definition.ACTIVATIONS`."""
 
 f32 = np.float32
 i32 = np.int32
 
-# --- exp, expm1, tanh and the normal distribution's tail -------------------------------------------------------------
-# Every argument is negative or zero, which is all that the activations need: e^-|z| cannot overflow. Its error is
-# |z| e^-|z| * 6e-8 at most, from the rounding of z/ln 2: absolute accuracy, as good as float32 outputs can show.
+# --- exp, expm1, tanh and the normal distribution --------------------------------------------------------------------
+# The activations need exponentials of negative numbers and zero only: e^-|z| cannot overflow. Its error is at most
+# |z| e^-|z| * 6e-8, from the rounding of z/ln 2. That is absolute accuracy, as good as float32 outputs can show.
+#
+# A function here is what plain Python runs (NUMBA_DISABLE_JIT). Its overload replaces it in compiled kernels.
 
 HALF, ONE, TWO = f32(0.5), f32(1.0), f32(2.0)
 LOG2_E = f32(1 / math.log(2))
-LOWEST = f32(-87.0)  # below, e^z is no longer a normal number: 0
-ROUND = f32(1.5 * 2**23)  # the last bits of t + ROUND are the integer next to t
+LOWEST = f32(-87.0)  # below it, e^z is no longer a normal number, and is taken as 0
+ROUND = f32(1.5 * 2**23)  # the last bits of t + ROUND are the integer nearest to t
 ROUND_BITS = i32(ROUND.view(np.int32))
 MANTISSA = i32(23)
 # 2^f for f in [-1/2, 1/2]
@@ -53,7 +55,7 @@ M0, M1, M2, M3, M4 = (f32(c) for c in (0.49999985, 0.16666289, 0.041632049, 0.00
 # (tanh z - z) / z^3 as a function of z^2 for |z| < 5/8
 T0, T1, T2, T3, T4 = (f32(c) for c in (-0.33333284, 0.13331491, -0.053743497, 0.020650579, -0.0057170370))
 TANH_SMALL = f32(0.625)
-# (1 - Phi(t)) e^(t^2/2) / u as a function of u = 1/(1 + 0.3t) for t >= 0, where Phi is the normal distribution function
+# (1 - Phi(t)) e^(t^2/2) / u as a function of u = 1/(1 + 0.3t) for t >= 0, where Phi is the distribution function
 N0, N1, N2, N3 = f32(0.12522987), f32(0.068547539), f32(0.30701691), f32(-0.32459638)
 N4, N5, N6 = f32(0.53686672), f32(-0.25193587), f32(0.038871210)
 TAIL_RATE = f32(0.3)
@@ -62,22 +64,23 @@ PDF_0 = f32(1 / math.sqrt(2 * math.pi))
 
 def exp(z: Any) -> Any:
     """`e^z` for `z <= 0`."""
-    raise AssertionError("only inside a kernel")
+    return np.exp(z)
 
 
 def expm1(z: Any) -> Any:
     """`e^z - 1` for `z <= 0`."""
-    raise AssertionError("only inside a kernel")
+    return np.expm1(z)
 
 
 def tanh(z: Any) -> Any:
     """The hyperbolic tangent."""
-    raise AssertionError("only inside a kernel")
+    return np.tanh(z)
 
 
 def normal(z: Any) -> Any:
-    """The normal distribution's function `Phi(z)` and density `phi(z)`."""
-    raise AssertionError("only inside a kernel")
+    """The distribution function `Phi(z)` and the density `phi(z)` of the standard normal distribution."""
+    T = type(z)
+    return T(0.5 * math.erfc(-z * math.sqrt(0.5))), T(math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
 
 
 @overload(exp, jit_options=INLINED)
@@ -86,11 +89,11 @@ def _exp(z: Any) -> Any:
         t = z * LOG2_E
         bits = np.float32(t + ROUND).view(np.int32)
         n = bits - ROUND_BITS
-        # Through an integer: written as (t + ROUND) - ROUND, reassociation would make it t.
+        # n is converted from an integer, because reassociation would turn (t + ROUND) - ROUND into t.
         f = t - f32(n)
         p = P0 + f * (P1 + f * (P2 + f * (P3 + f * (P4 + f * (P5 + f * P6)))))
         power = np.int32(np.float32(p).view(np.int32) + (n << MANTISSA)).view(np.float32)
-        # A NaN is not below LOWEST; its bits are spoilt by n, so it comes from z itself.
+        # A NaN is not below LOWEST. Adding n spoils its bits, so z itself is returned.
         return f32(0.0) if z < LOWEST else (power if z == z else z)
 
     def double(z: Any) -> Any:
@@ -141,13 +144,13 @@ def _normal(z: Any) -> Any:
 
 
 # --- Value and gradient ----------------------------------------------------------------------------------------------
-# A literal is float64 and would make the arithmetic so: T(1) has the type of z. Comparisons are written so that a NaN
-# comes out as NaN.
+# T(1) has the type of z; the literal 1.0 would make the arithmetic float64. Comparisons are written so that NaN gives
+# NaN.
 
 
 @inlined
 def _sigmoid(z: Any) -> Any:
-    """`sigmoid(z)` and `1 - sigmoid(z)`, each as exact as the other."""
+    """`sigmoid(z)` and `1 - sigmoid(z)`, neither by a subtraction that cancels."""
     T = type(z)
     e = exp(-abs(z))
     large = T(1) / (T(1) + e)
@@ -163,7 +166,7 @@ def _relu6(z: Any) -> Any:
 
 @inlined
 def activate(code: int, parameter: Any, z: Any) -> Any:
-    """`act(z)`, where `code` is one of `CODES` and `parameter` (of the type of `z`) belongs to leaky_relu or elu."""
+    """`act(z)`. `code` is one of `CODES`; `parameter`, of the type of `z`, is for leaky_relu and elu."""
     T = type(z)
     if code == RELU:
         return T(0) if z <= T(0) else z
@@ -188,7 +191,7 @@ def activate(code: int, parameter: Any, z: Any) -> Any:
 
 @inlined
 def activate_grad(code: int, parameter: Any, z: Any, dy: Any) -> Any:
-    """`dz = dy * act'(z)`; where the derivative is 0 over a range it is 0 whatever `dy` is, infinity included."""
+    """`dz = dy * act'(z)`. On a range where the derivative is 0, `dz` is 0 even if `dy` is infinite."""
     T = type(z)
     if code == RELU:
         return T(0) if z <= T(0) else dy

@@ -1,11 +1,14 @@
-"""How kernels are compiled: when they are first called, by Numba, and kept on disk."""
+"""How kernels are compiled: by Numba, at their first call."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
-from numba import njit
+import numba
+import numpy as np
 
-__all__ = ["INLINED", "inlined", "kernel", "stage"]
+from batchnorm.kernels import disk
+
+__all__ = ["INLINED", "Kernel", "inlined", "kernel", "stage"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Kernel = Callable[..., None]
@@ -19,33 +22,39 @@ class _Options(TypedDict):
 
 
 OPTIONS: _Options = {
-    # These let LLVM vectorize sums. NaN and infinity keep their meaning: neither `nnan` nor `ninf` is among them.
+    # These let LLVM vectorize sums. NaN and infinity keep their meaning: `nnan` and `ninf` are not among them.
     "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
-    "error_model": "numpy",  # 1/0 is infinity; a test for it would keep loops from being vectorized
+    "error_model": "numpy",  # 1/0 is infinity; a test for zero would keep loops from being vectorized
 }
 INLINED: Any = {**OPTIONS, "forceinline": True}
 
 
 def inlined(function: Function) -> Function:
-    """A piece of the inside of a loop: compiled once, and inlined by LLVM."""
-    return cast(Function, njit(**INLINED)(function))
+    """A function for the inside of a loop: compiled once, and inlined by LLVM."""
+    return cast(Function, numba.njit(**INLINED)(function))
 
 
 def stage(function: Function) -> Function:
-    """A stage on one tile: inlined before compilation, so that the constants it is given decide what is compiled."""
-    return cast(Function, njit(inline="always", **OPTIONS)(function))
+    """A stage on one tile: inlined before compilation, so that branches on constant arguments vanish."""
+    return cast(Function, numba.njit(inline="always", **OPTIONS)(function))
 
 
 def kernel(parallel: bool) -> Callable[[Kernel], Kernel]:
     """A kernel for one thread or for several (`prange`), compiled at its first call and kept on disk.
 
-    It may close over integers, which are constants to LLVM: branches on them vanish. If it closed over another compiled
-    function, it would be compiled again in every process.
+    A kernel may close over integers and modules. Integers are constants to LLVM: branches on them vanish. A kernel that
+    closed over a compiled function would be compiled again in every process.
+
+    If NUMBA_DISABLE_JIT is set, a kernel is plain Python. As in compiled code, 1/0 is infinity without a word.
     """
 
     def compile_lazily(function: Kernel) -> Kernel:
-        # The disk cache knows a kernel by its name and by what it closes over, not by its options.
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return np.errstate(all="ignore")(function)
+        # On disk, a kernel is known by its name and by what it closes over, not by whether it is parallel.
         function.__qualname__ += "_parallel" if parallel else "_serial"
-        return cast(Kernel, njit(parallel=parallel, nogil=True, cache=True, **OPTIONS)(function))
+        compiled = numba.njit(parallel=parallel, nogil=True, **OPTIONS)(function)
+        disk.keep(compiled)
+        return cast(Kernel, compiled)
 
     return compile_lazily

@@ -1,6 +1,10 @@
-"""The types that data may have in memory, and the type that kernels calculate in.
+"""The types of data in memory, and the types in which kernels calculate.
 
-NumPy has no bfloat16: its 16 bits come as uint16. They are the upper half of a float32, in which kernels calculate.
+NumPy has no bfloat16, so kernels take its 16 bits as uint16. They are the upper half of a float32, and kernels
+calculate in float32.
+
+A function here is what plain Python runs (NUMBA_DISABLE_JIT). Its overload chooses the same code by type when a kernel
+is compiled.
 """
 
 from typing import Any
@@ -20,40 +24,47 @@ NAN = np.uint16(0x7FC0)
 
 
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type in which data of a type are calculated."""
+    """The type in which kernels calculate with data of a type."""
     return np.dtype(np.float32) if dtype == np.uint16 else dtype
 
 
 def load(value: Any) -> Any:
     """A value from memory, as a number to calculate with."""
-    raise AssertionError("only inside a kernel")
+    return _load_bfloat16(value) if value.dtype == np.uint16 else value
 
 
 def store(array: Any, i: int, value: Any) -> None:
-    """Write a number to memory, `array[i]`, rounded to the nearest (to even) if need be."""
-    raise AssertionError("only inside a kernel")
+    """Write a number to memory, `array[i]`, rounded to nearest, ties to even, where the memory's type needs it."""
+    if array.dtype == np.uint16:
+        _store_bfloat16(array, i, value)
+    else:
+        array[i] = value
+
+
+def _load_bfloat16(value: Any) -> Any:
+    return np.uint32(np.uint32(value) << HALF_WORD).view(np.float32)
+
+
+def _load_as_it_is(value: Any) -> Any:
+    return value
+
+
+def _store_bfloat16(array: Any, i: int, value: Any) -> None:
+    bits = np.float32(value).view(np.uint32)
+    even = (bits >> HALF_WORD) & ONE
+    rounded = np.uint16((bits + JUST_UNDER_HALF + even) >> HALF_WORD)
+    array[i] = rounded if value == value else NAN
+
+
+def _store_as_it_is(array: Any, i: int, value: Any) -> None:
+    array[i] = value
 
 
 @overload(load, jit_options=INLINED)
 def _load(value: Any) -> Any:
-    def bfloat16(value: Any) -> Any:
-        return np.uint32(np.uint32(value) << HALF_WORD).view(np.float32)
-
-    def same(value: Any) -> Any:
-        return value
-
-    return bfloat16 if value == types.uint16 else same
+    return _load_bfloat16 if value == types.uint16 else _load_as_it_is
 
 
 @overload(store, jit_options=INLINED)
 def _store(array: Any, i: int, value: Any) -> Any:
-    def bfloat16(array: Any, i: int, value: Any) -> None:
-        bits = np.float32(value).view(np.uint32)
-        even = (bits >> HALF_WORD) & ONE
-        rounded = np.uint16((bits + JUST_UNDER_HALF + even) >> HALF_WORD)
-        array[i] = rounded if value == value else NAN
-
-    def same(array: Any, i: int, value: Any) -> None:
-        array[i] = value
-
-    return bfloat16 if array.dtype == types.uint16 else same
+    return _store_bfloat16 if array.dtype == types.uint16 else _store_as_it_is

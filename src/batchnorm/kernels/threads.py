@@ -1,9 +1,8 @@
 """How many threads a kernel runs on, and when it must not run on several.
 
-Numba starts its threads at the first parallel kernel. Its OpenMP layer loads the same library as PyTorch, so that both
-share one pool. Two of its habits end the process, and are kept from happening here: a forked child that enters a
-parallel kernel after its parent did (GNU OpenMP), and two threads that enter one at once (the workqueue layer, where
-neither OpenMP nor TBB is installed).
+Numba starts its threads at the first parallel kernel. Two situations would end the process, and are avoided here. With
+GNU OpenMP, a forked child must not enter a parallel kernel if its parent has entered one. With the workqueue layer,
+which Numba uses if neither OpenMP nor TBB is installed, two threads must not enter a parallel kernel at once.
 """
 
 import os
@@ -23,10 +22,15 @@ _layer = ""
 _in_child_of_user = False
 
 
-def follow(count: Callable[[], int]) -> None:
-    """Have kernels use as many threads as `count` says: a framework's own setting, asked at every launch."""
+def follow(count: Callable[[], int]) -> Callable[[], int]:
+    """Have kernels use as many threads as `count()` says at each launch: a framework's own setting.
+
+    Returns:
+        What kernels followed before.
+    """
     global _count
-    _count = count
+    before, _count = _count, count
+    return before
 
 
 def available() -> int:
@@ -35,14 +39,17 @@ def available() -> int:
 
 
 def forbidden() -> bool:
-    """Whether parallel kernels must not be entered, with one thread neither: in the child of a process that did so."""
-    return _in_child_of_user
+    """Whether parallel kernels must not be entered, even with one thread.
+
+    They must not in the forked child of a process that used them, and there are none where NUMBA_DISABLE_JIT is set.
+    """
+    return _in_child_of_user or bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
 
 
-def run(kernel: Callable[..., None], *arguments: Any) -> None:
+def run(kernel: Callable[..., None], parallel: bool, *arguments: Any) -> None:
     """Call a kernel, on `available()` threads if it is a parallel one."""
     global _layer
-    if not kernel.targetoptions["parallel"]:  # type: ignore[attr-defined]
+    if not parallel:
         kernel(*arguments)
         return
     set_num_threads(available())

@@ -1,0 +1,464 @@
+"""The kernels, and the functions by which the rest of the package calls them.
+
+Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, positions per sample. Channels-last data,
+`(R, C)`, is passed as `(R, C, 1)`. A kernel runs one or two stages over all tiles of an array (`tiling`). There is one
+set of stages, in two walking orders: `by_channel` for long runs of positions, `by_row` for short ones.
+
+`forward` and `backward` run all stages on one block of channels before they go on to the next, so that a block is read
+from memory once and from the L2 cache after that. If blocks do not fit the cache, the stages run one after the other.
+
+Statistics are float64, whatever the type of the data. Sums run in the data's type over at most a few thousand values,
+then in float64. Values are summed relative to a `center` near the mean, so that even a mean of a million standard
+deviations costs no accuracy.
+
+Tiles, and the choice between a serial and a parallel kernel, depend on shapes alone. So results have the same bits for
+any number of threads, with two exceptions, which may round sums differently: a forked child of a process that used
+threads runs serial kernels, and the process that compiles a parallel kernel runs other code than it stores on disk.
+
+Nothing is compiled at import.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.kernels import by_channel, by_row, threads
+from batchnorm.kernels.activations import CODES
+from batchnorm.kernels.compilation import Kernel, inlined, kernel
+from batchnorm.kernels.formats import arithmetic
+from batchnorm.kernels.formulas import merge
+from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
+
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "update_running"]
+
+Array = NDArray[Any]
+
+# --- Kernels ---------------------------------------------------------------------------------------------------------
+# A factory's arguments are constants of the kernel that it makes: the stages in one of the two walking orders, the
+# activation's code, whether there are a residual and counts. All kernels but the last begin with the same arguments:
+# x, residual, counts, weight, bias, parameter, rows, width.
+
+Factory = Callable[[ModuleType, int, bool, bool, bool], Kernel]
+
+
+@inlined
+def _tile(number: int, rows: int, width: int, N: int, C: int) -> Any:
+    """A tile's place among the parts of the samples, and its bounds: samples `n0` to `n1`, channels `c0` to `c1`."""
+    blocks = -(-C // width)
+    part, block = number // blocks, number % blocks
+    return part, part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
+
+
+@functools.cache
+def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+    """The moments of each tile, then merged over the tiles of a channel."""
+
+    @kernel(parallel)
+    def body(
+        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+        mean: Any, var: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        parts, blocks = -(-N // rows), -(-C // width)
+        sizes, means, squares = np.empty((parts, blocks)), np.empty((parts, C)), np.empty((parts, C))
+        for tile in prange(parts * blocks):
+            part, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
+            sizes[part, c0 // width] = stages.moments(COUNTED, x, counts, n0, n1, c0, c1, means[part], squares[part])
+        for c in range(C):
+            count, mean_c, squares_c = 0.0, 0.0, 0.0
+            for part in range(parts):
+                size = sizes[part, c // width]
+                if size > 0.0:
+                    count, mean_c, squares_c = merge(count, mean_c, squares_c, size, means[part, c], squares[part, c])
+            mean[c] = mean_c
+            var[c] = squares_c / count if count > 0.0 else 0.0
+
+    return body
+
+
+@functools.cache
+def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+    """`normalize` of each tile."""
+
+    @kernel(parallel)
+    def body(
+        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+        mean: Any, rstd: Any, y: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        for tile in prange(-(-N // rows) * -(-C // width)):
+            _, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
+            stages.normalize(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y)
+
+    return body
+
+
+@functools.cache
+def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+    """The sums of each tile, then added up over the tiles of a channel."""
+
+    @kernel(parallel)
+    def body(
+        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+        dy: Any, mean: Any, rstd: Any, sum_dz: Any, sum_dz_xhat: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        parts, blocks = -(-N // rows), -(-C // width)
+        sums, sums_xhat = np.empty((parts, C)), np.empty((parts, C))
+        for tile in prange(parts * blocks):
+            part, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
+            stages.grad_sums(
+                ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
+                sums[part], sums_xhat[part],
+            )  # fmt: skip
+        for c in range(C):
+            sum_dz[c] = 0.0
+            sum_dz_xhat[c] = 0.0
+            for part in range(parts):
+                sum_dz[c] += sums[part, c]
+                sum_dz_xhat[c] += sums_xhat[part, c]
+
+    return body
+
+
+@functools.cache
+def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+    """`grad_input` of each tile."""
+
+    @kernel(parallel)
+    def body(
+        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+        dy: Any, mean: Any, rstd: Any, sum_dz: Any, sum_dz_xhat: Any, count: float, dx: Any, d_residual: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        for tile in prange(-(-N // rows) * -(-C // width)):
+            _, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
+            stages.grad_input(
+                ACT, RESIDUAL, COUNTED, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count,
+                parameter, n0, n1, c0, c1, dx, d_residual,
+            )  # fmt: skip
+
+    return body
+
+
+@functools.cache
+def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+    """`moments`, then `normalize`, of each block of channels."""
+
+    @kernel(parallel)
+    def body(
+        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+        eps: float, y: Any, mean: Any, var: Any, rstd: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        for block in prange(-(-C // width)):
+            _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
+            count = stages.moments(COUNTED, x, counts, n0, n1, c0, c1, mean, var)
+            for c in range(c0, c1):
+                var[c] = var[c] / count if count > 0.0 else 0.0
+                rstd[c] = 1.0 / np.sqrt(var[c] + eps)
+            stages.normalize(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y)
+
+    return body
+
+
+@functools.cache
+def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+    """`grad_sums`, then `grad_input`, of each block of channels."""
+
+    @kernel(parallel)
+    def body(
+        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+        dy: Any, mean: Any, rstd: Any, count: float, sum_dz: Any, sum_dz_xhat: Any, dx: Any, d_residual: Any,
+    ) -> None:  # fmt: skip
+        N, C, _ = x.shape
+        for block in prange(-(-C // width)):
+            _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
+            stages.grad_sums(
+                ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
+                sum_dz, sum_dz_xhat,
+            )  # fmt: skip
+            stages.grad_input(
+                ACT, RESIDUAL, COUNTED, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count,
+                parameter, n0, n1, c0, c1, dx, d_residual,
+            )  # fmt: skip
+
+    return body
+
+
+@functools.cache
+def update_running_kernel() -> Kernel:
+    """The running update, unless a statistic is not finite."""
+
+    @kernel(parallel=False)
+    def body(
+        mean: Any, var: Any, correction: float, update_rate: float, running_mean: Any, running_var: Any, updated: Any
+    ) -> None:
+        updated[0] = True
+        for c in range(mean.size):
+            if not (math.isfinite(mean[c]) and math.isfinite(var[c])):
+                updated[0] = False
+        if updated[0]:
+            for c in range(mean.size):
+                running_mean[c] += update_rate * (mean[c] - running_mean[c])
+                running_var[c] += update_rate * (correction * var[c] - running_var[c])
+
+    return body
+
+
+# --- Launching a kernel ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(activation: ActivationSpec, dtype: np.dtype[Any]) -> tuple[int, Any]:
+    """An activation as kernels take it: its code, a constant of the kernel, and its parameter."""
+    name, parameter = parse_activation(activation)
+    return CODES[name], dtype.type(parameter)
+
+
+@functools.lru_cache(maxsize=256)
+def _ones(channels: int, dtype: np.dtype[Any]) -> Array:
+    return np.ones(channels, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(channels: int, dtype: np.dtype[Any]) -> Array:
+    return np.zeros(channels, dtype)
+
+
+@functools.cache
+def _no_counts(dtype: np.dtype[Any]) -> Array:
+    return np.empty((0, 0), dtype)
+
+
+def _launch(
+    factory: Factory,
+    cut: Tiling,
+    x: Array,
+    residual: Array | None,
+    counts: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    *own: Any,
+) -> None:
+    """Call the kernel that a factory makes for these arguments, and for the kernel's `own`.
+
+    A kernel is compiled for arrays: in place of None it is given ones, zeros, or an array that it does not read.
+    """
+    channels, dtype = x.shape[1], arithmetic(x.dtype)
+    code, parameter = _compiled(activation, dtype)
+    # A large array takes the parallel kernel for one thread, too: the serial kernel may add sums in another order.
+    parallel = x.size >= SERIAL and not threads.forbidden()
+    threads.run(
+        factory(by_channel if cut.by_channel else by_row, code, residual is not None, counts is not None, parallel),
+        parallel,
+        x,
+        x if residual is None else residual,
+        _no_counts(dtype) if counts is None else counts,
+        _ones(channels, dtype) if weight is None else weight,
+        _zeros(channels, dtype) if bias is None else bias,
+        parameter,
+        cut.rows,
+        cut.width,
+        *own,
+    )
+
+
+# --- What the rest of the package calls ------------------------------------------------------------------------------
+
+
+def moments(x: Array, counts: Array | None, mean: Array, var: Array, *, cache: int = CACHE) -> None:
+    """Write the mean and the biased variance of each channel into `mean` and `var`.
+
+    Args:
+        x: `(N, C, L)`, contiguous: float32, float64, or bfloat16 as uint16.
+        counts: `(N, L)`, contiguous, of the type of `x` (float32 for bfloat16): how many times each position counts; 1
+            if None.
+        mean, var: `(C,)`, float64. Written; 0 if nothing counts.
+        cache: Bytes of the L2 cache that a tile may occupy.
+    """
+    cut = tiling(x.shape, x.itemsize, 1, cache)
+    _launch(moments_kernel, cut, x, None, counts, None, None, None, mean, var)
+
+
+def normalize(
+    x: Array,
+    residual: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    y: Array,
+    *,
+    cache: int = CACHE,
+) -> None:
+    """Write `act((x - mean) * rstd * weight + bias + residual)` into `y`.
+
+    Args:
+        x, residual, y: `(N, C, L)`, contiguous, of one type.
+        mean, rstd: `(C,)`, float64.
+        weight, bias: `(C,)`, of the type of `x` (float32 for bfloat16); 1 and 0 if None.
+        activation: As in `definition.normalize`.
+        cache: As in `moments`.
+    """
+    cut = tiling(x.shape, x.itemsize, 1, cache)
+    _launch(normalize_kernel, cut, x, residual, None, weight, bias, activation, mean, rstd, y)
+
+
+def grad_sums(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    sum_dz: Array,
+    sum_dz_xhat: Array,
+    *,
+    cache: int = CACHE,
+) -> None:
+    """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)` and `z` is recomputed from `x`.
+
+    Args:
+        dy: Like `x`.
+        x, residual, mean, rstd, weight, bias, activation: As in `normalize`.
+        sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
+        cache: As in `moments`.
+    """
+    cut = tiling(x.shape, x.itemsize, 2, cache)
+    _launch(
+        grad_sums_kernel, cut, x, residual, None, weight, bias, activation, dy, mean, rstd, sum_dz, sum_dz_xhat
+    )  # fmt: skip
+
+
+def grad_input(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    counts: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    sum_dz: Array,
+    sum_dz_xhat: Array,
+    count: float,
+    activation: ActivationSpec,
+    dx: Array,
+    d_residual: Array | None,
+    *,
+    cache: int = CACHE,
+) -> None:
+    """Write the gradient with respect to `x` into `dx`, and `dz` into `d_residual`.
+
+    Args:
+        dy, x, residual, mean, rstd, weight, bias, activation: As in `grad_sums`.
+        counts: As in `moments`.
+        sum_dz, sum_dz_xhat: `(C,)`, float64: the sums over all values behind `mean` and `rstd`.
+        count: The number of these values; `inf` if `mean` and `rstd` are constants.
+        dx: Like `x`. Written.
+        d_residual: Like `x`; None if and only if `residual` is None. Written.
+        cache: As in `moments`.
+    """
+    cut = tiling(x.shape, x.itemsize, 2, cache)
+    _launch(
+        grad_input_kernel, cut, x, residual, counts, weight, bias, activation,
+        dy, mean, rstd, sum_dz, sum_dz_xhat, count, dx, dx if d_residual is None else d_residual,
+    )  # fmt: skip
+
+
+def forward(
+    x: Array,
+    residual: Array | None,
+    counts: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    activation: ActivationSpec,
+    y: Array,
+    mean: Array,
+    var: Array,
+    rstd: Array,
+    *,
+    cache: int = CACHE,
+) -> None:
+    """`moments`, then `normalize`, on one block of channels after another if blocks fit the cache.
+
+    Args:
+        x, residual, counts, weight, bias, activation, cache: As in `moments` and `normalize`.
+        eps: Added to the variance.
+        y: Like `x`. Written.
+        mean, var, rstd: `(C,)`, float64. Written.
+    """
+    cut = tiling(x.shape, x.itemsize, 1, cache)
+    if cut.fused(x):
+        _launch(forward_kernel, cut, x, residual, counts, weight, bias, activation, eps, y, mean, var, rstd)
+        return
+    moments(x, counts, mean, var, cache=cache)
+    np.divide(1.0, np.sqrt(var + eps), out=rstd)
+    normalize(x, residual, mean, rstd, weight, bias, activation, y, cache=cache)
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    residual: Array | None,
+    counts: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    count: float,
+    activation: ActivationSpec,
+    sum_dz: Array,
+    sum_dz_xhat: Array,
+    dx: Array,
+    d_residual: Array | None,
+    *,
+    cache: int = CACHE,
+) -> None:
+    """`grad_sums`, then `grad_input`, on one block of channels after another if blocks fit the cache.
+
+    Args:
+        dy, x, residual, counts, mean, rstd, weight, bias, count, activation, dx, d_residual, cache: As in `grad_input`.
+        sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
+    """
+    cut = tiling(x.shape, x.itemsize, 2, cache)
+    if cut.fused(x):
+        _launch(
+            backward_kernel, cut, x, residual, counts, weight, bias, activation,
+            dy, mean, rstd, count, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
+        )  # fmt: skip
+        return
+    grad_sums(dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat, cache=cache)
+    grad_input(
+        dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual,
+        cache=cache,
+    )  # fmt: skip
+
+
+def update_running(
+    mean: Array, var: Array, count: float, update_rate: float, running_mean: Array, running_var: Array, updated: Array
+) -> None:
+    """Move the running statistics towards those of a batch, unless one of the batch's is not finite.
+
+    Args:
+        mean, var: `(C,)`, float64; the variance is biased.
+        count: Values per channel; the running variance moves towards `var * count / (count - 1)`.
+        update_rate: The weight of the new batch.
+        running_mean, running_var: `(C,)`. Changed in place.
+        updated: `(1,)`, boolean: whether the running statistics were moved. Written.
+    """
+    correction = count / (count - 1) if count > 1 else 1.0
+    threads.run(update_running_kernel(), False, mean, var, correction, update_rate, running_mean, running_var, updated)
