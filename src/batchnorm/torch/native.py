@@ -34,7 +34,7 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
     x = call.x
-    if x.is_cpu and plan.unbiased and is_eager() and is_finite(x):
+    if x.is_cpu and x.dtype is call.arithmetic and plan.unbiased and is_eager() and is_finite(x):
         rate = running.rate()
         assert isinstance(rate, float)
         # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
