@@ -66,12 +66,12 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
         dx, d_weight, d_bias, d_residual = function.backward(
             dy, call, how, cpu.tables(call, kept=False), statistics[:, None], (needs_x, needs_residual)
         )
-    none = call.x.new_empty(0)
+    # Outputs share no memory, not even where nothing is asked for.
     return (
-        none if dx is None else dx,
-        none if call.weight is None else d_weight.to(call.weight.dtype, copy=True),
-        none.clone() if call.bias is None else d_bias.to(call.bias.dtype, copy=True),
-        none.clone() if d_residual is None else d_residual,
+        call.x.new_empty(0) if dx is None else dx,
+        call.x.new_empty(0) if call.weight is None else d_weight.to(call.weight.dtype, copy=True),
+        call.x.new_empty(0) if call.bias is None else d_bias.to(call.bias.dtype, copy=True),
+        call.x.new_empty(0) if d_residual is None else d_residual,
     )
 
 
