@@ -4,16 +4,15 @@
 Comparisons are written so that a NaN comes out as NaN.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
+from triton.language import constexpr, tensor
 
 __all__ = ["activate", "activate_grad"]
 
 
 @triton.jit
-def _expm1(z: Any) -> Any:
+def _expm1(z: tensor) -> tensor:
     """`e^z - 1` for `z <= 0`: its Taylor series near 0, where the subtraction would lose digits."""
     series = 1 / 720 + z * (1 / 5040 + z * (1 / 40320))
     series = 1 / 2 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z * series)))
@@ -21,7 +20,7 @@ def _expm1(z: Any) -> Any:
 
 
 @triton.jit
-def _sigmoid(z: Any) -> Any:
+def _sigmoid(z: tensor) -> tl.tuple:
     """`sigmoid(z)` and `1 - sigmoid(z)`, each as exact as the other."""
     e = tl.exp(-tl.abs(z))  # never of a positive number, so it cannot overflow
     large = 1.0 / (1.0 + e)
@@ -30,14 +29,14 @@ def _sigmoid(z: Any) -> Any:
 
 
 @triton.jit
-def _tanh(z: Any) -> Any:
+def _tanh(z: tensor) -> tensor:
     e = _expm1(-2.0 * tl.abs(z))
     size = -e / (2.0 + e)
     return tl.where(z < 0, -size, size)
 
 
 @triton.jit
-def _normal(z: Any) -> Any:
+def _normal(z: tensor) -> tl.tuple:
     """The normal distribution's function and density.
 
     The tail is the density times a polynomial in `u = 1/(1 + 0.3|z|)`, a minimax fit good to 4e-9: one exponential
@@ -52,12 +51,12 @@ def _normal(z: Any) -> Any:
 
 
 @triton.jit
-def _relu6(z: Any) -> Any:
+def _relu6(z: tensor) -> tensor:
     return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
 
 
 @triton.jit
-def activate(z: Any, parameter: Any, ACT: tl.constexpr) -> Any:
+def activate(z: tensor, parameter: tensor, ACT: constexpr) -> tensor:
     """`act(z)`, where `parameter` belongs to leaky_relu or elu."""
     if ACT == "relu":
         return tl.where(z <= 0, 0.0, z)
@@ -86,7 +85,7 @@ def activate(z: Any, parameter: Any, ACT: tl.constexpr) -> Any:
 
 
 @triton.jit
-def activate_grad(z: Any, dy: Any, parameter: Any, ACT: tl.constexpr) -> Any:
+def activate_grad(z: tensor, dy: tensor, parameter: tensor, ACT: constexpr) -> tensor:
     """`dz = dy * act'(z)`; where the derivative is 0 over a range it is 0 whatever `dy` is, infinity included."""
     if ACT == "relu":
         return tl.where(z <= 0, 0.0, dy)

@@ -3,10 +3,9 @@
 `z` and `act'(z)` are computed again from `x`, in the same arithmetic as forward.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
+from triton.language import constexpr, tensor
 
 from batchnorm.kernels.gpu.activations import activate_grad
 from batchnorm.kernels.gpu.order import arrive, draw, raise_flag, wait
@@ -17,13 +16,12 @@ __all__ = ["backward_kernel"]
 
 @triton.jit
 def _sweep(
-    dy: Any, x: Any, residual: Any, counts: Any, weight: Any, bias: Any, mean: Any, rstd: Any,
-    sum_dz: Any, sum_dz_xhat: Any, count: Any, number_of_values: Any, parameter: Any, dx: Any, d_residual: Any,
-    walk: Any, unit: Any, number: Any, SUM: tl.constexpr, WRITE: tl.constexpr, CONSTANT: tl.constexpr,
-    ACT: tl.constexpr, STREAM: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
-) -> Any:  # fmt: skip
+    dy: tensor, x: tensor, residual: tensor, counts: tensor, weight: tensor, bias: tensor, mean: tensor, rstd: tensor,
+    sum_dz: tensor, sum_dz_xhat: tensor, count: tensor, number_of_values: tensor, parameter: tensor, dx: tensor,
+    d_residual: tensor, walk: tl.tuple, unit: tensor, number: tensor, SUM: constexpr, WRITE: constexpr,
+    CONSTANT: constexpr, ACT: constexpr, STREAM: constexpr, ROWS: constexpr, COLUMNS: constexpr, VEC: constexpr,
+    CHANNELS: constexpr, POSITIONS: constexpr, WIDE: constexpr, STAGES: constexpr,
+) -> tl.tuple:  # fmt: skip
     """Go through a part once: `SUM` what each channel's gradient adds up to, `WRITE` the gradients, or both.
 
     `dx = scale*dz - ((x - mean)*slope + level)`; if the statistics are `CONSTANT`, the first term alone.
@@ -47,12 +45,12 @@ def _sweep(
         step = scale / n
         slope = step * std * tl.load(sum_dz_xhat + place, mask=exists, other=0.0, volatile=True)
         level = step * tl.load(sum_dz + place, mask=exists, other=0.0, volatile=True)
-    first, last, _ = part(walk, unit, number, ROWS, VEC, POSITIONS)
+    first, last, _count = part(walk, unit, number, ROWS, VEC, POSITIONS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     total_d = tl.zeros([ROWS, COLUMNS], tl.float32)
     for t in tl.range(first, last, num_stages=STAGES):
         offset, position, there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
-        keep: tl.constexpr = "evict_first" if WRITE else "evict_last"
+        keep: constexpr = "evict_first" if WRITE else "evict_last"
         d = tl.load(x + offset, mask=mask, other=0.0, eviction_policy=keep).to(tl.float32) - center[None, :]
         dz = tl.load(dy + offset, mask=mask, other=0.0, eviction_policy=keep).to(tl.float32)
         if ACT != "none":
@@ -64,7 +62,7 @@ def _sweep(
             total += tl.where(mask, dz, 0.0)
             total_d += tl.where(mask, dz * d, 0.0)
         if WRITE:
-            stream: tl.constexpr = "evict_first" if STREAM else ""
+            stream: constexpr = "evict_first" if STREAM else ""
             if dx is not None:
                 gradient = scale[None, :] * dz
                 if not CONSTANT:
@@ -84,7 +82,7 @@ def _sweep(
 
 
 @triton.jit
-def _merge(parts: Any, unit: Any, part_count: Any, CHANNELS: tl.constexpr, MERGE: tl.constexpr) -> Any:
+def _merge(parts: tensor, unit: tensor, part_count: tensor, CHANNELS: constexpr, MERGE: constexpr) -> tl.tuple:
     begin = parts + unit * part_count * (2 * CHANNELS)
     channel = tl.arange(0, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float64)
@@ -107,22 +105,22 @@ NUMBERS = [
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def backward_kernel(
-    dy: Any, x: Any, residual: Any, counts: Any, dx: Any, d_residual: Any,
-    weight: Any, bias: Any, mean: Any, rstd: Any, sum_dz: Any, sum_dz_xhat: Any, count: Any, state: Any, parts: Any,
-    number_of_values: Any, parameter: Any,
-    C: Any, L: Any, width: Any, row_vectors: Any, width_vectors: Any, blocks: Any, small: Any, larger: Any, extra: Any,
-    part_tiles: Any, part_count: Any, units: Any, wave_units: Any, waves: Any,
-    SUM: tl.constexpr, WRITE: tl.constexpr, ALONE: tl.constexpr, CONSTANT: tl.constexpr, ACT: tl.constexpr,
-    STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr,
-    POSITIONS: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    dy: tensor, x: tensor, residual: tensor, counts: tensor, dx: tensor, d_residual: tensor, weight: tensor,
+    bias: tensor, mean: tensor, rstd: tensor, sum_dz: tensor, sum_dz_xhat: tensor, count: tensor, state: tensor,
+    parts: tensor, number_of_values: tensor, parameter: tensor, C: tensor, L: tensor, width: tensor,
+    row_vectors: tensor, width_vectors: tensor, blocks: tensor, small: tensor, larger: tensor, extra: tensor,
+    part_tiles: tensor, part_count: tensor, units: tensor, wave_units: tensor, waves: tensor, SUM: constexpr,
+    WRITE: constexpr, ALONE: constexpr, CONSTANT: constexpr, ACT: constexpr, STREAM: constexpr, ROWS: constexpr,
+    COLUMNS: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr, MERGE: constexpr, WIDE: constexpr,
+    STAGES: constexpr,
 ) -> None:  # fmt: skip
     """`SUM` and `WRITE` say which stages to do; `ALONE`, that a unit is one part, for one program to do whole.
 
     If no gradient needs the sums (`CONSTANT` statistics, or no `dx`), one sweep does both stages.
     """
     walk = Walk(C, L, width, row_vectors, width_vectors, blocks, small, larger, extra, part_tiles)
-    AT_ONCE: tl.constexpr = SUM and WRITE and CONSTANT
-    ORDERED: tl.constexpr = SUM and WRITE and not CONSTANT and not ALONE
+    AT_ONCE: constexpr = SUM and WRITE and CONSTANT
+    ORDERED: constexpr = SUM and WRITE and not CONSTANT and not ALONE
     if ORDERED:
         writes, unit, number = draw(state, units, part_count, wave_units, waves)
         sums = (writes == 0) & (unit < units)
@@ -153,7 +151,7 @@ def backward_kernel(
                     sum_d = total_d
                 else:
                     sum_z, sum_d = _merge(parts, unit, part_count, CHANNELS, MERGE)
-                place, channel, exists = channels(walk, unit, CHANNELS)
+                place, _channel, exists = channels(walk, unit, CHANNELS)
                 std = tl.load(rstd + place, mask=exists, other=0.0)
                 tl.store(sum_dz + place, sum_z.to(tl.float32), mask=exists)
                 tl.store(sum_dz_xhat + place, (sum_d * std).to(tl.float32), mask=exists)

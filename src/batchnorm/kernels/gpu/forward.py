@@ -1,15 +1,14 @@
 """The forward stages: moments, their merge, the running update, and normalize, in one kernel.
 
-A part is measured without a barrier: every slot of a tile (its threads' registers) measures its values from the first
-one that it saw. Then all slots are moved to the mean of the part. A slot's values are at most `part_tiles` in number, so
-their squares about the first of them are at most `1 + part_tiles` times those about their mean: an outlier in the first
-place costs little. Parts are merged in float64.
+A part is measured without a barrier: every slot of a tile (the registers of its threads) measures its values from the
+first one that it saw. Then all slots are moved to the mean of the part. A slot has at most `part_tiles` values, so the
+squares about the first of them are at most `1 + part_tiles` times those about their mean: an outlier in first place
+costs little. Parts are merged in float64.
 """
-
-from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language import constexpr, tensor
 
 from batchnorm.kernels.gpu.activations import activate
 from batchnorm.kernels.gpu.order import arrive, draw, raise_flag, settled_all, wait
@@ -23,11 +22,10 @@ __all__ = ["forward_kernel"]
 
 @triton.jit
 def _measure(
-    x: Any, counts: Any, walk: Any, unit: Any, number: Any,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
-) -> Any:  # fmt: skip
-    """One part: how much its values count for, their mean, and the sums of `x - mean` (rounding left it) and squares."""
+    x: tensor, counts: tensor, walk: tl.tuple, unit: tensor, number: tensor, ROWS: constexpr, COLUMNS: constexpr,
+    VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr, WIDE: constexpr, STAGES: constexpr,
+) -> tl.tuple:  # fmt: skip
+    """One part: its values' count, mean, and sums of `x - mean` (what rounding left) and of `(x - mean)^2`."""
     first, last, count = part(walk, unit, number, ROWS, VEC, POSITIONS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -46,11 +44,11 @@ def _measure(
             squares += weight * d * d
         sizes = over_tile(size, walk, COLUMNS, CHANNELS, POSITIONS)
     else:
-        offset, position, there, mask = tile(walk, unit, first, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
+        offset, _position, there, mask = tile(walk, unit, first, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
         center = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         size = there.to(tl.float32)
         for t in tl.range(first + 1, last, num_stages=STAGES):
-            offset, position, there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
+            offset, _position, there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
             value = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
             d = tl.where(mask, value - center, 0.0)
             size += there.to(tl.float32)
@@ -68,8 +66,8 @@ def _measure(
 
 @triton.jit
 def _store_part(
-    parts: Any, unit: Any, number: Any, part_count: Any, sizes: Any, mean: Any, total: Any, squares: Any,
-    CHANNELS: tl.constexpr,
+    parts: tensor, unit: tensor, number: tensor, part_count: tensor, sizes: tensor, mean: tensor, total: tensor,
+    squares: tensor, CHANNELS: constexpr,
 ) -> None:  # fmt: skip
     place = parts + (unit * part_count + number) * (4 * CHANNELS) + tl.arange(0, CHANNELS)
     tl.store(place, sizes)
@@ -79,7 +77,7 @@ def _store_part(
 
 
 @triton.jit
-def _merge(parts: Any, unit: Any, part_count: Any, CHANNELS: tl.constexpr, MERGE: tl.constexpr) -> Any:
+def _merge(parts: tensor, unit: tensor, part_count: tensor, CHANNELS: constexpr, MERGE: constexpr) -> tl.tuple:
     """Count, mean and variance of a unit's channels, from its parts.
 
     All are moved to the mean of the first one that has values. In float64 no digit that matters is lost.
@@ -110,7 +108,7 @@ def _merge(parts: Any, unit: Any, part_count: Any, CHANNELS: tl.constexpr, MERGE
 
 
 @triton.jit
-def _moments(size: Any, center: Any, total: Any, squares: Any) -> Any:
+def _moments(size: tensor, center: tensor, total: tensor, squares: tensor) -> tl.tuple:
     """Count, mean and variance in float64; all 0 without values."""
     share = tl.where(size > 0, 1.0 / size.to(tl.float64), 0.0)
     shift = total.to(tl.float64) * share
@@ -120,8 +118,8 @@ def _moments(size: Any, center: Any, total: Any, squares: Any) -> Any:
 
 @triton.jit
 def _store_moments(
-    walk: Any, unit: Any, size: Any, center: Any, spread: Any, eps: Any,
-    mean: Any, var: Any, rstd: Any, count: Any, CHANNELS: tl.constexpr,
+    walk: tl.tuple, unit: tensor, size: tensor, center: tensor, spread: tensor, eps: tensor, mean: tensor, var: tensor,
+    rstd: tensor, count: tensor, CHANNELS: constexpr,
 ) -> None:  # fmt: skip
     place, channel, there = channels(walk, unit, CHANNELS)
     tl.store(mean + place, center.to(tl.float32), mask=there)
@@ -137,9 +135,9 @@ def _store_moments(
 
 @triton.jit
 def _update_running(
-    walk: Any, mean: Any, var: Any, count: Any, groups: Any, rate: Any,
-    running_mean: Any, running_var: Any, tracked: Any, skipped: Any,
-    CUMULATIVE: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr,
+    walk: tl.tuple, mean: tensor, var: tensor, count: tensor, groups: tensor, rate: tensor, running_mean: tensor,
+    running_var: tensor, tracked: tensor, skipped: tensor, CUMULATIVE: constexpr, UNBIASED: constexpr,
+    BLOCK: constexpr,
 ) -> None:  # fmt: skip
     """`running += rate * (batch - running)` with the moments of all groups together, unless these are not finite.
 
@@ -201,10 +199,9 @@ def _update_running(
 
 @triton.jit
 def _write(
-    x: Any, residual: Any, weight: Any, bias: Any, mean: Any, rstd: Any, parameter: Any, y: Any,
-    walk: Any, unit: Any, number: Any, ACT: tl.constexpr, STREAM: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
-    WIDE: tl.constexpr, STAGES: tl.constexpr,
+    x: tensor, residual: tensor, weight: tensor, bias: tensor, mean: tensor, rstd: tensor, parameter: tensor,
+    y: tensor, walk: tl.tuple, unit: tensor, number: tensor, ACT: constexpr, STREAM: constexpr, ROWS: constexpr,
+    COLUMNS: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr, WIDE: constexpr, STAGES: constexpr,
 ) -> None:  # fmt: skip
     place, channel, exists = columns(walk, unit, COLUMNS, CHANNELS, POSITIONS)
     center = tl.load(mean + place, mask=exists, other=0.0, volatile=True)
@@ -214,9 +211,9 @@ def _write(
     shift = tl.zeros_like(scale)
     if bias is not None:
         shift = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
-    first, last, _ = part(walk, unit, number, ROWS, VEC, POSITIONS)
+    first, last, _count = part(walk, unit, number, ROWS, VEC, POSITIONS)
     for t in tl.range(first, last, num_stages=STAGES):
-        offset, position, there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
+        offset, _position, _there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
         value = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         z = (value - center[None, :]) * scale[None, :] + shift[None, :]
         if residual is not None:
@@ -237,22 +234,18 @@ NUMBERS = [
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def forward_kernel(
-    x: Any, residual: Any, counts: Any, y: Any,
-    weight: Any, bias: Any, mean: Any, var: Any, rstd: Any, count: Any,
-    running_mean: Any, running_var: Any, tracked: Any, skipped: Any, state: Any, parts: Any,
-    eps: Any, parameter: Any, rate: Any,
-    C: Any, L: Any, width: Any, row_vectors: Any, width_vectors: Any, blocks: Any, small: Any, larger: Any, extra: Any,
-    part_tiles: Any, part_count: Any, units: Any, groups: Any, wave_units: Any, waves: Any,
-    MEASURE: tl.constexpr, WRITE: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, CUMULATIVE: tl.constexpr,
-    UNBIASED: tl.constexpr, STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, MERGE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    x: tensor, residual: tensor, counts: tensor, y: tensor, weight: tensor, bias: tensor, mean: tensor, var: tensor,
+    rstd: tensor, count: tensor, running_mean: tensor, running_var: tensor, tracked: tensor, skipped: tensor,
+    state: tensor, parts: tensor, eps: tensor, parameter: tensor, rate: tensor, C: tensor, L: tensor, width: tensor,
+    row_vectors: tensor, width_vectors: tensor, blocks: tensor, small: tensor, larger: tensor, extra: tensor,
+    part_tiles: tensor, part_count: tensor, units: tensor, groups: tensor, wave_units: tensor, waves: tensor,
+    MEASURE: constexpr, WRITE: constexpr, ALONE: constexpr, ACT: constexpr, CUMULATIVE: constexpr, UNBIASED: constexpr,
+    STREAM: constexpr, ROWS: constexpr, COLUMNS: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr,
+    MERGE: constexpr, WIDE: constexpr, STAGES: constexpr,
 ) -> None:  # fmt: skip
     """`MEASURE` and `WRITE` say which stages to do; `ALONE`, that a unit is one part, for one program to do whole."""
     walk = Walk(C, L, width, row_vectors, width_vectors, blocks, small, larger, extra, part_tiles)
-    if count is None:
-        counted = parts  # one number per group
-    else:
-        counted = count
+    counted = parts if count is None else count  # one number per group
     parts += tl.cdiv(groups, 32) * 32
     if MEASURE and WRITE and not ALONE:
         writes, unit, number = draw(state, units, part_count, wave_units, waves)

@@ -20,8 +20,7 @@ Tensor = torch.Tensor
 
 
 class Scratch:
-    """Memory through which the programs of a launch speak to each other: counters, which every launch leaves zero, and
-    parts of sums.
+    """Memory in which the programs of a launch meet: counters, which every launch leaves zero, and parts of sums.
 
     Two launches may share it if one begins when the other has ended, as on one stream. The stages keep one for each
     stream of each device. While a CUDA graph is captured they make one for each launch, in the graph's own memory, and
@@ -90,7 +89,13 @@ class Launch:
         self.programs = cut.programs(passes)
         self.integers = integers
         self.constants = constants
-        self.options = {"num_warps": cut.warps, "num_stages": max(1, cut.stages), "enable_fp_fusion": True}
+        self.options: dict[str, Any] = {
+            "num_warps": cut.warps,
+            "num_stages": max(1, cut.stages),
+            "enable_fp_fusion": True,
+        }
+        if cut.registers:
+            self.options["maxnreg"] = cut.registers
         self.counters = 2 + 3 * cut.units
         self.numbers = numbers
         self._fast: Callable[..., None] | None = None

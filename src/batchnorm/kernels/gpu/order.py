@@ -5,11 +5,11 @@ Statistics need all of a unit's values, and normalizing needs the statistics. On
     measure(wave 0), measure(wave 1), write(wave 0), measure(wave 2), write(wave 1), ...
 
 and a program takes the next number from a ticket counter when it starts. So it waits only for programs that have
-already started, and these wait for nobody: there is no deadlock, however few programs run at once. A wave is a number of
-units small enough for the L2 cache to hold it until it is written; a wave of all units makes two plain passes.
+already started, and these do not wait: there is no deadlock, however few programs run at once. A wave is a few units,
+which the L2 cache can hold until they are written; a wave of all units makes two plain passes.
 
-The last of a unit's parts to be measured merges them all, in their order, whoever comes last: results have the same bits
-every time. It then raises the unit's flag.
+The program that measures the last of a unit's parts merges them all, in the order of their numbers. Which program that
+is makes no difference: results have the same bits every time. It then raises the unit's flag.
 
 `state` is zero between launches. Whoever is the last to need a counter sets it back: no launch goes before to do so. It
 has a ticket counter, a counter of settled units, and for each unit: parts that arrived, a flag, parts that left.
@@ -19,10 +19,9 @@ another program's thread does one with `acquire`, its threads meet, and then loa
 come from the L2 cache (an L1 cache may hold older values) and stay behind the barrier.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
+from triton.language import tensor
 
 __all__ = ["arrive", "draw", "raise_flag", "settled_all", "wait"]
 
@@ -32,7 +31,7 @@ UNITS = tl.constexpr(2)
 
 
 @triton.jit
-def draw(state: Any, units: Any, parts: Any, wave_units: Any, waves: Any) -> Any:
+def draw(state: tensor, units: tensor, parts: tensor, wave_units: tensor, waves: tensor) -> tl.tuple:
     """Take the next task: whether it is one that writes, its unit (none if `unit >= units`) and its part."""
     stage = wave_units * parts
     ticket = tl.atomic_add(state + TICKET, 1, sem="relaxed")
@@ -50,7 +49,7 @@ def draw(state: Any, units: Any, parts: Any, wave_units: Any, waves: Any) -> Any
 
 
 @triton.jit
-def arrive(state: Any, unit: Any, parts: Any) -> Any:
+def arrive(state: tensor, unit: tensor, parts: tensor) -> tensor:
     """Say that a part is stored. True for the last one, which then sees all the others."""
     tl.debug_barrier()
     counter = state + UNITS + 3 * unit
@@ -62,14 +61,14 @@ def arrive(state: Any, unit: Any, parts: Any) -> Any:
 
 
 @triton.jit
-def raise_flag(state: Any, unit: Any) -> None:
+def raise_flag(state: tensor, unit: tensor) -> None:
     """Say that the unit's statistics are stored."""
     tl.debug_barrier()
     tl.atomic_xchg(state + UNITS + 3 * unit + 1, 1, sem="release")
 
 
 @triton.jit
-def wait(state: Any, unit: Any, parts: Any) -> None:
+def wait(state: tensor, unit: tensor, parts: tensor) -> None:
     """Wait for the unit's flag. The last part to see it takes it down."""
     flag = state + UNITS + 3 * unit + 1
     while tl.atomic_add(flag, 0, sem="acquire") == 0:
@@ -81,7 +80,7 @@ def wait(state: Any, unit: Any, parts: Any) -> None:
 
 
 @triton.jit
-def settled_all(state: Any, units: Any) -> Any:
+def settled_all(state: tensor, units: tensor) -> tensor:
     """Say that a unit's statistics are stored. True for the last unit, which then sees all the others."""
     tl.debug_barrier()
     last = tl.atomic_add(state + SETTLED, 1, sem="acq_rel") == units - 1

@@ -4,8 +4,8 @@ Arguments of all stages:
 
 - `x, y, dy, dx, residual, d_residual`: `(N, C, L)`, contiguous; channels-last data as `(R, C, 1)`. All of one type, one
   of `DTYPES`.
-- `counts`: `(N, L)`, contiguous, float32: what each value counts for; 1 if None. What counts 0 is ignored, even if it is
-  NaN.
+- `counts`: `(N, L)`, contiguous, float32: what each value counts for; 1 if None. A value that counts 0 is ignored, even
+  if it is NaN.
 - `weight, bias`: `(C,)`, of one of `DTYPES`; 1 and 0 if None.
 - `mean, var, rstd, sum_dz, sum_dz_xhat`: `(C,)`, float32, contiguous; `(groups, C)` for groups.
 - `activation`: As in `definition.normalize`.
@@ -265,7 +265,9 @@ def _key(kernel: str, variant: Variant, tensors: tuple[Tensor | None, ...], larg
 
 def _check(x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}; convert it, or normalize it on the CPU")
+        raise TypeError(
+            f"x must be float32, float16 or bfloat16, got {x.dtype}; convert it, or normalize it on the CPU"
+        )
     if x.dim() != 3:
         raise ValueError(f"x must have shape (N, C, L), got {tuple(x.shape)}")
 

@@ -12,10 +12,11 @@ Constants of a kernel: `ROWS` and `COLUMNS` of a tile; `VEC`, the adjacent value
 and 0 when walking by channel; `WIDE`, whether offsets need 64 bits.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language import constexpr, tensor
 
 __all__ = ["Walk", "channels", "columns", "group_values", "over_tile", "part", "tile", "to_columns"]
 
@@ -36,20 +37,20 @@ class Walk(NamedTuple):
         part_tiles: Tiles of a part, which is what one task goes through.
     """
 
-    channels: Any
-    positions: Any
-    width: Any
-    row_vectors: Any
-    width_vectors: Any
-    blocks: Any
-    small: Any
-    larger: Any
-    extra: Any
-    part_tiles: Any
+    channels: tensor
+    positions: tensor
+    width: tensor
+    row_vectors: tensor
+    width_vectors: tensor
+    blocks: tensor
+    small: tensor
+    larger: tensor
+    extra: tensor
+    part_tiles: tensor
 
 
 @triton.jit
-def _group(walk: Any, unit: Any) -> Any:
+def _group(walk: tl.tuple, unit: tensor) -> tl.tuple:
     """The first sample of a unit's group, and how many there are."""
     group = unit // walk.blocks
     first = group * walk.small + tl.minimum(group, walk.larger) * walk.extra
@@ -57,16 +58,18 @@ def _group(walk: Any, unit: Any) -> Any:
 
 
 @triton.jit
-def group_values(walk: Any, unit: Any) -> Any:
+def group_values(walk: tl.tuple, unit: tensor) -> tensor:
     """How many values each channel has in a unit's group."""
-    _, samples = _group(walk, unit)
+    _first, samples = _group(walk, unit)
     return samples.to(tl.float32) * walk.positions
 
 
 @triton.jit
-def part(walk: Any, unit: Any, number: Any, ROWS: tl.constexpr, VEC: tl.constexpr, POSITIONS: tl.constexpr) -> Any:
+def part(
+    walk: tl.tuple, unit: tensor, number: tensor, ROWS: constexpr, VEC: constexpr, POSITIONS: constexpr
+) -> tl.tuple:
     """The first tile of a part, the one behind its last, and how many values each channel has between them."""
-    _, samples = _group(walk, unit)
+    _first, samples = _group(walk, unit)
     if POSITIONS == 0:
         rows = samples * walk.row_vectors
         values = VEC
@@ -81,9 +84,9 @@ def part(walk: Any, unit: Any, number: Any, ROWS: tl.constexpr, VEC: tl.constexp
 
 @triton.jit
 def tile(
-    walk: Any, unit: Any, number: Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    POSITIONS: tl.constexpr, WIDE: tl.constexpr,
-) -> Any:  # fmt: skip
+    walk: tl.tuple, unit: tensor, number: tensor, ROWS: constexpr, COLUMNS: constexpr, VEC: constexpr,
+    POSITIONS: constexpr, WIDE: constexpr,
+) -> tl.tuple:  # fmt: skip
     """Where the values of a tile are.
 
     Returns:
@@ -122,7 +125,7 @@ def tile(
 
 
 @triton.jit
-def _numbers(walk: Any, unit: Any, local: Any) -> Any:
+def _numbers(walk: tl.tuple, unit: tensor, local: tensor) -> tl.tuple:
     block = unit % walk.blocks
     channel = block * walk.width + local
     there = (local < walk.width) & (channel < walk.channels)
@@ -130,25 +133,20 @@ def _numbers(walk: Any, unit: Any, local: Any) -> Any:
 
 
 @triton.jit
-def channels(walk: Any, unit: Any, CHANNELS: tl.constexpr) -> Any:
+def channels(walk: tl.tuple, unit: tensor, CHANNELS: constexpr) -> tl.tuple:
     """Where each channel of a block has its statistics, which channel it is, and whether there is one."""
     return _numbers(walk, unit, tl.arange(0, CHANNELS))
 
 
 @triton.jit
-def columns(walk: Any, unit: Any, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr) -> Any:
+def columns(walk: tl.tuple, unit: tensor, COLUMNS: constexpr, CHANNELS: constexpr, POSITIONS: constexpr) -> tl.tuple:
     """The same for the channel of each column of a tile; of shape `(1,)` when walking by channel."""
-    if POSITIONS > 1:
-        local = tl.arange(0, COLUMNS) // walk.positions
-    else:
-        local = tl.arange(0, CHANNELS)
+    local = tl.arange(0, COLUMNS) // walk.positions if POSITIONS > 1 else tl.arange(0, CHANNELS)
     return _numbers(walk, unit, local)
 
 
 @triton.jit
-def over_tile(
-    values: Any, walk: Any, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr
-) -> Any:  # fmt: skip
+def over_tile(values: tensor, walk: tl.tuple, COLUMNS: constexpr, CHANNELS: constexpr, POSITIONS: constexpr) -> tensor:
     """Add up the values that each channel has in a tile: `(ROWS, COLUMNS)` to `(CHANNELS,)`."""
     if POSITIONS == 0:
         return tl.full([1], 0.0, tl.float32) + tl.sum(tl.sum(values, 1), 0)
@@ -165,9 +163,7 @@ def over_tile(
 
 
 @triton.jit
-def to_columns(
-    values: Any, walk: Any, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr
-) -> Any:  # fmt: skip
+def to_columns(values: tensor, walk: tl.tuple, COLUMNS: constexpr, CHANNELS: constexpr, POSITIONS: constexpr) -> tensor:
     """Give each column its channel's number: `(CHANNELS,)` to `(COLUMNS,)`."""
     if POSITIONS > 1:
         return tl.gather(values, tl.minimum(tl.arange(0, COLUMNS) // walk.positions, CHANNELS - 1), 0)

@@ -27,6 +27,7 @@ class Tuning(NamedTuple):
         merge: Numbers of parts that are merged at once.
         vector_bytes: That a thread loads at once, at most.
         wide: Whether to take offsets of 64 bits where 32 would do.
+        registers: Per thread, at most; 0 for as many as the compiler likes.
     """
 
     block: int
@@ -39,9 +40,10 @@ class Tuning(NamedTuple):
     alone_bytes: int
     alone_units: int
     stream_bytes: int
-    merge: int = 1024
+    merge: int = 256
     vector_bytes: int = 16
     wide: bool = False
+    registers: int = 0
 
 
 KB, MB = 1 << 10, 1 << 20
@@ -87,6 +89,7 @@ class Tiling(NamedTuple):
     wide: bool
     warps: int
     stages: int
+    registers: int
 
     def programs(self, passes: int) -> int:
         """How many programs do one pass, or both in order."""
@@ -166,6 +169,7 @@ def tiling(
         wave_units, -(-units // wave_units), alone, n * c * length * itemsize >= table.stream_bytes,
         rows, columns, vec, channels, positions, max(1, table.merge // channels),
         table.wide or n * c * length >= 1 << 31, table.warps, table.stages,
+        table.registers,
     )  # fmt: skip
 
 
