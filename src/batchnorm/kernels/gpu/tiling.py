@@ -1,0 +1,191 @@
+"""How a tensor is cut into tiles, parts and waves, and the table of numbers that decide it.
+
+It depends on shapes and types alone, so results have the same bits every time and on every GPU.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+__all__ = ["Tiling", "Tuning", "tiling"]
+
+
+class Tuning(NamedTuple):
+    """What may be tuned for one walk in one direction.
+
+    Attributes:
+        block: Values of a tile.
+        columns: Columns of a tile, by row.
+        warps: Of 32 threads, per program.
+        stages: Loads in flight through shared memory, in the loop over tiles; 1 for none.
+        part_tiles: Tiles of a part, at most.
+        tasks: Parts of the tensor that there should be at least, for all processors to have work.
+        wave_bytes: Of all tensors that a wave reads twice; 0 for one wave.
+        alone_bytes: The same for a unit that one program does whole.
+        alone_units: How many such units there must be, or the others do without it.
+        stream_bytes: From this size of a tensor on, what is written is not kept in the cache.
+        merge: Numbers of parts that are merged at once.
+        vector_bytes: That a thread loads at once, at most.
+        wide: Whether to take offsets of 64 bits where 32 would do.
+        registers: Per thread, at most; 0 for as many as the compiler likes.
+    """
+
+    block: int
+    columns: int
+    warps: int
+    stages: int
+    part_tiles: int
+    tasks: int
+    wave_bytes: int
+    alone_bytes: int
+    alone_units: int
+    stream_bytes: int
+    merge: int = 256
+    vector_bytes: int = 16
+    wide: bool = False
+    registers: int = 0
+
+
+KB, MB = 1 << 10, 1 << 20
+
+TUNING = {
+    # walk, direction: block, columns, warps, stages, part_tiles, tasks, wave, alone, alone units, stream
+    ("channel", "forward"): Tuning(4096, 0, 8, 1, 2, 1024, 3 * MB, 64 * KB, 128, 32 * MB),
+    ("channel", "backward"): Tuning(4096, 0, 8, 1, 2, 1024, 3 * MB, 96 * KB, 128, 32 * MB),
+    ("row", "forward"): Tuning(4096, 512, 8, 1, 8, 512, 0, 64 * KB, 128, 32 * MB),
+    ("row", "backward"): Tuning(4096, 512, 8, 1, 8, 512, 0, 96 * KB, 128, 32 * MB),
+    ("last", "forward"): Tuning(4096, 64, 8, 1, 16, 512, 0, 32 * KB, 64, 32 * MB),
+    ("last", "backward"): Tuning(4096, 64, 8, 1, 16, 512, 0, 32 * KB, 64, 32 * MB),
+}
+"""For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100."""
+
+SHORT_RUN = 256
+"""Bytes of a run of positions under which it is walked by row, though its vectors are whole."""
+
+
+class Tiling(NamedTuple):
+    """One way to cut `(N, C, L)`; the names are those of `tiles` and of the kernels' arguments."""
+
+    width: int
+    row_vectors: int
+    width_vectors: int
+    blocks: int
+    small: int
+    larger: int
+    extra: int
+    part_tiles: int
+    part_count: int
+    units: int
+    wave_units: int
+    waves: int
+    alone: bool
+    stream: bool
+    rows: int
+    columns: int
+    vec: int
+    channels: int
+    positions: int
+    merge: int
+    wide: bool
+    warps: int
+    stages: int
+    registers: int
+
+    def programs(self, passes: int) -> int:
+        """How many programs do one pass, or both in order."""
+        if passes == 1 or self.alone:
+            return self.units * self.part_count
+        return 2 * self.waves * self.wave_units * self.part_count
+
+
+@functools.lru_cache(maxsize=4096)
+def tiling(
+    shape: tuple[int, int, int],
+    itemsize: int,
+    tensors: int,
+    direction: str,
+    aligned: bool,
+    groups: int = 1,
+    samples: int | None = None,
+    tuning: Tuning | None = None,
+) -> Tiling:
+    """Cut `(N, C, L)`.
+
+    Args:
+        shape: `(N, C, L)`; channels-last, `(R, C, 1)`.
+        itemsize: Bytes of a value.
+        tensors: How many tensors of this shape are read twice.
+        direction: `"forward"` or `"backward"`.
+        aligned: Whether all tensors begin at a multiple of 16 bytes.
+        groups: Of samples, with statistics of their own.
+        samples: How many there are; `N` if None. Channels-last, the rows are shared out evenly among them.
+        tuning: In place of the table's.
+    """
+    n, c, length = shape
+    samples = n if samples is None else samples
+    if samples and n % samples:
+        raise ValueError(f"x of shape {shape} has {n} rows, which cannot be shared out evenly among {samples} samples")
+    if not 1 <= groups <= max(1, samples):
+        raise ValueError(f"groups must be from 1 to the number of samples, got {groups} groups of {samples} samples")
+    if max(n, c * length, n * length) >= 1 << 31:
+        raise ValueError(f"a channel or a sample must have fewer than 2^31 values, got shape {shape}")
+
+    vector = tuning.vector_bytes if tuning else 16
+    full = max(1, vector // itemsize) if aligned else 1
+    by_channel_vec = math.gcd(length, full)
+    table = tuning or TUNING["last" if length <= 1 else "row", direction]
+    width, by_row_vec = _row_block(c, length, full, table.columns) if table.columns else (0, 0)
+    by_row = width > 0 and (
+        length <= 1 or by_row_vec > by_channel_vec or (length * itemsize < SHORT_RUN and by_row_vec == by_channel_vec)
+    )
+    if not by_row:
+        table, width = tuning or TUNING["channel", direction], 1
+
+    extra = n // samples if samples else 1
+    small = samples // groups * extra
+    larger = samples % groups if samples else 0
+    largest = small + (extra if larger else 0)
+    if by_row:
+        vec, columns = by_row_vec, _power_of_two(width * length)
+        row_vectors, width_vectors = c * length // vec, width * length // vec
+        positions = _power_of_two(length)
+        channels = columns if length <= 1 else _power_of_two(width)
+        rows = max(1, min(table.block // columns, _power_of_two(largest)))
+        tiles = -(-largest // rows)
+    else:
+        vec = columns = by_channel_vec
+        row_vectors, width_vectors, positions, channels = length // vec, 0, 0, 1
+        rows = max(1, min(table.block // vec, _power_of_two(largest * row_vectors)))
+        tiles = -(-largest * row_vectors // rows)
+    tiles = max(1, tiles)
+    blocks = -(-c // width)
+    units = groups * blocks
+    unit_bytes = largest * width * length * itemsize * tensors
+    alone = tiles == 1 or (unit_bytes <= table.alone_bytes and units >= table.alone_units)
+    part_tiles = tiles if alone else max(1, min(table.part_tiles, units * tiles // table.tasks))
+    wave_units = max(1, min(units, table.wave_bytes // max(1, unit_bytes))) if table.wave_bytes else max(1, units)
+    return Tiling(
+        width, row_vectors, width_vectors, blocks, small, larger, extra, part_tiles, -(-tiles // part_tiles), units,
+        wave_units, -(-units // wave_units), alone, n * c * length * itemsize >= table.stream_bytes,
+        rows, columns, vec, channels, positions, max(1, table.merge // channels),
+        table.wide or n * c * length >= 1 << 31, table.warps, table.stages,
+        table.registers,
+    )  # fmt: skip
+
+
+def _row_block(c: int, length: int, full: int, columns: int) -> tuple[int, int]:
+    """Channels of a block, by row, and the longest vectors that rows and blocks are whole numbers of; 0 if none fit."""
+    if length == 0:
+        return 1, 1
+    most = columns // length
+    if most >= c:
+        return c, math.gcd(c * length, full)
+    if most == 0:
+        return 0, 0
+    step = next(k for k in range(1, full + 1) if k * length % full == 0)
+    width = most // step * step or most
+    return width, math.gcd(c * length, width * length, full)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
