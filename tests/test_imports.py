@@ -18,7 +18,7 @@ ORDER = [
     "batchnorm.definition",
     "batchnorm.errors",
     "batchnorm.calibration",
-    "batchnorm.folded",
+    "batchnorm.whole",
     "batchnorm.onnx",
     "batchnorm.kernels",
     "batchnorm.torch.sync",
@@ -43,6 +43,7 @@ ORDER = [
 """From what is imported to what imports."""
 
 TOGETHER = [
+    "batchnorm.whole",
     "batchnorm.kernels",
     "batchnorm.torch.*",
     "batchnorm.keras.*",

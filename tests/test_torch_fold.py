@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
-from batchnorm.folded import Folded
-from batchnorm.torch import BatchNorm1d, BatchNorm2d, RunningStatistics, convert, linear
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, RunningStatistics, convert
 from batchnorm.torch.fold import Rest, fold
 from batchnorm.torch.rewrite import origin
+from batchnorm.whole.fold import Folded
+from batchnorm.whole.linear import LinearMap
 
 
 @pytest.fixture(autouse=True)
@@ -478,9 +479,9 @@ def test_numbers_that_do_not_fit() -> None:
     model.half()
     model[1].float()
     model[1].weight.data.fill_(1e4)
-    assert "Conv2d before it would have weights that are not finite" in fold(model).skipped["1"]
+    assert "Conv2d before it would have weights that are not finite in float16" in fold(model).skipped["1"]
     model = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(6)).eval()  # it raises when it is called
-    assert "Conv2d before it has 5 channels, and it has 6" in fold(model).skipped["1"]
+    assert "Conv2d before it has 5 channels, not 6" in fold(model).skipped["1"]
 
 
 def test_layers_without_numbers() -> None:
@@ -739,15 +740,15 @@ def test_each_type_has_its_rounding(dtype: torch.dtype) -> None:
 
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)))
-    then = linear.LinearMap.then
+    then = LinearMap.then
 
-    def wrong(self: Any, layer: Any) -> Any:
-        map = then(self, layer)
+    def wrong(self: Any, normalization: Any) -> Any:
+        map = then(self, normalization)
         map.offset[1] += 1e-6
         return map
 
-    monkeypatch.setattr(linear.LinearMap, "then", wrong)
-    with pytest.raises(RuntimeError, match=r"outputs on the example inputs differ by .*e-07 of the largest"):
+    monkeypatch.setattr(LinearMap, "then", wrong)
+    with pytest.raises(RuntimeError, match=r"the folded model's outputs differ by .*e-07 of the largest"):
         fold(model, x(*IMAGES))
     assert fold(model).folded
 

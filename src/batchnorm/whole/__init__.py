@@ -1,0 +1,1 @@
+"""Tools for whole models, written once for all frameworks."""
