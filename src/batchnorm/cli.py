@@ -178,7 +178,7 @@ def fold(
     but for rounding; running both takes onnxruntime.
     """
     with _one_sentence("folding", 'pip install "batchnorm[onnx]"'):
-        from batchnorm.onnx.fold import fold_file
+        from batchnorm.onnx.command import fold_file
 
         fold_file(source, target, not no_check, quiet)
 
