@@ -90,7 +90,7 @@ class Call(NamedTuple):
             return self.x.numel() // max(1, self.x.shape[1])
         return int((self.counts > 0).sum())
 
-    def count(self) -> float | Tensor:
+    def total(self) -> float | Tensor:
         """How much the values of each channel count together; a tensor where code must not depend on values."""
         if self.counts is None:
             return torch.sym_float(self.x.numel() // max(1, self.x.shape[1]))  # type: ignore[no-any-return]
@@ -117,7 +117,7 @@ class Plan(NamedTuple):
         unbiased: Whether the running variance moves towards the unbiased one.
     """
 
-    count: float | Tensor
+    count: float | Tensor  # type: ignore[assignment]  # hides tuple.count
     constants: tuple[Tensor, Tensor] | None = None
     parts: list[Part] | None = None
     group: Group | None = None
@@ -143,7 +143,7 @@ class Batch(NamedTuple):
     moments: Tensor
     mean: Tensor
     var: Tensor
-    count: float | Tensor
+    count: float | Tensor  # type: ignore[assignment]  # hides tuple.count
     is_unbiased: bool = False
 
     @staticmethod

@@ -53,7 +53,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
     moved = None
     if plan.constants is not None:
         found = _statistics(stages, call, *plan.constants)
-        plan = plan._replace(constants=found[:2, 0].unbind())
+        plan = plan._replace(constants=(found[0, 0], found[1, 0]))
     elif plan.group is not None or plan.adjust is not None:
         mean, var = moments(stages, call)
         if plan.group is not None:
@@ -205,8 +205,8 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, how = arguments
-        call = Call(*tensors, how.eps, how.activation)
+        x, weight, bias, residual, counts, how = arguments
+        call = Call(x, weight, bias, residual, counts, how.eps, how.activation)
         numbers = how.stages.tables(call, kept=True)
         y, statistics = forward(call, how, numbers)
         # Without an activation dz = dy, whatever the residual is.
@@ -257,7 +257,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, call: Call) -> list[Tensor | 
         # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
         # share.
         inputs = [None if t is None else t.view_as(t) for t in call[:4]]
-        y, *_ = composed.forward(Call(*inputs, *call[4:]), ctx.how.plan)  # type: ignore[arg-type]
+        x, weight, bias, residual = inputs
+        assert x is not None
+        named = call._replace(x=x, weight=weight, bias=bias, residual=residual)
+        y, *_ = composed.forward(named, ctx.how.plan)
     needed = [t is not None and needs for t, needs in zip(inputs, ctx.needs_input_grad, strict=False)]
     wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if t is not None and is_needed]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())

@@ -98,7 +98,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         NotImplementedError: If `x` is not of a floating-point type.
     """
     call = Call.of(x.detach(), None, None, None, mask, 0.0, None)
-    count = float(call.count())
+    count = float(call.total())
     if count == 0:
         return Moments(0.0, *np.zeros((2, x.shape[1])))
     if x.is_cpu and x.dtype in cpu.DTYPES and is_eager() and is_plain(x):
@@ -145,7 +145,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         update = transforms.update if transforms.active() and not torch.compiler.is_compiling() else running_update
         update(running, batch, plan.unbiased)
     elif running.mean is None:
-        running.count(True)
+        running.note(True)
     return Normalized(y, chosen.name)
 
 

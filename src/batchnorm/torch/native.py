@@ -40,7 +40,7 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
         # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
         torch.autograd.graph.increment_version((running.mean, running.var))
         z = _batch_norm(call, running.mean.data, running.var.data, True, rate)
-        running.count(True)
+        running.note(True)
         return Outcome(_follow(call, z))
     # PyTorch tells the statistics of a batch only by moving running ones: here they move all the way from 0.
     batch = Batch.of(x.new_zeros((2, x.shape[1]), dtype=call.arithmetic), plan.count, is_unbiased=True)
@@ -51,8 +51,9 @@ def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: b
     numbers = [call.weight, call.bias, mean, var]
     if call.x.dtype is not call.arithmetic and len({t.dtype for t in numbers if t is not None}) > 1:
         numbers = [None if t is None else t.to(call.arithmetic) for t in numbers]  # it wants them to be of one type
+    weight, bias, mean, var = numbers
     cudnn = torch.backends.cudnn.enabled
-    return torch.batch_norm(call.x, *numbers, training, momentum, call.eps, cudnn)  # type: ignore[arg-type]
+    return torch.batch_norm(call.x, weight, bias, mean, var, training, momentum, call.eps, cudnn)
 
 
 def _follow(call: Call, z: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) 
 
 def _asked(arguments: tuple[Any, ...]) -> tuple[Call, function.How]:
     """The call behind the arguments of `forward`, and how it is computed."""
-    *others, name, parameter = arguments
-    call = Call(*others, (name, parameter))
-    count = float(call.count())
+    x, weight, bias, residual, counts, eps, name, parameter = arguments
+    call = Call(x, weight, bias, residual, counts, eps, (name, parameter))
+    count = float(call.total())
     return call, function.How(cpu, Plan(count), count, None, call.eps, call.activation)
 
 

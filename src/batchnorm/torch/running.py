@@ -56,7 +56,7 @@ class Running(NamedTuple):
             return 1.0 / (float(self.batches) + 1.0)
         return (self.batches + 1).to(dtype).reciprocal()
 
-    def count(self, moved: bool | Tensor) -> None:
+    def note(self, moved: bool | Tensor) -> None:
         """Count a batch as one that has moved the running statistics, or as one that was skipped."""
         if isinstance(moved, bool):
             counter = self.batches if moved else self.skipped
@@ -86,14 +86,14 @@ def update(running: Running, batch: Batch, unbiased: bool) -> None:
     """
     with torch.no_grad():
         if running.mean is None or running.var is None:
-            return running.count(True)
+            return running.note(True)
         if not isinstance(batch.count, Tensor) and batch.count == 0:
-            return running.count(False)
+            return running.note(False)
         if batch.is_unbiased != unbiased:
             factor = correction(batch.count)
             var = batch.var * factor if unbiased else batch.var / factor
             batch = Batch.of(torch.stack([batch.mean, var]), batch.count, unbiased)
-        return running.count(move(running.mean, running.var, batch, running.rate(batch.var.dtype)))
+        return running.note(move(running.mean, running.var, batch, running.rate(batch.var.dtype)))
 
 
 def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | Tensor) -> bool | Tensor:

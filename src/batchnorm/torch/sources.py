@@ -135,7 +135,7 @@ class GhostStatistics(Statistics):
                     f"mask leaves fewer than two values of samples {start} to {start + size - 1}, a group of "
                     f"GhostStatistics; x has shape {tuple(call.x.shape)}. Use a larger batch_size"
                 )
-            parts.append(Part(samples, part.count()))
+            parts.append(Part(samples, part.total()))
             start += size
         return Plan(count, parts=parts, unbiased=self.unbiased)
 
@@ -172,7 +172,7 @@ class SyncStatistics(Statistics):
         group = self.group
         if group is None:
             return BatchStatistics(self.unbiased).plan(call, running)
-        return Plan(call.count(), group=group, unbiased=self.unbiased)
+        return Plan(call.total(), group=group, unbiased=self.unbiased)
 
     def fail(self, device: torch.device) -> None:
         """Make the other processes fail, too."""
@@ -287,7 +287,7 @@ def expect(statistics: Any) -> None:
 def _count_two(call: Call) -> float | Tensor:
     """How much the values of each channel count; there must be two at least, or none."""
     if call.counts is not None and is_symbolic():
-        return call.count()  # what is the same for all values cannot depend on them
+        return call.total()  # what is the same for all values cannot depend on them
     size = call.x.size()
     values = call.positions()
     if call.counts is not None and values == 0 and call.x.numel() > 0:
@@ -300,4 +300,4 @@ def _count_two(call: Call) -> float | Tensor:
             f"{'' if call.counts is None else ' of which the mask keeps one'}. The variance of one value is 0. "
             "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
-    return call.count()
+    return call.total()
