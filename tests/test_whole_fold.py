@@ -268,6 +268,15 @@ def test_a_map_that_overflows_is_dropped_and_the_others_are_kept(
     assert max(np.abs(result.model["a"].weight).max(), np.abs(result.model["a"].bias).max()) <= LARGEST[dtype]
 
 
+def test_what_did_not_fit_is_tried_again(rng: np.random.Generator) -> None:
+    zero, one = np.zeros(4), np.ones(4)
+    small, large = (Norm(Normalization(zero, one, np.full(4, scale), zero, 0.0)) for scale in (1e-3, 1e5))
+    layers: Layers = {"r": Relu(), "n": small, "a": Dense(np.eye(4), zero), "m": large, "s": Relu()}
+    result = fold_network(Network(layers, x := rng.normal(size=(5, 4)), "float16"))
+    assert (result.folded, result.skipped) == ({"n": "a", "m": "a"}, {})
+    np.testing.assert_allclose(run(result.model, x), run(layers, x), rtol=1e-12)
+
+
 def test_when_the_outputs_differ_nothing_is_folded(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = {"a": dense(rng, 3, 4), "n": norm(rng, 4)}
     before = run(layers, x := rng.normal(size=(5, 3)))

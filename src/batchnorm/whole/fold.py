@@ -148,9 +148,9 @@ class Network(Protocol[P, Made]):
 def fold_network(network: Network[P, Model]) -> Folded[Model]:
     """Fold every normalization that can go into a layer beside it.
 
-    Each goes into the layer before it if it can, otherwise into the layer after it. Where one has gone, the next may
-    reach a linear map, so this is repeated until nothing changes. Weights are computed in float64; a map that would not
-    be finite in the layer's own type is dropped, and its normalization stays.
+    Each goes into the layer before it if it can, otherwise into the layer after it. Weights are computed in float64; a
+    map that would not be finite in the layer's own type is dropped, and its normalization stays. Where one has gone,
+    another may reach a linear map, or fit into one, so this is repeated until nothing changes.
 
     Args:
         network: A copy of the model, as its framework brings it.
