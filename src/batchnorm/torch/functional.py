@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.definition import ActivationSpec, Moments
-from batchnorm.torch import composed, cpu, function, transforms
+from batchnorm.torch import composed, cpu, transforms
 from batchnorm.torch.call import Call, Plan, is_eager, is_plain
 from batchnorm.torch.routes import choose
 from batchnorm.torch.running import Running
@@ -102,7 +102,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     if count == 0:
         return Moments(0.0, *np.zeros((2, x.shape[1])))
     if x.is_cpu and x.dtype in cpu.DTYPES and is_eager() and is_plain(x):
-        mean, var = function.moments(cpu, call)
+        mean, var = cpu.moments(call)
     else:
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         counts = None if call.counts is None else call.counts.to(exact)

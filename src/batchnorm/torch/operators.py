@@ -55,7 +55,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if call.x.numel() == 0:
         return _like_forward(*arguments)[0], torch.zeros((3, call.x.shape[1]), dtype=cpu.STATISTICS)
     with torch.no_grad():
-        y, statistics = function.forward(call, how, cpu.tables(call, kept=False))
+        y, statistics, _ = cpu.forward(call, how)
     return y, statistics[:, 0]
 
 
@@ -63,8 +63,8 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     *asked, statistics, needs_x, needs_residual = arguments
     call, how = _asked(tuple(asked))
     with torch.no_grad():
-        dx, d_weight, d_bias, d_residual = function.backward(
-            dy, call, how, cpu.tables(call, kept=False), statistics[:, None], (needs_x, needs_residual)
+        dx, d_weight, d_bias, d_residual = cpu.backward(
+            dy, call, how, statistics[:, None], cpu.tables(call), (needs_x, needs_residual)
         )
     # Outputs share no memory, not even where nothing is asked for.
     return (
