@@ -83,10 +83,11 @@ def _tile(
     SUM: constexpr, WRITE: constexpr, CONSTANT: constexpr, ACT: constexpr, STREAM: constexpr, LAST: constexpr,
     S: tl.tuple,
 ) -> tl.tuple:  # fmt: skip
-    """One tile: whole if it is written, so that all its values are loaded before the first is stored; otherwise slice
-    by slice, so that one slice's registers hold the sums.
+    """One tile, whole or slice by slice.
 
-    With relu, 8 instructions per value to sum and 8.5 to write, conversions of bfloat16 included.
+    Whole if it is written, so that all its values are loaded before the first is stored; otherwise slice by slice, so
+    that one slice's registers hold the sums. With relu, 8 instructions per value to sum and 8.5 to write, conversions
+    of bfloat16 included.
     """
     SLICES: constexpr = 1 if WRITE else S.SLICES
     SLICE: constexpr = S.ROWS // SLICES

@@ -110,9 +110,7 @@ def _store_part(
 
 
 @triton.jit
-def _merge(
-    parts: tensor, walk: tl.tuple, unit: tensor, COUNTED: constexpr, MERGE: constexpr, S: tl.tuple
-) -> tl.tuple:
+def _merge(parts: tensor, walk: tl.tuple, unit: tensor, COUNTED: constexpr, MERGE: constexpr, S: tl.tuple) -> tl.tuple:
     """Count, mean and variance of a unit's channels, from its parts, `MERGE` of them at once.
 
     All are moved to a mean of the first ones that have values, near enough to that of all. From there float32 has the
@@ -168,8 +166,10 @@ def _store_moments(
     if rstd is not None:
         tl.store(rstd + place, std, mask=there)
     if kept_bias is not None:
+        shift = tl.zeros_like(center)
         if bias is not None:
-            tl.store(kept_bias + place, tl.load(bias + channel, mask=there, other=0.0).to(tl.float32), mask=there)
+            shift = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
+        tl.store(kept_bias + place, shift, mask=there)
     # All channels count the same.
     group = unit // walk.blocks if S.GROUPED else 0
     tl.store(count + group + channel * 0, size.to(tl.float32), mask=there & (channel == 0))
@@ -352,7 +352,7 @@ def forward_kernel(
         if writes:
             if ORDERED:
                 wait(state, unit, launch)
-            place, _channel, exists = columns(walk, unit, S)
-            center = tl.load(mean + place, mask=exists, other=0.0, volatile=True)
-            std = tl.load(rstd + place, mask=exists, other=0.0, volatile=True)
+            at, _channel, exists = columns(walk, unit, S)
+            center = tl.load(mean + at, mask=exists, other=0.0, volatile=True)
+            std = tl.load(rstd + at, mask=exists, other=0.0, volatile=True)
             _write(x, residual, weight, bias, center, std, parameter, y, walk, unit, number, ACT, STREAM, S)

@@ -140,7 +140,7 @@ def group_values(walk: tl.tuple, unit: tensor, S: tl.tuple) -> tensor:
 def part(walk: tl.tuple, unit: tensor, number: tensor, S: tl.tuple) -> tl.tuple:
     """The first row of a part, the first of its last tile if that is not full, and the one behind its last."""
     begin = number * (walk.part_tiles * S.ROWS)
-    end = tl.maximum(tl.minimum(begin + walk.part_tiles * S.ROWS, _rows(walk, unit, S)), begin)
+    end = begin + tl.maximum(tl.minimum(_rows(walk, unit, S) - begin, walk.part_tiles * S.ROWS), 0)
     return begin, begin + (end - begin) // S.ROWS * S.ROWS, end
 
 
@@ -166,10 +166,8 @@ def tile(
     block = unit % walk.blocks if S.GROUPED else unit
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, S.COLUMNS)
-    if LAST:
-        there = (row < end)[:, None]
-    else:
-        there = tl.full([1, 1], True, tl.int1)  # which the compiler leaves out of loads, stores and selections
+    # A mask of True is left out of loads, stores and selections by the compiler.
+    there = (row < end)[:, None] if LAST else tl.full([1, 1], True, tl.int1)
     mask = there
     if S.POSITIONS == 0:
         sample = divide(row, walk.row_vectors, walk.run_factor)
@@ -177,7 +175,7 @@ def tile(
             sample = sample.to(tl.int64)
         # A sample on, the row is as many vectors behind as the other channels have. The factor VEC comes last: so the
         # compiler knows that offsets are multiples of it, and loads whole vectors.
-        before = (first * walk.channels + block).to(sample.dtype) * walk.row_vectors
+        before = (first.to(sample.dtype) * walk.channels + block) * walk.row_vectors
         vector = sample * ((walk.channels - 1) * walk.row_vectors) + (before + row)
         offset = (vector * S.VEC)[:, None] + column[None, :]
         position = (((first * walk.row_vectors).to(sample.dtype) + row) * S.VEC)[:, None] + column[None, :]
