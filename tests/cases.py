@@ -26,8 +26,11 @@ ACTIVATIONS: list[ActivationSpec] = [
 
 DTYPES = [np.float32, np.float64]
 
-ROUTES = ("native", "numba", "triton", "operator", "functorch", "composed")
+ROUTES = ("triton", "native", "numba", "operator", "functorch", "composed")
 """In the order of the table; all of them, whatever the size of a tensor, with `route(*ROUTES)`."""
+
+KERNEL_ROUTES = tuple(name for name in ROUTES if name != "native")
+"""All but PyTorch's own operation, which small tensors would take."""
 
 KERNEL_SHAPES = [
     (1, 1, 3),

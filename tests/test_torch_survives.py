@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from cases import LAYOUTS, ROUTES, Layout, channels_last, relative_error, tolerance
+from cases import KERNEL_ROUTES, LAYOUTS, Layout, channels_last, relative_error, tolerance
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +33,7 @@ STATISTICS = ["running_mean", "running_var", "num_batches_tracked"]
 @pytest.fixture(params=["numba", "native"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels, and what small tensors take if nobody says otherwise."""
-    with route(request.param, *ROUTES[1:]):
+    with route(request.param, *KERNEL_ROUTES):
         yield request.param
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import CHANNELS_LAST, MATRIX, Layout, batch
+from cases import CHANNELS_LAST, KERNEL_ROUTES, MATRIX, Layout, batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch as bn
 from batchnorm import definition
-from batchnorm.torch import BatchNorm1d, BatchNorm2d, Renorm, SyncBatchNorm, SyncStatistics, batch_norm, functional
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, Renorm, SyncBatchNorm, SyncStatistics, batch_norm, route
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and files")
 WORLD = 3
@@ -33,11 +33,11 @@ BOUND = 1e-8
 
 def in_process(rank: int, file: str, work: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
-    functional.SMALL = functional.SMALL_EVALUATION = 0
     timeout = datetime.timedelta(seconds=300)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD, timeout=timeout)
     try:
-        work(rank)
+        with route(*KERNEL_ROUTES):
+            work(rank)
     finally:
         dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ compiled graph an operator in Python takes some 100 us more than loops of its ow
 def _native_pays(call: Call, plan: Plan) -> bool:
     """Where the kernels would not make up for their calls; and wherever there are no kernels of ours."""
     if not call.x.is_cpu:
-        return not _triton_takes(call, plan)
+        return True
     if plan.constants is not None and torch._C._is_tracing():
         return True  # deployment tools know PyTorch's operation
     if not is_eager() or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
@@ -91,9 +91,9 @@ def _always(call: Call, plan: Plan) -> bool:
 
 
 ROUTES = (
+    Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
     Route("native", native.takes, _native_pays, native.compute),
     Route("numba", _numba_takes, _always, functools.partial(function.compute, cpu)),
-    Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
     Route(
         "operator",
         _operator_takes,
@@ -105,10 +105,10 @@ ROUTES = (
 )
 """In this order.
 
-1. `native`: `torch.batch_norm` and the activation. The statistics of the batch or constants, without a mask: small
+1. `triton`: the GPU's kernels in one autograd function. Called eagerly, with CUDA tensors of a known type.
+2. `native`: `torch.batch_norm` and the activation. The statistics of the batch or constants, without a mask: small
    tensors on the CPU, and every size on devices for which there are no kernels of ours.
-2. `numba`: the CPU's kernels in one autograd function. Called eagerly, with ordinary tensors of a known type.
-3. `triton`: the GPU's kernels in the same function. Called eagerly, with CUDA tensors of a known type.
+3. `numba`: the CPU's kernels in the same function as the GPU's. Called eagerly, with ordinary tensors of a known type.
 4. `operator`: the CPU's kernels as registered operators. In a compiled graph on the CPU, from a size on.
 5. `functorch`: these operators inside `torch.func`'s `grad` and `vmap`, on the CPU.
 6. `composed`: the formula in PyTorch's elementary operations. Everything.
@@ -149,7 +149,7 @@ def route(*names: str) -> Iterator[None]:
     in the whole process, for calls made inside the block; a backward pass belongs to the call that it started from.
 
     Args:
-        names: Among `"native"`, `"numba"`, `"triton"`, `"operator"`, `"functorch"` and `"composed"`.
+        names: Among `"triton"`, `"native"`, `"numba"`, `"operator"`, `"functorch"` and `"composed"`.
 
     Raises:
         ValueError: If there is no such route.
