@@ -16,8 +16,9 @@ test: $(VENV)/test.stamp browser  ## everything that must hold
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# Kernels of the old Numba are kept apart: they would replace those of the new one.
 floors: $(FLOORS)/floors.stamp  ## a little of everything with the oldest versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 $(FLOORS)/bin/python tests/floors.py
+	OMP_NUM_THREADS=1 NUMBA_CACHE_DIR=$(FLOORS)/numba $(FLOORS)/bin/python tests/floors.py
 
 lint: $(VENV)/test.stamp  ## what `test` checks without running anything, and pyright
 	$(BIN)/ruff check .
