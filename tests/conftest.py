@@ -5,7 +5,6 @@ from collections.abc import Iterator
 # threads each on two cores wait for one another most of the time, and beside another process they hardly advance.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import pytest
 

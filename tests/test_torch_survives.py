@@ -337,7 +337,7 @@ class Evaluated(Dataset[Tensor]):
         return 4
 
     def __getitem__(self, i: int) -> Tensor:
-        y: Tensor = self.layer(draw((2, 3, 32, 32), i)).detach()
+        y: Tensor = self.layer(draw((4, 3, 64, 64), i)).detach()  # large enough for threads
         return y
 
 
