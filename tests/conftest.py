@@ -1,4 +1,10 @@
+import os
 from collections.abc import Iterator
+
+# Before anything loads OpenMP: one thread per worker, and threads that wait do so without spinning. Workers with two
+# threads each on two cores wait for one another most of the time, and beside another process they hardly advance.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
@@ -12,6 +18,17 @@ def the_same_numbers_every_time() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For tests whose subject is threads. All others run on one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

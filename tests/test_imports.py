@@ -73,7 +73,7 @@ ALLOWED = {
 
 def in_new_process(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -243,7 +243,7 @@ def test_the_same_bits_for_any_number_of_threads(shape: Any) -> None:
 def in_new_process(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, env=os.environ | environment, timeout=300, check=False,
+        capture_output=True, text=True, env=os.environ | environment, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
