@@ -237,7 +237,7 @@ def check_a_trace() -> None:
 
 
 def test_tracing_warns_of_nothing() -> None:
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, route(*ROUTES):
         warnings.simplefilter("always")
         torch.jit.trace(block(False), draw())
     assert [w.category for w in caught if w.category is torch.jit.TracerWarning] == []

@@ -14,7 +14,18 @@ from torch import Tensor
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch.sync import Group
 
-__all__ = ["Batch", "Call", "Outcome", "Part", "Plan", "check_channels", "is_eager", "is_plain", "is_symbolic"]
+__all__ = [
+    "Batch",
+    "Call",
+    "Outcome",
+    "Part",
+    "Plan",
+    "check_channels",
+    "is_eager",
+    "is_plain",
+    "is_symbolic",
+    "is_tracing",
+]
 
 _parse = functools.lru_cache(maxsize=256)(parse_activation)
 
@@ -53,16 +64,8 @@ class Call(NamedTuple):
         parsed = parse_activation(activation) if torch.compiler.is_compiling() else _parse(activation)
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
-        if x.dim() < 2:
-            raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise NotImplementedError(
-                f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()"
-            )
-        check_channels("weight", weight, x)
-        check_channels("bias", bias, x)
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if not is_tracing():
+            _check(x, weight, bias, residual)
         return Call(x, weight, bias, residual, None if mask is None else _expand(mask, x), eps, parsed)
 
     @property
@@ -168,6 +171,11 @@ def is_symbolic() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` looks on: sizes are tensors then, and nothing may depend on them."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def is_eager() -> bool:
     """Whether operations are run as they are called, and by nothing but PyTorch itself."""
     return not (
@@ -193,6 +201,17 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise NotImplementedError(f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()")
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
 
 
 def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:

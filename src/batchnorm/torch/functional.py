@@ -135,7 +135,12 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     except Exception:
         source.fail(asked[0].device)  # the others wait for this process
         raise
-    if running.is_recomputed or source.needs_running:
+    if source.needs_running:
+        running = Running()
+    elif running.is_recomputed and running.mean is not None and running.var is not None:
+        # Copies: everything is as it was when the batch was counted, but moves nothing.
+        running = Running(running.mean.clone(), running.var.clone(), running.momentum)
+    elif running.is_recomputed:
         running = Running()
     if plan.constants is not None:
         call = call._replace(counts=None)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch import composed
-from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_eager
+from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_eager, is_tracing
 from batchnorm.torch.running import Running, is_finite
 
 __all__ = ["compute", "takes"]
@@ -20,14 +20,14 @@ def takes(call: Call, plan: Plan) -> bool:
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
     # On the CPU, where the stride of an axis of length one hides that channels are last, the gradient is wrong (2.13).
-    return not x.is_cpu or x.is_contiguous() or 1 not in x.shape
+    return not x.is_cpu or is_tracing() or x.is_contiguous() or 1 not in x.shape
 
 
 def compute(call: Call, plan: Plan, running: Running) -> Outcome:
     """A call without a mask, by the statistics of the batch or by constants."""
     if plan.constants is not None:
         mean, var = plan.constants
-        if torch.is_grad_enabled() and not torch._C._is_tracing():
+        if torch.is_grad_enabled() and not is_tracing():
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))

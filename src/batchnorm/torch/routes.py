@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
-from batchnorm.torch.call import Call, Outcome, Plan, is_eager, is_plain
+from batchnorm.torch.call import Call, Outcome, Plan, is_eager, is_plain, is_tracing
 from batchnorm.torch.running import Running
 
 __all__ = ["ROUTES", "Route", "choose", "route"]
@@ -45,7 +45,7 @@ def _native_pays(call: Call, plan: Plan) -> bool:
     """Where the kernels would not make up for their calls; and wherever there are no kernels of ours."""
     if not call.x.is_cpu:
         return True
-    if plan.constants is not None and torch._C._is_tracing():
+    if plan.constants is not None and is_tracing():
         return True  # deployment tools know PyTorch's operation
     if not is_eager() or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
         return False
