@@ -122,7 +122,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
 
     Args:
         asked: The arguments of `Call.of`.
-        running: The running statistics. They move, unless `source` takes them as constants.
+        running: The running statistics. They move, unless the source has constants.
         source: Where the statistics come from; the batch if None.
     """
     source = BATCH if source is None else source
@@ -135,8 +135,8 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     except Exception:
         source.fail(asked[0].device)  # the others wait for this process
         raise
-    if source.needs_running:
-        running = Running()
+    if plan.constants is not None and plan.count != 0:
+        running = Running()  # nothing moves them: the batch has not been looked at
     elif running.is_recomputed and running.mean is not None and running.var is not None:
         # Copies: everything is as it was when the batch was counted, but moves nothing.
         running = Running(running.mean.clone(), running.var.clone(), running.momentum)
