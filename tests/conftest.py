@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 
-collect_ignore = ["keras_cases"]
-"""Run by `test_keras`, in a process for each backend."""
+collect_ignore = ["gpu_cases", "keras_cases"]
+"""Run by `test_kernels_gpu` and `test_keras`, in processes of their own."""
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def _measure(
             total += d
             squares += d * d
         sizes = tl.full([CHANNELS], 0.0, tl.float32) + count
-    share = tl.where(sizes > 0, 1.0 / sizes, 0.0)
+    share = 1.0 / tl.where(sizes > 0, sizes, 1.0)
     mean = over_tile(size * center + total, walk, COLUMNS, CHANNELS, POSITIONS) * share
     d = center - to_columns(mean, walk, COLUMNS, CHANNELS, POSITIONS)[None, :]
     d = tl.where(size > 0, d, 0.0)
@@ -110,7 +110,7 @@ def _merge(parts: tensor, unit: tensor, part_count: tensor, CHANNELS: constexpr,
 @triton.jit
 def _moments(size: tensor, center: tensor, total: tensor, squares: tensor) -> tl.tuple:
     """Count, mean and variance in float64; all 0 without values."""
-    share = tl.where(size > 0, 1.0 / size.to(tl.float64), 0.0)
+    share = 1.0 / tl.where(size > 0, size, 1.0).to(tl.float64)
     shift = total.to(tl.float64) * share
     var = squares.to(tl.float64) * share - shift * shift
     return size, center.to(tl.float64) + shift, tl.where(var < 0, 0.0, var)  # a NaN stays

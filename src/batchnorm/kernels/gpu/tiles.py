@@ -95,10 +95,10 @@ def tile(
     """
     first, samples = _group(walk, unit)
     block = unit % walk.blocks
+    row = tl.arange(0, ROWS)
     if WIDE:
-        first = first.to(tl.int64)
-        number = number.to(tl.int64)
-    row = number * ROWS + tl.arange(0, ROWS)
+        row = row.to(tl.int64)  # and so is all that comes of it
+    row += number * ROWS
     column = tl.arange(0, COLUMNS)
     if POSITIONS == 0:
         sample = row // walk.row_vectors

@@ -59,6 +59,9 @@ TUNING = {
 }
 """For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100."""
 
+MOST_VALUES = (1 << 31) - (1 << 16)
+"""Of a channel, or of a sample, for which numbers of 32 bits suffice, the last tile included."""
+
 SHORT_RUN = 256
 """Bytes of a run of positions under which it is walked by row, though its vectors are whole."""
 
@@ -127,8 +130,8 @@ def tiling(
         raise ValueError(f"x of shape {shape} has {n} rows, which cannot be shared out evenly among {samples} samples")
     if not 1 <= groups <= max(1, samples):
         raise ValueError(f"groups must be from 1 to the number of samples, got {groups} groups of {samples} samples")
-    if max(n, c * length, n * length) >= 1 << 31:
-        raise ValueError(f"a channel or a sample must have fewer than 2^31 values, got shape {shape}")
+    if max(n, c * length, n * length) > MOST_VALUES:
+        raise ValueError(f"a channel or a sample must have fewer than 2^31 - 2^16 values, got shape {shape}")
 
     vector = tuning.vector_bytes if tuning else 16
     full = max(1, vector // itemsize) if aligned else 1
