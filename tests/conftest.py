@@ -6,7 +6,13 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import contextlib
+
 import pytest
+
+with contextlib.suppress(ImportError):
+    # Before a test brings TensorFlow: the other way round, LLVM finds its options registered twice and aborts.
+    import triton  # noqa: F401
 
 collect_ignore = ["gpu_cases", "keras_cases"]
 """Run by `test_kernels_gpu` and `test_keras`, in processes of their own."""
