@@ -20,6 +20,7 @@ __all__ = [
     "Outcome",
     "Part",
     "Plan",
+    "arithmetic",
     "check_channels",
     "is_eager",
     "is_plain",
@@ -40,6 +41,8 @@ class Call(NamedTuple):
         counts: `(N, *spatial)`: how much each position counts in the statistics; 1 if None.
         eps: Added to the variance.
         activation: A name and its parameter.
+        is_eager: `is_eager()` when the call was made.
+        arithmetic: The type in which the call is computed: that of `x`, and float32 for half precision.
     """
 
     x: Tensor
@@ -49,6 +52,8 @@ class Call(NamedTuple):
     counts: Tensor | None = None
     eps: float = 1e-5
     activation: tuple[str, float] = ("none", 0.0)
+    is_eager: bool = False
+    arithmetic: torch.dtype = torch.float32
 
     @staticmethod
     def of(
@@ -61,18 +66,14 @@ class Call(NamedTuple):
         activation: ActivationSpec,
     ) -> "Call":
         """Check the arguments of `batch_norm` and put them together; the errors are those of `batch_norm`."""
-        parsed = parse_activation(activation) if torch.compiler.is_compiling() else _parse(activation)
+        eager = is_eager()
+        parsed = _parse(activation) if eager else parse_activation(activation)
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
-        if not is_tracing():
+        if eager or not is_tracing():
             _check(x, weight, bias, residual)
-        return Call(x, weight, bias, residual, None if mask is None else _expand(mask, x), eps, parsed)
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        """The type in which the call is computed: that of `x`, and float32 for half precision."""
-        dtype = self.x.dtype
-        return dtype if dtype is torch.float32 or dtype is torch.float64 else torch.float32
+        counts = None if mask is None else _expand(mask, x)
+        return Call(x, weight, bias, residual, counts, eps, parsed, eager, arithmetic(x.dtype))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -166,6 +167,11 @@ class Outcome(NamedTuple):
 # --- Where a call comes from -----------------------------------------------------------------------------------------
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The type in which data of a type are computed: float32 for half precision."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def is_symbolic() -> bool:
     """Whether code that depends on the values of tensors would be wrong: in compiled graphs and under `torch.func`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -220,7 +226,7 @@ def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:
     Raises:
         RuntimeError: If not.
     """
-    if values is None:
+    if values is None or (values.dtype is x.dtype and values.shape == x.shape[1:2]):
         return
     if values.dim() != 1 or values.shape[0] != x.shape[1]:
         raise RuntimeError(
@@ -246,7 +252,7 @@ def _expand(mask: Tensor, x: Tensor) -> Tensor:
             f"mask of shape {tuple(mask.shape)} does not fit x of shape {tuple(x.shape)}: "
             f"it must have the shape {positions}, without channels, or its first axes"
         )
-    counts = mask.detach().to(x.device, x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
+    counts = mask.detach().to(x.device, arithmetic(x.dtype))
     if not is_symbolic() and not bool(((counts >= 0) & counts.isfinite()).all()):
         raise ValueError("mask must hold booleans, or weights that are finite and not negative")
     return counts.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
-from batchnorm.torch.call import Call, Outcome, Plan, is_eager, is_plain, is_tracing
+from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_tracing
 from batchnorm.torch.running import Running
 
 __all__ = ["ROUTES", "Route", "choose", "route"]
@@ -45,9 +45,9 @@ def _native_pays(call: Call, plan: Plan) -> bool:
     """Where the kernels would not make up for their calls; and wherever there are no kernels of ours."""
     if not call.x.is_cpu:
         return True
-    if plan.constants is not None and is_tracing():
+    if plan.constants is not None and not call.is_eager and is_tracing():
         return True  # deployment tools know PyTorch's operation
-    if not is_eager() or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
+    if not call.is_eager or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
         return False
     if plan.constants is not None:
         return call.x.numel() < SMALL_EVALUATION
@@ -60,7 +60,7 @@ def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
         call.x.dtype in stages.DTYPES
         and (call.residual is None or call.residual.dtype is call.x.dtype)
         and (call.x.numel() > 0 or plan.group is not None)
-        and is_eager()
+        and call.is_eager
         and is_plain(call.x, *call.tensors, *(plan.constants or ()))
     )
 
