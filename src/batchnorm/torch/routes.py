@@ -147,6 +147,7 @@ def route(*names: str) -> Iterator[None]:
 
     Of the routes that are named, the first in the table that can compute a call does so, whatever its size. This holds
     in the whole process, for calls made inside the block; a backward pass belongs to the call that it started from.
+    `route()` without names lets the table choose again, inside a block that does not.
 
     Args:
         names: Among `"triton"`, `"native"`, `"numba"`, `"operator"`, `"functorch"` and `"composed"`.
@@ -157,9 +158,9 @@ def route(*names: str) -> Iterator[None]:
     """
     global _allowed
     unknown = [name for name in names if name not in _NAMES]
-    if unknown or not names:
-        raise ValueError(f"route must be one or more of {', '.join(_NAMES)}; got {', '.join(unknown) or 'none'}")
-    before, _allowed = _allowed, names
+    if unknown:
+        raise ValueError(f"a route must be one of {', '.join(_NAMES)}; got {', '.join(unknown)}")
+    before, _allowed = _allowed, names or None
     try:
         yield
     finally:
