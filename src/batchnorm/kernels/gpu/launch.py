@@ -33,9 +33,9 @@ class Scratch:
         counters, numbers: Sizes to begin with; both grow as needed.
     """
 
-    def __init__(self, device: torch.device | str, counters: int = 1 << 14, numbers: int = 1 << 18) -> None:
+    def __init__(self, device: torch.device | str, counters: int = 1 << 13, numbers: int = 1 << 18) -> None:
         self.device = torch.device(device)
-        self.state = torch.zeros(counters, dtype=torch.int32, device=device)
+        self.state = torch.zeros(counters, dtype=torch.int64, device=device)
         self.parts = torch.empty(numbers, dtype=torch.float32, device=device)
 
     def reserve(self, counters: int, numbers: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class Scratch:
         """
         state, parts = self.state, self.parts
         if state.numel() < counters:
-            self.state = state = torch.zeros(2 * counters, dtype=torch.int32, device=self.device)
+            self.state = state = torch.zeros(2 * counters, dtype=torch.int64, device=self.device)
         if parts.numel() < numbers:
             self.parts = parts = torch.empty(2 * numbers, dtype=torch.float32, device=self.device)
         return state, parts
@@ -91,12 +91,12 @@ class Launch:
         self.constants = constants
         self.options: dict[str, Any] = {
             "num_warps": cut.warps,
-            "num_stages": max(1, cut.stages),
+            "num_stages": 1,
             "enable_fp_fusion": True,
         }
         if cut.registers:
             self.options["maxnreg"] = cut.registers
-        self.counters = 2 + 3 * cut.units
+        self.counters = 2 + 2 * cut.units
         self.numbers = numbers
         self._fast: Callable[..., None] | None = None
         self._slow = not isinstance(kernel, JITFunction)  # interpreted: there is nothing to keep

@@ -30,7 +30,7 @@ from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels.gpu.backward import backward_kernel
 from batchnorm.kernels.gpu.forward import forward_kernel
 from batchnorm.kernels.gpu.launch import Launch, Scratch
-from batchnorm.kernels.gpu.tiling import Tiling, Tuning, tiling
+from batchnorm.kernels.gpu.tiling import Tiling, Tuning, factor_of, tiling
 
 __all__ = ["DTYPES", "Running", "backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
 
@@ -79,7 +79,7 @@ def moments(
     scratch: Scratch | None = None,
 ) -> None:
     """Write the mean and the biased variance of each channel into `mean` and `var`; 0 where nothing counts."""
-    tensors = (x, None, counts, None, None, None, mean, var, None, count, None, None, None, None)
+    tensors = (x, None, counts, None, None, None, mean, var, None, None, count, None, None, None, None)
     _forward(Variant(True, False, None, groups, samples, tuning), tensors, 0.0, 0.0, scratch)
 
 
@@ -99,7 +99,7 @@ def normalize(
     scratch: Scratch | None = None,
 ) -> None:
     """Write `act((x - mean) * rstd * weight + bias + residual)` into `y`."""
-    tensors = (x, residual, None, y, weight, bias, mean, None, rstd, None, None, None, None, None)
+    tensors = (x, residual, None, y, weight, bias, mean, None, rstd, None, None, None, None, None, None)
     _forward(Variant(False, True, activation, groups, samples, tuning), tensors, 0.0, 0.0, scratch)
 
 
@@ -124,7 +124,7 @@ def forward(
     scratch: Scratch | None = None,
 ) -> None:
     """`moments`, `rstd = 1/sqrt(var + eps)`, `normalize` and the running update, in one launch."""
-    batch = (x, residual, counts, y, weight, bias, mean, var, rstd, count)
+    batch = (x, residual, counts, y, weight, bias, mean, var, rstd, None, count)
     if running is None:
         variant = Variant(True, True, activation, groups, samples, tuning)
         return _forward(variant, (*batch, None, None, None, None), eps, 0.0, scratch)
@@ -154,7 +154,7 @@ def grad_sums(
     scratch: Scratch | None = None,
 ) -> None:
     """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)`, with `z` recomputed from `x`."""
-    tensors = (dy, x, residual, None, None, None, weight, bias, mean, rstd, sum_dz, sum_dz_xhat, None)
+    tensors = (dy, x, residual, None, None, None, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, None)
     _backward(Variant(True, False, activation, groups, samples, tuning), tensors, 0.0, scratch)
 
 
@@ -188,7 +188,7 @@ def grad_input(
         return
     of_each, of_all, constant = _values(count, groups)
     constant = constant or dx is None
-    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, mean, rstd, sum_dz, sum_dz_xhat, of_each)
+    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, of_each)
     variant = Variant(False, True, activation, groups, samples, tuning, constant=constant)
     _backward(variant, tensors, of_all, scratch)
 
@@ -222,7 +222,7 @@ def backward(
         )  # fmt: skip
     of_each, of_all, constant = _values(count, groups)
     constant = constant or dx is None  # then nothing that is written needs the sums, and one pass does it all
-    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, mean, rstd, sum_dz, sum_dz_xhat, of_each)
+    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, of_each)
     variant = Variant(True, True, activation, groups, samples, tuning, constant=constant)
     return _backward(variant, tensors, of_all, scratch)
 
@@ -272,17 +272,22 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"x must have shape (N, C, L), got {tuple(x.shape)}")
 
 
-def _geometry(x: Tensor, cut: Tiling) -> tuple[int, ...]:
+def _walk(shape: tuple[int, int, int], cut: Tiling, ordered: bool) -> tuple[int, ...]:
+    """The kernels' integers. Without an order of tasks, all units are one wave."""
+    wave_units, waves = (cut.wave_units, cut.waves) if ordered else (cut.units, 1)
+    run = cut.positions and shape[2] or cut.row_vectors
     return (
-        x.shape[1], x.shape[2], cut.width, cut.row_vectors, cut.width_vectors, cut.blocks, cut.small, cut.larger,
-        cut.extra, cut.part_tiles, cut.part_count, cut.units,
+        shape[1], shape[2], cut.width, cut.row_vectors, cut.width_vectors, factor_of(run), cut.blocks, cut.small,
+        cut.larger, cut.extra, cut.part_tiles, cut.part_count, cut.units, wave_units, waves, factor_of(wave_units),
+        factor_of(wave_units * cut.part_count),
     )  # fmt: skip
 
 
-def _tile(cut: Tiling) -> dict[str, Any]:
+def _shape(cut: Tiling, groups: int) -> dict[str, Any]:
     return {
-        "STREAM": cut.stream, "ROWS": cut.rows, "COLUMNS": cut.columns, "VEC": cut.vec, "CHANNELS": cut.channels,
-        "POSITIONS": cut.positions, "MERGE": cut.merge, "WIDE": cut.wide, "STAGES": cut.stages,
+        "STREAM": cut.stream, "MERGE": cut.merge, "ROWS": cut.rows, "COLUMNS": cut.columns, "SLICES": cut.slices,
+        "VEC": cut.vec, "CHANNELS": cut.channels, "POSITIONS": cut.positions, "WHOLE": cut.whole,
+        "GROUPED": groups > 1, "WIDE": cut.wide,
     }  # fmt: skip
 
 
@@ -299,9 +304,9 @@ def forward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligned
     alone = cut.alone and variant.first
     constants = {
         "MEASURE": variant.first, "WRITE": variant.second, "ALONE": alone, "ACT": name,
-        "CUMULATIVE": variant.cumulative, "UNBIASED": variant.unbiased, **_tile(cut),
+        "CUMULATIVE": variant.cumulative, "UNBIASED": variant.unbiased, **_shape(cut, variant.groups),
     }  # fmt: skip
-    integers = (*_geometry(x, cut), variant.groups, cut.wave_units, cut.waves)
+    integers = (*_walk(shape, cut, variant.first and variant.second and not alone), variant.groups)
     numbers = 32 * -(-variant.groups // 32) + 4 * cut.units * cut.part_count * cut.channels
     return Launch(forward_kernel, cut, variant.first + variant.second, integers, constants, numbers), parameter
 
@@ -318,11 +323,12 @@ def backward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligne
         shape, x.element_size(), read_twice, "backward", aligned, variant.groups, variant.samples, variant.tuning
     )  # fmt: skip
     passes = 1 if variant.constant else variant.first + variant.second
+    alone = cut.alone and variant.first
     constants = {
-        "SUM": variant.first, "WRITE": variant.second, "ALONE": cut.alone and variant.first,
-        "CONSTANT": variant.constant, "ACT": name, **_tile(cut),
+        "SUM": variant.first, "WRITE": variant.second, "ALONE": alone,
+        "CONSTANT": variant.constant, "ACT": name, **_shape(cut, variant.groups),
     }  # fmt: skip
-    integers = (*_geometry(x, cut), cut.wave_units, cut.waves)
+    integers = _walk(shape, cut, passes == 2 and not alone)
     numbers = 2 * cut.units * cut.part_count * cut.channels
     return Launch(backward_kernel, cut, passes, integers, constants, numbers), parameter
 
