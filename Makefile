@@ -58,6 +58,6 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 # From nothing, so that nothing newer is left in it.
 $(FLOORS)/floors.stamp: pyproject.toml floors.txt
 	$(PYTHON) -m venv --clear $(FLOORS)
-	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint floors.txt \
+	$(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint floors.txt \
 		--editable ".[torch,keras,jax,onnx,study,bench]"
 	touch $@
