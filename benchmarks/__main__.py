@@ -3,7 +3,6 @@
 It needs what `make bench` installs. Names choose what is measured; `report` alone only writes the README anew.
 """
 
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -32,6 +31,7 @@ from benchmarks import (
 )
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
+from benchmarks.sources import commit
 
 HERE = Path(__file__).parent
 
@@ -96,15 +96,6 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
 }
 """What is measured: how many runs, and their records. The seconds are for each case."""
-
-
-def commit() -> str:
-    """Of the sources that are measured; with a `+` if they have been changed since."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE
-    )
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "../src"], check=False, cwd=HERE)
-    return found.stdout.strip() + "+" * bool(found.stdout and changed.returncode)
 
 
 @app.command()

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "Model", "densenet121", "efficientnet_b0", "mlp", "mobilenet_v2", "resnet18", "unet3d"]
+__all__ = [
+    "MODELS",
+    "Model",
+    "densenet121",
+    "efficientnet_b0",
+    "mlp",
+    "mobilenet_v2",
+    "resnet18",
+    "resnet50",
+    "unet3d",
+]
 
 
 # --- ResNet: He et al. 2015, table 1 ----------------------------------------------------------------------------------
@@ -20,6 +30,8 @@ __all__ = ["MODELS", "Model", "densenet121", "efficientnet_b0", "mlp", "mobilene
 
 class BasicBlock(nn.Module):
     """Figure 2: two convolutions, and the input added before the last ReLU."""
+
+    expansion = 1
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -47,19 +59,59 @@ class BasicBlock(nn.Module):
         return out
 
 
+class Bottleneck(nn.Module):
+    """Figure 5, on the right: narrow, filter, and widen again; the stride is the filter's."""
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        wide = self.expansion * channels
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, wide, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(wide)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or channels_in != wide:
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        out = self.relu(out)
+        out = self.conv3(out)
+        out = self.bn3(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
 class ResNet(nn.Module):
-    def __init__(self, num_classes: int) -> None:
+    def __init__(
+        self, num_classes: int, block: type[BasicBlock] | type[Bottleneck], repeats: tuple[int, int, int, int]
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         blocks, channels_in = [], 64
-        for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            blocks += [BasicBlock(channels_in, channels, stride), BasicBlock(channels, channels, 1)]
-            channels_in = channels
+        for stage, count in enumerate(repeats):
+            channels = 64 << stage
+            for i in range(count):
+                blocks.append(block(channels_in, channels, 2 if stage > 0 and i == 0 else 1))
+                channels_in = block.expansion * channels
         self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(channels_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
@@ -71,7 +123,11 @@ class ResNet(nn.Module):
 
 
 def resnet18(num_classes: int = 10) -> nn.Module:
-    return ResNet(num_classes)
+    return ResNet(num_classes, BasicBlock, (2, 2, 2, 2))
+
+
+def resnet50(num_classes: int = 10) -> nn.Module:
+    return ResNet(num_classes, Bottleneck, (3, 4, 6, 3))
 
 
 # --- MobileNetV2: Sandler et al. 2018, tables 1 and 2 -----------------------------------------------------------------

@@ -93,8 +93,10 @@ def backward(
             continue
         launch.grad_sums(dy_, x_, residual, *given, call.activation, *own)
         if group is not None:
-            total = group.reduce(sums.clone())[:, 0].numpy()
-            launch.grad_input(dy_, x_, residual, counts, *given, *total, part.count, call.activation, *outputs)
+            all_dz, all_dz_xhat = group.reduce(sums.clone())[:, 0].numpy()
+            launch.grad_input(
+                dy_, x_, residual, counts, *given, all_dz, all_dz_xhat, part.count, call.activation, *outputs
+            )
     d_bias, d_weight = sums[:, 0] if len(how.parts) == 1 else sums.sum(1)
     return dx, d_weight, d_bias, d_residual
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from batchnorm.torch import composed
-from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan
+from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
 from batchnorm.torch.running import Running
 
 __all__ = ["Gradients", "How", "compute"]
@@ -41,6 +41,11 @@ class How(NamedTuple):
     eps: float
     activation: tuple[str, float]
     running: Running | None = None
+
+    def call(self, *tensors: Any) -> Call:
+        """The call of these tensors, which are `x`, weight, bias, residual and counts."""
+        x, weight, bias, residual, counts = tensors
+        return Call(x, weight, bias, residual, counts, self.eps, self.activation, True, arithmetic(x.dtype))
 
     @property
     def parts(self) -> list[Part]:
@@ -100,7 +105,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         x, weight, bias, residual, counts, how = arguments
-        call = Call(x, weight, bias, residual, counts, how.eps, how.activation)
+        call = how.call(x, weight, bias, residual, counts)
         y, statistics, kept = how.stages.forward(call, how)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = call.residual is not None
@@ -118,7 +123,7 @@ class _BatchNorm(torch.autograd.Function):
         if dy is None:
             return (None,) * 6
         x, weight, residual, counts, statistics = ctx.saved_tensors
-        call = Call(x, weight, ctx.bias, residual, counts, ctx.how.eps, ctx.how.activation)
+        call = ctx.how.call(x, weight, ctx.bias, residual, counts)
         if torch.is_grad_enabled() or _is_batched(dy):
             return (*_differentiable_backward(ctx, dy, call), None, None)
         needs = ctx.needs_input_grad

@@ -62,10 +62,10 @@ class BatchStatistics(Statistics):
     def plan(self, call: Call, running: Running) -> Plan:
         """The whole batch. The errors are those of `batch_norm`."""
         count = _count_two(call)
-        if not isinstance(count, Tensor) and count == 0:  # the moments of nothing
-            nothing = call.x.new_zeros(call.x.shape[1])
-            return Plan(count, (nothing, nothing), unbiased=self.unbiased)
-        return Plan(count, unbiased=self.unbiased)
+        if isinstance(count, Tensor) or count != 0:
+            return Plan(count, None, None, None, None, self.unbiased)
+        nothing = call.x.new_zeros(call.x.shape[1])  # the moments of nothing
+        return Plan(count, (nothing, nothing), unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
@@ -288,8 +288,10 @@ def _count_two(call: Call) -> float | Tensor:
     """How much the values of each channel count; there must be two at least, or none."""
     if call.counts is not None and is_symbolic():
         return call.total()  # what is the same for all values cannot depend on them
-    size = call.x.size()
     values = call.positions()
+    if values != 1 and call.counts is None:
+        return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)
+    size = call.x.size()
     if call.counts is not None and values == 0 and call.x.numel() > 0:
         raise ValueError(
             f"mask leaves nothing of x of shape {tuple(size)}: skip this batch, or normalize with training=False"
