@@ -42,11 +42,6 @@ class How(NamedTuple):
     activation: tuple[str, float]
     running: Running | None = None
 
-    def call(self, *tensors: Any) -> Call:
-        """The call of these tensors, which are `x`, weight, bias, residual and counts."""
-        x, weight, bias, residual, counts = tensors
-        return Call(x, weight, bias, residual, counts, self.eps, self.activation, True, arithmetic(x.dtype))
-
     @property
     def parts(self) -> list[Part]:
         """The groups of samples; all samples are one group if there are no others."""
@@ -75,7 +70,9 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
         moved = running
     how = How(stages, plan, count, found, call.eps, call.activation, moved)
     if torch.is_grad_enabled():
-        y, statistics = _BatchNorm.apply(*call[:5], how)
+        told: list[Tensor] = []
+        y = _BatchNorm.apply(*call[:4], call, how, told)
+        (statistics,) = told
     else:
         y, statistics, _ = stages.forward(call, how)
     if running.mean is None or moved is not None:
@@ -100,41 +97,39 @@ def _statistics(stages: Any, call: Call, mean: Tensor, var: Tensor) -> Tensor:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """`y` and the statistics."""
+    """`y`. The tensors of the call that may need a gradient come twice: PyTorch looks for them among the arguments."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        x, weight, bias, residual, counts, how = arguments
-        call = how.call(x, weight, bias, residual, counts)
-        y, statistics, kept = how.stages.forward(call, how)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        call, how, told = arguments[4:]
+        y: Tensor
+        y, statistics, ctx.kept = how.stages.forward(call, how)
+        told.append(statistics)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = call.residual is not None
         residual = call.residual if call.activation[0] != "none" else None
-        ctx.save_for_backward(call.x, call.weight, residual, call.counts, statistics)
+        ctx.save_for_backward(call.x, call.weight, residual, call.counts)
+        ctx.how, ctx.statistics = how, statistics
         ctx.bias, ctx.bias_version = call.bias, None if call.bias is None else call.bias._version
-        ctx.how, ctx.kept = how, kept
-        ctx.mark_non_differentiable(statistics)
-        ctx.set_materialize_grads(False)
-        return y, statistics
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        dy = grads[0]
-        if dy is None:
-            return (None,) * 6
-        x, weight, residual, counts, statistics = ctx.saved_tensors
-        call = ctx.how.call(x, weight, ctx.bias, residual, counts)
+        (dy,) = grads
+        x, weight, residual, counts = ctx.saved_tensors
+        how, needs = ctx.how, ctx.needs_input_grad
+        call = Call(x, weight, ctx.bias, residual, counts, how.eps, how.activation, True, arithmetic(x.dtype))
         if torch.is_grad_enabled() or _is_batched(dy):
-            return (*_differentiable_backward(ctx, dy, call), None, None)
-        needs = ctx.needs_input_grad
-        dx, d_weight, d_bias, d_residual = ctx.how.stages.backward(
-            dy, call, ctx.how, statistics, ctx.kept, (needs[0], needs[3])
+            return (*_differentiable_backward(ctx, dy, call), None, None, None)
+        dx, d_weight, d_bias, d_residual = how.stages.backward(
+            dy, call, how, ctx.statistics, ctx.kept, (needs[0], needs[3])
         )
         return (
             dx,
             d_weight.to(weight.dtype) if needs[1] else None,
             d_bias.to(ctx.bias.dtype) if needs[2] else None,
             dy if needs[3] and residual is None else d_residual,
+            None,
             None,
             None,
         )

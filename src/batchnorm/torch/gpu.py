@@ -120,10 +120,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         kernels.grad_input(
             dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual, shape=shape
         )
-    if groups > 1:
-        d_bias, d_weight = sums.sum(1)
-    else:
-        d_bias, d_weight = sums[0, 0], sums[1, 0]
+    d_bias, d_weight = (sums.sum(1) if groups > 1 else sums.view(2, -1)).unbind()
     return dx, d_weight, d_bias, d_residual
 
 
