@@ -11,7 +11,7 @@ from batchnorm.torch.call import Call
 from batchnorm.torch.function import Gradients, How
 from batchnorm.torch.layout import memory_format
 
-__all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "is_available", "moments"]
+__all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "is_available", "moments", "takes"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that the kernels know."""
@@ -21,6 +21,9 @@ STATISTICS = torch.float32
 
 MOVES_RUNNING = True
 """Whether `forward` moves the running statistics."""
+
+VECTOR = 16
+"""Bytes that a thread loads at once."""
 
 OLDEST = 8, 0
 """The oldest compute capability that the kernels are for: Ampere."""
@@ -36,6 +39,13 @@ def is_available(device: torch.device) -> bool:
     except ImportError:
         return False
     return True
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels load whole vectors of `x`: where channels are adjacent, these must be whole numbers of them."""
+    if x.is_contiguous() and x.numel() != x.shape[0] * x.shape[1]:
+        return True
+    return x.shape[1] * x.element_size() % VECTOR == 0
 
 
 @functools.cache
@@ -134,9 +144,11 @@ def _count(call: Call, how: How) -> Any:
 
 
 def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
-    """The tensor in this format, without gaps."""
+    """The tensor in this format, without gaps, beginning where a vector does."""
     x = x.resolve_neg() if x.is_neg() else x
-    return x if x.is_contiguous(memory_format=laid) else x.contiguous(memory_format=laid)
+    if not x.is_contiguous(memory_format=laid):
+        return x.contiguous(memory_format=laid)
+    return x if x.data_ptr() % VECTOR == 0 else x.clone(memory_format=laid)
 
 
 def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:

@@ -70,7 +70,8 @@ def _numba_takes(call: Call, plan: Plan) -> bool:
 
 
 def _triton_takes(call: Call, plan: Plan) -> bool:
-    return call.x.is_cuda and gpu.is_available(call.x.device) and _stages_take(gpu, call, plan)
+    x = call.x
+    return x.is_cuda and gpu.is_available(x.device) and gpu.takes(x) and _stages_take(gpu, call, plan)
 
 
 def _operator_takes(call: Call, plan: Plan) -> bool:
