@@ -210,7 +210,7 @@ def test_a_saved_layer_goes_on_where_it_was() -> None:
 
 
 def test_renormalization_needs_running_statistics() -> None:
-    with pytest.raises(RuntimeError, match=r"Renorm\(\) corrects towards running statistics"):
+    with pytest.raises(RuntimeError, match=r"Renorm\(\) corrects towards the running statistics"):
         BatchNorm1d(3, track_running_stats=False, statistics=Renorm())(torch.randn(4, 3))
     for wrong in ({"r_max": 0.5}, {"d_max": -1}, {"warmup_steps": -1}):
         with pytest.raises(ValueError, match="r_max must be at least 1"):
@@ -258,7 +258,7 @@ def test_nothing_changes_where_nothing_can_be_learned(statistics: Any, path: str
     assert layer(torch.empty(0, 3, dtype=torch.float64)).shape == (0, 3)
     layer(torch.full((4, 3), torch.inf, dtype=torch.float64))
     assert layer.num_batches_skipped == 2
-    with pytest.raises(ValueError, match="mask leaves nothing"):
+    with pytest.raises(ValueError, match="mask leaves no position"):
         layer(torch.randn(4, 3, dtype=torch.float64), mask=torch.zeros(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="weights that are finite and not negative"):
         layer(torch.randn(4, 3, dtype=torch.float64), mask=-torch.ones(4))

@@ -1,4 +1,4 @@
-"""The stages on GPU tensors: Triton's kernels, imported when they are first needed."""
+"""The stages on GPU tensors, by the Triton kernels, which are imported when they are first needed."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from batchnorm.torch.layout import memory_format
 __all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "is_available", "moments"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""The types that the kernels know."""
+"""The types that the kernels support."""
 
 STATISTICS = torch.float32
 """The type of means, variances and sums."""
@@ -23,7 +23,7 @@ MOVES_RUNNING = True
 """Whether `forward` moves the running statistics."""
 
 OLDEST = 8, 0
-"""The oldest compute capability that the kernels are for: Ampere."""
+"""The oldest compute capability that the kernels support: Ampere."""
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _kernels() -> Any:
 
 
 def moments(call: Call) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel; zeros of nothing."""
+    """Mean and biased variance of every channel; zeros if `x` is empty."""
     x = call.x.detach()
     mean, var = x.new_zeros((2, x.shape[1]), dtype=STATISTICS)
     if x.numel() > 0:
@@ -56,7 +56,7 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
-    """`y`, and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
+    """`y` and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
     kernels, laid = _kernels(), memory_format(call.x)
     x = _dense(call.x, laid)
     y = torch.empty_like(x)
@@ -92,7 +92,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         dy: The gradient of `y`.
         call, how: As in `forward`.
         statistics: From `forward`.
-        kept: Nothing.
+        kept: None; nothing else is kept.
         needs: Whether `dx` and `d_residual` are needed.
     """
     kernels, laid = _kernels(), memory_format(call.x)
@@ -128,7 +128,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
 
 
 def _count(call: Call, how: How) -> Any:
-    """How much counts behind the statistics: a number, one for each group, or None for as many values as there are."""
+    """The count behind the statistics: a number, one per group, or None for the number of values in each group."""
     if how.plan.parts is None:
         return how.count
     if call.counts is None:
@@ -137,18 +137,18 @@ def _count(call: Call, how: How) -> Any:
 
 
 def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
-    """The tensor in this format, without gaps."""
+    """The tensor in this memory format, without gaps."""
     x = x.resolve_neg() if x.is_neg() else x
     return x if x.is_contiguous(memory_format=laid) else x.contiguous(memory_format=laid)
 
 
 def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
-    """`(N, C, L)`, or `(N*L, C, 1)` where channels are last."""
+    """`(N, C, L)`, or `(N*L, C, 1)` for channels last."""
     n, c, *positions = x.shape
     length = math.prod(positions)
     return (n, c, length) if laid is torch.contiguous_format else (n * length, c, 1)
 
 
 def _counts(call: Call) -> Tensor | None:
-    """The counts, without gaps: `(N, L)` and `(N*L, 1)` are the same in memory."""
+    """The counts without gaps: `(N, L)` and `(N*L, 1)` have the same memory."""
     return None if call.counts is None else call.counts.contiguous()

@@ -11,7 +11,7 @@ __all__ = ["compute", "takes"]
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether PyTorch's operation computes the same."""
+    """Whether PyTorch's operation gives the same result."""
     x = call.x
     if call.counts is not None or not (plan.is_simple or plan.constants is not None) or plan.count == 0:
         return False
@@ -19,16 +19,16 @@ def takes(call: Call, plan: Plan) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    # On the CPU, where the stride of an axis of length one hides that channels are last, the gradient is wrong (2.13).
+    # On the CPU, if the stride of an axis of length 1 hides a channels-last layout, the gradient is wrong (2.13).
     return not x.is_cpu or x.is_contiguous() or 1 not in x.shape
 
 
 def compute(call: Call, plan: Plan, running: Running) -> Outcome:
-    """A call without a mask, by the statistics of the batch or by constants."""
+    """Compute a call without a mask, by the statistics of the batch or by constants."""
     if plan.constants is not None:
         mean, var = plan.constants
         if torch.is_grad_enabled() and not torch._C._is_tracing():
-            # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
+            # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
     if running.mean is None or running.var is None:
@@ -37,27 +37,27 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
     if x.is_cpu and x.dtype is call.arithmetic and plan.unbiased and is_eager() and is_finite(x):
         rate = running.rate()
         assert isinstance(rate, float)
-        # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
+        # PyTorch changes them without telling autograd, and saves them although the backward pass does not need them.
         torch.autograd.graph.increment_version((running.mean, running.var))
         z = _batch_norm(call, running.mean.data, running.var.data, True, rate)
         running.note(True)
         return Outcome(_follow(call, z))
-    # PyTorch tells the statistics of a batch only by moving running ones: here they move all the way from 0.
+    # PyTorch returns a batch's statistics only by moving running ones: with momentum 1 these become the batch's.
     batch = Batch.of(x.new_zeros((2, x.shape[1]), dtype=call.arithmetic), plan.count, is_unbiased=True)
     return Outcome(_follow(call, _batch_norm(call, batch.mean, batch.var, True, 1.0)), batch)
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
-    numbers = [call.weight, call.bias, mean, var]
-    if call.x.dtype is not call.arithmetic and len({t.dtype for t in numbers if t is not None}) > 1:
-        numbers = [None if t is None else t.to(call.arithmetic) for t in numbers]  # it wants them to be of one type
-    weight, bias, mean, var = numbers
+    vectors = [call.weight, call.bias, mean, var]
+    if call.x.dtype is not call.arithmetic and len({t.dtype for t in vectors if t is not None}) > 1:
+        vectors = [None if t is None else t.to(call.arithmetic) for t in vectors]  # they must have one type
+    weight, bias, mean, var = vectors
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(call.x, weight, bias, mean, var, training, momentum, call.eps, cudnn)
 
 
 def _follow(call: Call, z: Tensor) -> Tensor:
-    """The residual and the activation; in place where nobody else has `z`."""
+    """Add the residual and apply the activation; in place where nothing else uses `z`."""
     name, parameter = call.activation
     if torch.is_grad_enabled() or not is_eager():
         z = z if call.residual is None else z + call.residual
