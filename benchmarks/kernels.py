@@ -48,7 +48,7 @@ def candidates(case: Case) -> dict[str, Candidate]:
 
 
 def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
-    """Forward + backward of each layer of real networks."""
+    """The records of forward + backward of each layer of real networks."""
     for case in KERNEL_CASES:
         if quick and case.large:
             continue
