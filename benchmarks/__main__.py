@@ -1,6 +1,6 @@
-"""`python -m benchmarks`: measure on this machine, write what was seen as CSV, and the README from that.
+"""`python -m benchmarks`: measure on this machine, write the records as CSV, and write the README from them.
 
-It needs what `make bench` installs. Names choose what is measured; `report` alone only writes the README anew.
+It needs what `make bench` installs. Arguments choose the parts; `report` alone only rewrites the README.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -95,20 +95,22 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.VERDICTS: lambda s: (s.seeds, verdicts.run(s.seeds, s.quick)),
     Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
 }
-"""What is measured: how many runs, and their records. The seconds are for each case."""
+"""The parts: the number of runs of each, and their records. The seconds are per case."""
 
 
 @app.command()
 def main(
     names: Annotated[list[Name] | None, typer.Argument(help="What to measure. [default: everything]")] = None,
     quick: Annotated[
-        bool, typer.Option(help="See that everything runs, on tiny inputs; the numbers mean nothing.")
+        bool, typer.Option(help="Check that everything runs, on tiny inputs; the numbers mean nothing.")
     ] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Layers against torch.compile too; slow.")] = False,
-    others: Annotated[bool, typer.Option("--jax", help="Layers against JAX and TensorFlow, where installed.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Of gradients, losses, small batches and the study.")] = 2,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")] = False,
+    others: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds of gradients, losses, small batches and the study.")
+    ] = 2,
     out: Annotated[
-        Path | None, typer.Option(help="Where README.md and results/ go. [default: benchmarks; build/bench if quick]")
+        Path | None, typer.Option(help="Folder of README.md and results/. [default: benchmarks; quick: build/bench]")
     ] = None,
 ) -> None:
     """Measure this package against PyTorch on this machine."""

@@ -1,4 +1,4 @@
-"""Latency of whole models in evaluation: as they are, folded by us, and by what else folds."""
+"""Latency of whole models in evaluation: unchanged, folded by us, and folded by others."""
 
 import io
 import logging
@@ -17,7 +17,7 @@ from benchmarks.networks import QUICK, randomize_statistics, subjects
 
 
 def _torch_fusion(model: nn.Module) -> nn.Module:
-    """PyTorch's own, for convolutions."""
+    """PyTorch's own folding, for convolutions."""
     from torch.fx.experimental.optimization import fuse
 
     with warnings.catch_warnings():
@@ -26,7 +26,7 @@ def _torch_fusion(model: nn.Module) -> nn.Module:
 
 
 def _onnxruntime(model: nn.Module, x: Tensor) -> Candidate:
-    """What onnxruntime makes of the model, with all its optimizations, folding among them."""
+    """The model in onnxruntime with all its optimizations, which include folding."""
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

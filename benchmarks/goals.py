@@ -1,4 +1,4 @@
-"""What was aimed for, and whether the records say that it is so."""
+"""The goals, and whether the records meet them."""
 
 from collections.abc import Sequence
 from math import exp, log
@@ -8,7 +8,7 @@ from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import Range, copies, others, speedups, summarize
 
 Tables = dict[str, list[Record]]
-"""The records of each CSV, by its name."""
+"""The records of each CSV, by name."""
 
 STEPS = {
     "mobilenet_v2": (1.6, 1.3),
@@ -16,7 +16,7 @@ STEPS = {
     "densenet121": (1.2, 1.25),
     "efficientnet_b0": (1.25, 1.25),
 }
-"""How many times as fast a step of training should be after `convert`, channels-first and channels-last."""
+"""The wanted speed-up of a training step by `convert`, channels-first and channels-last."""
 
 
 class Goal(NamedTuple):
@@ -45,13 +45,13 @@ def _mean(found: Range | None) -> float | None:
 
 
 def step_ratio(records: Sequence[Record], model: str, layout: str) -> float | None:
-    """How many times as long as the converted model's the eager model's step takes."""
+    """The time of the eager model's step divided by that of the converted model."""
     times = {r["candidate"]: r["median_us"] for r in records if (r["model"], r["layout"]) == (model, layout)}
     return times["eager"] / times["converted"] if times else None
 
 
 def gradient_ratios(records: Sequence[Record]) -> dict[str, float]:
-    """The distance of the converted model's gradient in eager's distances: geometric mean over seeds."""
+    """The gradient error of the converted model divided by that of the eager model: geometric mean over seeds."""
     ratios: dict[str, list[float]] = {}
     for record in records:
         if record["candidate"] == "converted":

@@ -16,7 +16,7 @@ WINDOW = 5
 
 
 def gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Of the loss with respect to all parameters, as one vector in float64."""
+    """The gradient of the loss with respect to all parameters, as one float64 vector."""
     model.train().zero_grad()
     torch.manual_seed(0)  # the same units drop out
     F.cross_entropy(model(x), target).backward()
@@ -26,8 +26,8 @@ def gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
 def distances(seeds: int, quick: bool) -> Iterator[list[Record]]:
     """`|g - g64| / |g64|` for each model, layout and seed.
 
-    One unit that rounding puts on the other side of its kink outweighs all other rounding, and whether there is one is
-    luck. So tensors are large: there are always some.
+    One unit that rounding moves to the other side of its kink outweighs all other rounding errors, and it is chance
+    whether there is one. So the tensors are large: then there are always some.
     """
     for subject in subjects():
         shape = subject.shape(*QUICK) if quick else subject.shape(divisor=2)

@@ -1,7 +1,7 @@
-"""Steps of training in Keras, of networks with our layer and with Keras' own, on each backend in its own process.
+"""Training steps in Keras with our layer and with Keras' own, on each backend in its own process.
 
-Our layers have the activation in them; Keras' are followed by one. `train_on_batch` compiles as Keras does by default:
-with XLA on TensorFlow and JAX, not at all on PyTorch.
+Our layers contain the activation; Keras' layers are followed by one. `train_on_batch` compiles as Keras does by
+default: with XLA on TensorFlow and JAX, and not at all on PyTorch.
 """
 
 import importlib.util

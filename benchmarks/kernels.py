@@ -1,4 +1,4 @@
-"""Where the time of a layer goes: the kernels on memory that is there already, on fresh memory, and in the layer."""
+"""Where the time of a layer goes: the kernels on memory already in use, on fresh memory, and inside the layer."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,16 +11,23 @@ from batchnorm.bench import layers
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Candidate, Record, interleave, records
 from batchnorm.kernels import launch
-from batchnorm.torch.arrays import array
 
 KERNEL_CASES = [case for case in CASES if case.group == "network" and case.activation == "relu" and not case.residual]
 
 
+def array(t: torch.Tensor, case: Case) -> np.ndarray:
+    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` for channels last; a view."""
+    n, channels = t.shape[:2]
+    if case.channels_last:
+        return t.movedim(1, -1).view(-1, channels, 1).numpy()
+    return t.view(n, channels, -1).numpy()
+
+
 def candidates(case: Case) -> dict[str, Candidate]:
-    """What is timed for a case, by name."""
+    """The functions to time for a case, by name."""
     x, dy, y, dx = (case.tensor() for _ in range(4))
     channels, count = x.shape[1], x.numel() / x.shape[1]
-    x_array, dy_array = array(x, case.memory_format), array(dy, case.memory_format)
+    x_array, dy_array = array(x, case), array(dy, case)
     mean, var, rstd, sum_dz, sum_dz_xhat = np.empty((5, channels))
     weight, bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
 
@@ -33,17 +40,15 @@ def candidates(case: Case) -> dict[str, Candidate]:
     whole = layers.candidates(case, "training")
     return {
         "copy": whole["copy"],
-        "kernels": partial(both, array(y, case.memory_format), array(dx, case.memory_format)),
-        "fresh memory": lambda: both(
-            array(torch.empty_like(x), case.memory_format), array(torch.empty_like(x), case.memory_format)
-        ),
+        "kernels": partial(both, array(y, case), array(dx, case)),
+        "fresh memory": lambda: both(array(torch.empty_like(x), case), array(torch.empty_like(x), case)),
         "layer": whole["batchnorm"],
         "eager": whole["eager"],
     }
 
 
 def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
-    """Forward + backward of each layer of real networks."""
+    """The records of forward + backward of each layer of real networks."""
     for case in KERNEL_CASES:
         if quick and case.large:
             continue

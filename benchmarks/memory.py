@@ -1,8 +1,8 @@
-"""The peak of memory of a training step, each in a process of its own.
+"""The peak memory of a training step, each in its own process.
 
-What a process holds at most during a step, less what it held before. A step before it loads libraries and kernels and
-makes the optimizer's state; that does not count. Freed tensors go back to the system at once, so that what is held is
-what is used.
+The peak is the most memory that a process holds during a step, less what it held before the step. An earlier step loads
+libraries and kernels and creates the optimizer's state, which does not count. Freed tensors are returned to the system
+at once, so that the memory held is the memory used.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ from benchmarks.networks import CANDIDATES, QUICK, Subject, stepper, subjects
 MIB = 1 << 20
 ROOT = Path(__file__).parents[1]
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Have what is freed given back, not kept for the next one."""
+"""Settings with which the allocator returns freed memory to the system."""
 
 
 def _status(field: str) -> int:
-    """Bytes, from what Linux says of this process."""
+    """A value in bytes from Linux's status of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
@@ -38,7 +38,7 @@ def _peak() -> int:
 
 
 def _held() -> int:
-    """What is held now, with the peak begun anew where the system can do that; else the peak so far."""
+    """The memory held now, with the peak reset where the system allows it; otherwise the peak so far."""
     gc.collect()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

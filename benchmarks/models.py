@@ -1,7 +1,7 @@
-"""Whole networks in plain PyTorch, written as they are written in the wild: what a user would hand to `convert`.
+"""Whole networks in plain PyTorch, written as users write them before `convert`.
 
-Each is built from its paper's tables, with the idioms that one meets: one ReLU module that is called everywhere,
-in-place addition, functional activations, activations inside `Sequential`, lists of layers called in a loop.
+Each follows its paper's tables, with common idioms: one ReLU module called everywhere, in-place addition, functional
+activations, activations inside `Sequential`, and lists of layers called in a loop.
 """
 
 from collections.abc import Callable
@@ -175,7 +175,7 @@ def mobilenet_v2(num_classes: int = 10) -> nn.Module:
 
 
 class DenseLayer(nn.Module):
-    """BN-ReLU-Conv(1x1)-BN-ReLU-Conv(3x3) of everything so far, appended to it."""
+    """BN-ReLU-Conv(1x1)-BN-ReLU-Conv(3x3) of all features so far, appended to them."""
 
     def __init__(self, channels_in: int, growth: int) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ def densenet121(num_classes: int = 10) -> nn.Module:
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel times a number in (0, 1) that depends on the means of all of them (Hu et al. 2017)."""
+    """Scale each channel by a number in (0, 1) that depends on the means of all channels (Hu et al. 2017)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class DoubleConv(nn.Module):
 
 
 class UNet3d(nn.Module):
-    """Down with pooling, up with transposed convolutions; each level hands its features across."""
+    """Down with pooling, up with transposed convolutions, with skip connections at each level."""
 
     def __init__(self, num_classes: int, channels: int, levels: int = 3) -> None:
         super().__init__()

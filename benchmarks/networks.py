@@ -1,4 +1,4 @@
-"""What the benchmarks of whole models share: a model and its converted copy, a batch to train on, one step."""
+"""Shared by the benchmarks of whole models: a model and its converted copy, a batch to train on, and one step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -13,7 +13,7 @@ from benchmarks.models import MODELS
 
 CANDIDATES = ("eager", "converted")
 QUICK = 4, 2
-"""The shape of which nothing is to be learnt but that all runs: `Subject.shape(*QUICK)`."""
+"""The size of `Subject.shape(*QUICK)`, which only checks that everything runs."""
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -28,7 +28,7 @@ class Subject(NamedTuple):
         return self._asdict() | {"shape": "x".join(map(str, shape))}
 
     def shape(self, batch: int | None = None, divisor: int = 1) -> tuple[int, ...]:
-        """Of a batch: the one that is timed, or with at most `batch` samples, or with a part of each side."""
+        """The shape of a batch: the one to time, or with at most `batch` samples, or with a fraction of each side."""
         size, channels, *sides = MODELS[self.model].shape
         return (min(size, batch or size), channels, *(side // divisor for side in sides))
 
@@ -36,7 +36,7 @@ class Subject(NamedTuple):
         return tensor.contiguous(memory_format=FORMATS[tensor.dim()]) if self.layout == "channels-last" else tensor
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The model as anyone would have it."""
+        """The model in plain PyTorch."""
         torch.manual_seed(seed)
         model = MODELS[self.model].build()
         if self.layout == "channels-last":
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
         return {"eager": model, "converted": convert(deepcopy(model))}
 
     def data(self, shape: tuple[int, ...], batches: int = 1, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Batches that can be learnt: classes of noisy pictures, or of values where each voxel has its own."""
+        """Batches with a pattern to learn: classes of noisy images, or a class for each voxel."""
         generator = torch.Generator().manual_seed(seed)
         pictures = torch.randn((10, *shape[1:]), generator=generator)
         model, found = self.build().eval(), []
@@ -67,7 +67,7 @@ class Subject(NamedTuple):
 
 
 def randomize_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give all batch normalizations statistics and weights that change something, in place."""
+    """Give all batch normalizations nontrivial statistics and weights, in place."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -82,7 +82,7 @@ def randomize_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def subjects() -> Iterator[Subject]:
-    """Every model in every layout it has."""
+    """Every model in each of its layouts."""
     for model, (_, shape) in MODELS.items():
         yield Subject(model)
         if len(shape) in FORMATS:

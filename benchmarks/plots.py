@@ -1,4 +1,4 @@
-"""The tables as pictures: SVG, in colours that can be read on white and on black."""
+"""The tables as SVG plots, in colours that are readable on white and on black."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
 
 
 def draw(tables: Tables, folder: Path) -> list[str]:
-    """Write a picture of each table that has records; the names of the files."""
+    """Write a plot of each table that has records, and return the names of the files."""
     pictures = {"layers": _layers, "training": _training, "losses": _losses}
     written = []
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def draw(tables: Tables, folder: Path) -> list[str]:
 
 
 def _layers(tables: Tables) -> Any:
-    """Each case as a point: how many times as fast as eager, in training and in evaluation."""
+    """Each case as a point: its speed-up over eager, in training and in evaluation."""
     layouts = {record["case"]: record["layout"] for record in tables["layers"] + tables["eval"]}
     names = {case: case.replace(f" {layout}", "") for case, layout in layouts.items()}
     rows = {name: i for i, name in enumerate(reversed(dict.fromkeys(names.values())))}
@@ -74,7 +74,7 @@ def _layers(tables: Tables) -> Any:
 
 
 def _training(tables: Tables) -> Any:
-    """Each model's step of training, before `convert` over after."""
+    """The speed-up of each model's training step by `convert`."""
     records = tables["training"]
     models = list(dict.fromkeys(record["model"] for record in records))
     figure, panel = plt.subplots(figsize=(7, 2.4))
@@ -91,7 +91,7 @@ def _training(tables: Tables) -> Any:
 
 
 def _losses(tables: Tables) -> Any:
-    """The mean loss over seeds of each model before and after `convert`, and the seeds themselves, faint."""
+    """The mean loss over seeds of each model before and after `convert`, with each seed as a faint line."""
     records = tables["losses"]
     models = list(dict.fromkeys(record["model"] for record in records))
     columns = min(3, len(models))

@@ -1,4 +1,4 @@
-"""The CSVs as tables in the README: every number in it is printed here."""
+"""The CSVs as tables in the README: this file prints every number in it."""
 
 import re
 from collections import Counter
@@ -35,7 +35,7 @@ def write(out: Path, template: Path) -> None:
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text; nothing without rows."""
+    """A table whose first column is text; empty without rows."""
     cells = [list(row) for row in rows]
     if not cells:
         return ""
@@ -44,7 +44,7 @@ def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _environment(tables: Tables) -> str:
-    """One line for each environment that the files come from."""
+    """One line for each environment of the files."""
     seen: dict[str, list[str]] = {}
     for name, records in tables.items():
         for record in records:
@@ -65,7 +65,7 @@ def _goals(tables: Tables) -> str:
 
 
 def _summary(tables: Tables) -> str:
-    """Means and extremes of what the layers' tables show case by case."""
+    """Means and extremes of the layers' tables."""
     rows = []
     for name, mode in MODES.items():
         for other in others(tables[name]):
@@ -102,7 +102,7 @@ def _layers(name: str) -> Callable[[Tables], str]:
 
 
 def _time(record: Record, unit: float) -> str:
-    """Median and quantiles, in so many microseconds."""
+    """Median and quantiles, in units of some microseconds."""
     median, low, high = (record[column] / unit for column in ("median_us", "q10_us", "q90_us"))
     digits = 0 if low >= 100 else 1
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
@@ -170,7 +170,7 @@ def _losses(tables: Tables) -> str:
 
 
 def _lost(tables: Tables) -> str:
-    """Everything in which the other one is faster, or takes less memory; worst first."""
+    """Every case in which another candidate is faster or takes less memory; worst first."""
     lines = []
     for name, mode in MODES.items():
         for other in others(tables[name]):
@@ -188,7 +188,7 @@ def _lost(tables: Tables) -> str:
 
 
 def _folding(tables: Tables) -> str:
-    """Latencies in milliseconds, and times as fast as eager."""
+    """Latencies in milliseconds, and speed-ups over eager."""
     names = list(dict.fromkeys(r["candidate"] for r in tables["folding"]))
     rows: dict[tuple[str, str], dict[str, Record]] = {}
     for r in tables["folding"]:
@@ -203,7 +203,7 @@ def _folding(tables: Tables) -> str:
 
 
 def _kernels(tables: Tables) -> str:
-    """In copies: what of a layer's time is the kernels', what is fresh memory, and what is left to Python."""
+    """A layer's time in copies: the kernels, fresh memory, and the whole layer with Python."""
     names = ("kernels", "fresh memory", "layer", "eager")
     rows: dict[str, dict[str, str]] = {}
     for r in tables["kernels"]:
@@ -217,7 +217,7 @@ def _kernels(tables: Tables) -> str:
 
 
 def _compiled(tables: Tables) -> str:
-    """Both under `torch.compile`, in times as fast as eager PyTorch."""
+    """Both layers under `torch.compile`, as speed-ups over eager PyTorch."""
     records, ours = tables["compiled"], "batchnorm compiled"
     rows = []
     eager, theirs = (speedups(records, over, ours=ours) for over in ("eager", "compile"))
@@ -229,7 +229,7 @@ def _compiled(tables: Tables) -> str:
 
 
 def _variants(tables: Tables) -> str:
-    """How many times as long as with the batch's own statistics."""
+    """Each variant's time in units of the time with the batch's own statistics."""
     records = tables["variants"]
     names = [name for name in others(records) if name != "batch"]
     ratios = [speedups(records, name, ours="batch") for name in names]
@@ -242,7 +242,7 @@ def _variants(tables: Tables) -> str:
 
 
 def _small(tables: Tables) -> str:
-    """The part of the test images that are wrong, in percent: mean over seeds, and how far these lie apart."""
+    """The test error in percent: mean and standard deviation over seeds."""
     wrong: dict[tuple[str, str, str], list[float]] = {}
     for r in tables["small"]:
         wrong.setdefault((r["data"], str(r["samples"]), r["statistics"]), []).append(100 * r["wrong"])
@@ -255,7 +255,7 @@ def _small(tables: Tables) -> str:
 
 
 def _verdicts(tables: Tables) -> str:
-    """For each claim the range of its effects over base seeds, and how often each verdict came out."""
+    """The range of each claim's effects over base seeds, and how often each verdict came out."""
     found: dict[str, list[Record]] = {}
     for r in tables["verdicts"]:
         found.setdefault(r["claim"], []).append(r)
@@ -269,7 +269,7 @@ def _verdicts(tables: Tables) -> str:
 
 
 def _keras(tables: Tables) -> str:
-    """Milliseconds of a step, and how many times as long ours takes as Keras'."""
+    """Milliseconds of a step, and ours relative to Keras'."""
     records = tables["keras"]
     ours, theirs = ([r for r in records if r["candidate"] == name] for name in ("batchnorm", "keras"))
     lines = [

@@ -1,4 +1,4 @@
-"""Small batches: how well a network evaluates after training with statistics of few samples, or of more."""
+"""Small batches: the test error of a network after training with statistics of few or many samples."""
 
 import itertools
 import socket
@@ -40,7 +40,7 @@ VARIANTS: list[tuple[str, int, Any, int]] = [
 
 
 def network(inputs: int, classes: int, statistics: Any) -> nn.Module:
-    """The one of the introductions: two hidden layers of 64."""
+    """A network with two hidden layers of 64 units."""
     layers: list[nn.Module] = []
     for width in (inputs, 64):
         layers += [nn.Linear(width, 64), bt.BatchNorm1d(64, activation="relu", statistics=statistics)]
@@ -48,7 +48,7 @@ def network(inputs: int, classes: int, statistics: Any) -> nn.Module:
 
 
 def train(size: int, statistics: Any, seed: int, quick: bool, rank: int = 0, processes: int = 1) -> tuple[str, float]:
-    """The name of the data, and the part of the test images that the network gets wrong in evaluation."""
+    """The name of the data, and the network's test error in evaluation."""
     data = load(MNIST if MNIST.is_dir() else None)
     images, labels = torch.from_numpy(data.train.images).float().flatten(1), torch.from_numpy(data.train.labels).long()
     if quick:
@@ -96,7 +96,7 @@ def _in_processes(*arguments: Any) -> tuple[str, float]:
 
 
 def run(seeds: int, quick: bool) -> Iterator[list[Record]]:
-    """One record for each variant and seed."""
+    """One record per variant and seed."""
     for (name, size, statistics, processes), seed in itertools.product(VARIANTS, range(seeds)):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # nothing here is large

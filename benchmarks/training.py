@@ -1,4 +1,4 @@
-"""Whole models before and after `convert`: a step of training, and forward in evaluation."""
+"""Whole models before and after `convert`: a training step, and forward in evaluation."""
 
 import os
 import re
@@ -17,7 +17,7 @@ NORMALIZATION = re.compile(r"batch_?norm|relu|threshold_backward|hardtanh|clamp|
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what the profiler's library writes past Python off the terminal."""
+    """Keep the output of the profiler's library, which bypasses Python, off the terminal."""
     stderr = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
@@ -29,7 +29,7 @@ def _silence() -> Iterator[None]:
 
 
 def share(step: Callable[[], object]) -> float:
-    """The part of a step's time that goes into normalizations and activations, as PyTorch's profiler sees it."""
+    """The share of normalizations and activations in the time of a step, by PyTorch's profiler."""
     with _silence(), profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events = profiled.key_averages()
@@ -38,7 +38,7 @@ def share(step: Callable[[], object]) -> float:
 
 
 def steps(seconds: float, quick: bool) -> Iterator[list[Record]]:
-    """The step of each model in each layout."""
+    """The records of a training step of each model in each layout."""
     for subject in subjects():
         [(x, target)] = subject.data(subject.shape(*QUICK if quick else ()))
         pair = subject.pair().items()
@@ -50,7 +50,7 @@ def steps(seconds: float, quick: bool) -> Iterator[list[Record]]:
 
 
 def forward(seconds: float, quick: bool) -> Iterator[list[Record]]:
-    """Forward of each model in evaluation."""
+    """The records of forward in evaluation of each model."""
     for subject in subjects():
         [(x, _)] = subject.data(subject.shape(*QUICK if quick else ()))
         pair = subject.pair().items()

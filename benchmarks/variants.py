@@ -1,4 +1,4 @@
-"""What it costs to take the statistics from elsewhere: forward + backward of a layer, against the batch's own."""
+"""The cost of other sources of statistics: forward + backward of a layer, against the statistics of the batch."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +18,7 @@ VARIANT_CASES = [
 
 
 def candidates(case: Case) -> dict[str, Candidate]:
-    """What is timed for a case, by name."""
+    """The functions to time for a case, by name."""
     samples, channels = case.shape[:2]
     x, dy = case.tensor().requires_grad_(), case.tensor()
     mask = torch.rand(samples, *case.shape[2:]) > 0.2

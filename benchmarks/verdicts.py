@@ -1,4 +1,4 @@
-"""How often the study comes to the same verdict: the whole study from many base seeds, none of them the same."""
+"""How often the study reaches the same verdict: the whole study from many different base seeds."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from batchnorm.study.tasks import Records, Setup
 
 
 def run(base_seeds: int, quick: bool) -> Iterator[list[Record]]:
-    """One record for each claim and base seed."""
+    """One record per claim and base seed."""
     for base_seed in range(base_seeds):
         if quick:
             settings = Settings("quick", seeds=1, epochs=1, paper_steps=20, base_seed=base_seed)

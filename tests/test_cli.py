@@ -94,7 +94,7 @@ def test_other_images(tmp_path: Path) -> None:
         (("--epochs", -1), "epochs must be 1 or more, got -1."),
         (("--batch-size", 1), "batch size must be 2 or more"),
         (("--batch-size", 5000), "1149 images to train on, fewer than one batch of 5000"),
-        (("--quick", "--full"), "--quick and --full exclude each other."),
+        (("--quick", "--full"), "--quick and --full exclude each other; give at most one of them."),
         (("--claims", "a,rates"), "there is no claim a; choose of faster-at-same-rate"),
         (("--model", "unknown"), "there is no network 'unknown'; choose mlp, cnn, resnet"),
         (("--model", "os:getcwd"), "os:getcwd gives a str and not a torch.nn.Module."),
@@ -257,7 +257,7 @@ def test_without_typer() -> None:
     result = python("import sys; sys.modules['typer'] = None; from batchnorm.cli import main; main()", "--help")
     assert result.returncode == 1
     assert result.stderr == (
-        "batchnorm: the command line needs typer, which comes with the extra of each command: "
+        "batchnorm: the command line needs typer, which each command's extra installs: "
         'pip install "batchnorm[study]", "batchnorm[bench]" or, to fold, "batchnorm[onnx]".\n'
     )
 

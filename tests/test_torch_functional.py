@@ -454,7 +454,7 @@ OUR_OWN: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "mask that leaves one": (ValueError, {"mask": X[:, 0] * torch.eye(4)[0]}, "more than 1 value .* mask keeps one"),
     "unknown activation": (ValueError, {"activation": "rleu"}, "unknown activation 'rleu'.* 'relu'.*leaky_relu"),
     "unknown statistics": (TypeError, {"statistics": "running"}, r"RunningStatistics\(\), .*got 'running'"),
-    "class for an object": (TypeError, {"statistics": RunningStatistics}, r"got <class .*with brackets"),
+    "class for an object": (TypeError, {"statistics": RunningStatistics}, r"got <class .*with parentheses"),
     "frozen, without statistics": (
         RuntimeError, {"running_mean": None, "running_var": None, "statistics": RunningStatistics()}, "pass both"
     ),

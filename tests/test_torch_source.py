@@ -611,11 +611,11 @@ class Lambda(Base):
 """
 
 UNUSUAL_REASONS = {
-    "Registered": "Registered takes note of its subclasses",
-    "Pickled": "Pickled is pickled in a way of its own",
+    "Registered": "Registered defines __init_subclass__",
+    "Pickled": "Pickled defines its own pickling",
     "Demanding": "Demanding cannot have a subclass: ",
     "Decorated": "Decorated does not call it and then, with nothing else in between, an activation",
-    "Executed": "the source of Executed.forward is not to be had",
+    "Executed": "the source of Executed.forward is not available",
     "Lambda": "Lambda does not call it and then, with nothing else in between, an activation",
 }
 
@@ -633,7 +633,7 @@ def test_a_file_that_has_changed(tmp_path: Path) -> None:
     source = NETWORK.replace("{body}", "        return F.relu(self.bn(x))")
     kind = load(source, tmp_path)["Network"]
     (tmp_path / "network.py").write_text((tmp_path / "network.py").read_text().replace("F.relu", "F.silu"))
-    assert reasons(assert_same(kind()))[0] == "the source of Network.forward is not to be had"
+    assert reasons(assert_same(kind()))[0] == "the source of Network.forward is not available"
 
 
 def test_a_file_that_has_gone(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from batchnorm.torch import (
     batch_norm,
     route,
 )
+from batchnorm.torch.call import Call, Plan
+from batchnorm.torch.running import Running
 
 LAYOUTS = [*CONTIGUOUS, *CHANNELS_LAST]
 CLIPPED = Renorm(1.0001, 0.0001, 0)  # its r and d are at their limits, and so constant
@@ -210,7 +212,7 @@ def test_a_saved_layer_goes_on_where_it_was() -> None:
 
 
 def test_renormalization_needs_running_statistics() -> None:
-    with pytest.raises(RuntimeError, match=r"Renorm\(\) corrects towards running statistics"):
+    with pytest.raises(RuntimeError, match=r"Renorm\(\) corrects towards the running statistics"):
         BatchNorm1d(3, track_running_stats=False, statistics=Renorm())(torch.randn(4, 3))
     for wrong in ({"r_max": 0.5}, {"d_max": -1}, {"warmup_steps": -1}):
         with pytest.raises(ValueError, match="r_max must be at least 1"):
@@ -258,7 +260,7 @@ def test_nothing_changes_where_nothing_can_be_learned(statistics: Any, path: str
     assert layer(torch.empty(0, 3, dtype=torch.float64)).shape == (0, 3)
     layer(torch.full((4, 3), torch.inf, dtype=torch.float64))
     assert layer.num_batches_skipped == 2
-    with pytest.raises(ValueError, match="mask leaves nothing"):
+    with pytest.raises(ValueError, match="mask leaves no position"):
         layer(torch.randn(4, 3, dtype=torch.float64), mask=torch.zeros(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="weights that are finite and not negative"):
         layer(torch.randn(4, 3, dtype=torch.float64), mask=-torch.ones(4))
@@ -355,6 +357,64 @@ def test_what_are_no_statistics(wrong: Any) -> None:
     ):
         with pytest.raises(TypeError, match="statistics must be"):
             call()
+
+
+# --- A source that a user defines -------------------------------------------------------------------------------------
+
+
+class FirstHalf(bn.Statistics):
+    """The statistics of the first half of the samples, as constants."""
+
+    def plan(self, call: Call, running: Running) -> Plan:
+        half = call.part(slice(0, len(call.x) // 2)).x.detach()
+        axes = (0, *range(2, half.dim()))
+        return Plan(torch.inf, (half.mean(axes), half.var(axes, correction=0)))
+
+
+@pytest.mark.parametrize("name", ["native", "numba", "composed"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_source_of_a_user_works_through_the_function_and_a_layer(layout: Layout, name: str) -> None:
+    t = tensors(layout)
+    mean, var = running(layout)
+    before = mean.clone(), var.clone()
+    x, weight, bias = (t[name].detach().numpy() for name in ("x", "weight", "bias"))
+    moments = definition.moments(x[: len(x) // 2])
+    given = (
+        x,
+        moments.mean,
+        definition.reciprocal_std(moments.var),
+        weight,
+        bias,
+        t["residual"].detach().numpy(),
+        "silu",
+    )
+    expected = definition.normalize(*given)
+    dy = np.random.default_rng(1).normal(size=x.shape)
+    sums = definition.grad_sums(dy, *given)
+    dx, d_residual = definition.grad_input(dy, *given[:3], *sums, np.inf, *given[3:])
+    layer = {2: bn.BatchNorm1d, 3: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}[x.ndim](
+        x.shape[1], dtype=torch.float64, activation="silu", statistics=FirstHalf()
+    )
+    layer.load_state_dict({"weight": t["weight"], "bias": t["bias"]}, strict=False)
+    inputs = [t[name] for name in ("x", "weight", "bias", "residual")]
+    with route(name):
+        y = batch_norm(
+            t["x"], mean, var, t["weight"], t["bias"], True, activation="silu", residual=t["residual"],
+            statistics=FirstHalf(),
+        )  # fmt: skip
+        of_layer = layer(t["x"], residual=t["residual"])
+        grads = torch.autograd.grad(y, inputs, torch.from_numpy(dy))
+    gain = max(1.0, float(np.max(given[2] * weight)))
+    terms = x.size // x.shape[1]
+    for found, exact in zip((y, of_layer, *grads), (expected, expected, dx, *sums[::-1], d_residual), strict=True):
+        assert relative_error(numpy(found), exact) < gain * tolerance(np.float64, terms)
+    assert torch.equal(mean, before[0])
+    assert torch.equal(var, before[1])
+
+
+def test_a_source_without_a_plan_says_what_it_needs() -> None:
+    with pytest.raises(TypeError, match="Statistics is not a source of statistics: it needs a method `plan`"):
+        batch_norm(torch.randn(4, 3), training=True, statistics=bn.Statistics())
 
 
 # --- Freezing --------------------------------------------------------------------------------------------------------

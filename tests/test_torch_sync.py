@@ -263,23 +263,25 @@ def errors(rank: int) -> None:
 
     x = torch.randn(4, 3, dtype=torch.float64)
     found = error_of(lambda: train(torch.randn(4, 3 + (rank == 2))))
-    assert "same channels in all processes: 3 in process 0, 3 in process 1, 4 in process 2" in found
+    assert "different numbers of channels in the processes: 3 in process 0, 3 in process 1, 4 in process 2" in found
     train(x)
     found = error_of(lambda: train(x.float() if rank == 0 else x))
-    assert "same type in all processes: float32 in process 0, float64 in process 1" in found
+    assert "different types in the processes: float32 in process 0, float64 in process 1" in found
     found = error_of(lambda: train(x.clone().requires_grad_(rank == 1)))
-    assert "needs a gradient in some processes only: False in process 0, True in process 1" in found
+    assert "needs a gradient in only some of the processes: False in process 0, True in process 1" in found
     found = error_of(lambda: train(x, mask=-torch.ones(4) if rank == 1 else torch.ones(4)))
-    assert ("not negative" if rank == 1 else "process 1 of 3 failed; its own error says why") in found
+    assert ("not negative" if rank == 1 else "process 1 of 3 failed; see the error of that process") in found
     found = error_of(lambda: train(x[: rank == 0]))
     assert "ValueError: Expected more than 1 value per channel when training, got 1 in all 3 processes" in found
     found = error_of(lambda: train(x, mask=torch.zeros(4)))
     assert "got 0 in all 3 processes" in found
 
     found = error_of(lambda: train(torch.randn(4, 300 + rank)))
-    assert "same channels in all processes: 300 in process 0, 301 in process 1, 302 in process 2" in found
+    assert (
+        "different numbers of channels in the processes: 300 in process 0, 301 in process 1, 302 in process 2" in found
+    )
     found = error_of(lambda: train(torch.randn(4, 3 if rank else 500)))
-    assert "same channels in all processes: 500 in process 0, 3 in process 1" in found
+    assert "different numbers of channels in the processes: 500 in process 0, 3 in process 1" in found
     assert train(torch.randn(4, 500)).shape == (4, 500)
     found = error_of(lambda: train(x, mask=torch.full((4,), 0.1)))
     assert found == "none", "positions are counted, not their weights"
@@ -338,7 +340,7 @@ def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, how: str) -> Non
             assert processes[rank].exitcode == 0
             told = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
             assert told.startswith("RuntimeError: ")
-            vain = f"process {rank} of 3 waited for the others in vain. One has ended, or has called another number"
+            vain = f"process {rank} of 3 waited for the others in vain. One of them has ended, or the processes called"
             assert vain in told
     finally:
         for process in processes:

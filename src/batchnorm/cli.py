@@ -1,4 +1,4 @@
-"""The command line: parsing only. What a command does is imported when it is called, so that `--help` is quick."""
+"""The command line: parsing only. A command's code is imported when the command runs, so that `--help` is quick."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     if error.name != "typer":
         raise
     sys.exit(
-        "batchnorm: the command line needs typer, which comes with the extra of each command: "
+        "batchnorm: the command line needs typer, which each command's extra installs: "
         'pip install "batchnorm[study]", "batchnorm[bench]" or, to fold, "batchnorm[onnx]".'
     )
 
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 @contextmanager
 def _one_sentence(what: str, extra: str) -> Iterator[None]:
-    """Say what the user can mend in one sentence on stderr. Anything else is a bug, and its traceback belongs to it."""
+    """Report what the user can fix in one sentence on stderr. Anything else is a bug and keeps its traceback."""
     try:
         yield
     except InputError as error:
@@ -46,7 +46,7 @@ def _one_sentence(what: str, extra: str) -> Iterator[None]:
 
 
 def _stop(sentence: str, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of processes that were started together, one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one of the processes that torchrun starts prints
         typer.echo(f"batchnorm: {sentence}", err=True)
     raise typer.Exit(code)
 
@@ -63,20 +63,20 @@ def _batchnorm(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Batch normalization, whole: fast layers, tools for whole models, and a study of what it does."""
+    """Batch normalization: fast layers, tools for whole models, and a study of what it does."""
 
 
 @app.command()
 def study(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes; made if need be.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the report; created if missing.")] = Path(
         "study-report"
     ),
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Other images: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10 (binary), gzipped or "
-            "not, or an .npz file with x_train, y_train, x_test, y_test (or x, y, which are split). "
+            help="Images to train on: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10 (binary), "
+            "gzipped or not, or an .npz file with x_train, y_train, x_test, y_test (or x, y, which are split). "
             "[default: scikit-learn's digits]",
         ),
     ] = None,
@@ -84,43 +84,48 @@ def study(
         str,
         typer.Option(
             metavar="NAME",
-            help="mlp, cnn, resnet, or MODULE:FACTORY, a function that makes your own network with batch normalization "
-            "in it; it may take `shape`, `inputs` and `classes`.",
+            help="mlp, cnn, resnet, or MODULE:FACTORY: a function that builds your own network with batch "
+            "normalization in it. It may take `shape`, `inputs` and `classes`.",
         ),
     ] = "mlp",
     claims: Annotated[
-        str, typer.Option(metavar="A,B", help="Only these claims or sections, by their ids. [default: all]")
+        str, typer.Option(metavar="A,B", help="Check only these claims or sections, by id. [default: all]")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller everything, and quicker.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More seeds, more steps: several times as long.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More seeds and steps: several times as long.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what an interrupted study has left in DIR, and do the rest.")
+        bool, typer.Option("--resume", help="Keep the runs that an interrupted study left in DIR, and do the rest.")
     ] = False,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="How often everything is repeated. [default: 6; 5, 12]")
+        int | None, typer.Option(metavar="N", help="Number of seeds. [default: 6; quick 5, full 12]")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Passes through the training images. [default: 6; 4, 15]")
+        int | None, typer.Option(metavar="N", help="Passes through the training images. [default: 6; quick 4, full 15]")
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images per step.")] = 32,
     target: Annotated[
-        float, typer.Option(metavar="ACCURACY", help="The test accuracy, from 0 to 1, that steps are counted to.")
+        float, typer.Option(metavar="ACCURACY", help="Steps are counted until this test accuracy, from 0 to 1.")
     ] = 0.95,
-    base_seed: Annotated[int, typer.Option(metavar="N", help="Another number, other weights and orders.")] = 0,
+    base_seed: Annotated[
+        int, typer.Option(metavar="N", help="Another base seed gives other weights and batch orders.")
+    ] = 0,
     paper_steps: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Steps of the paper's network; 50000 there. [default: 1000; 600, 10000]"),
+        typer.Option(
+            metavar="N",
+            help="Steps of the paper's network; the paper has 50000. [default: 1000; quick 600, full 10000]",
+        ),
     ] = None,
 ) -> None:
-    """Check what is said of batch normalization, by training.
+    """Check the claims about batch normalization by training.
 
-    A network is trained with batch normalization, without it and with what is meant to replace it, from several seeds.
-    The study prints what came of it, claim by claim, and writes a report to look at and the numbers behind it. The
-    default takes about a minute and a half. Several processes, started by torchrun, train together.
+    The study trains a network with batch normalization, without it, and with its alternatives, from several seeds. It
+    prints a verdict for each claim and writes a report and the numbers behind it. The default takes about a minute and
+    a half. Processes started by torchrun train together.
     """
     with _one_sentence("the study", "study"):
         if quick and full:
-            raise InputError("--quick and --full exclude each other.")
+            raise InputError("--quick and --full exclude each other; give at most one of them.")
         from batchnorm.study.settings import Settings
         from batchnorm.study.terminal import study
 
@@ -138,21 +143,21 @@ def study(
 
 @app.command()
 def bench(
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Time only the cases whose name contains this.")] = "",
     seconds: Annotated[
-        float, typer.Option(metavar="S", help="How long each case is timed, in training and in evaluation.")
+        float, typer.Option(metavar="S", help="Seconds per case, in training and in evaluation each.")
     ] = 1.0,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Against torch.compile too. Compiling takes seconds for each case.")
+        bool, typer.Option("--compile", help="Time torch.compile too. Compiling takes seconds per case.")
     ] = False,
-    jax: Annotated[bool, typer.Option("--jax", help="Against JAX and TensorFlow too, where installed.")] = False,
+    jax: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the numbers as CSV too, with the versions of everything.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the numbers and all versions to this CSV file.")
     ] = None,
 ) -> None:
     """Time the layers on this machine.
 
-    Each case is a normalization with its activation, in the shape of a layer of a real network or a small one. All
+    Each case is a normalization and its activation, in the shape of a layer of a real network, or a small one. The
     candidates take turns: this package's layer, PyTorch's, and a plain copy of the tensor, which is the unit. The
     default takes about three minutes.
     """
@@ -164,19 +169,17 @@ def bench(
 
 @app.command()
 def fold(
-    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model, with what it refers to beside it.")],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT.onnx", help="Where the new model goes; it may be the same file.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model, with its external data beside it.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write; it may be IN.onnx.")],
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Write the new model without running both on random inputs.")
+        bool, typer.Option("--no-check", help="Do not compare the two models on random inputs before writing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing unless something is wrong.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
     """Fold the batch normalizations of an ONNX model into the layers beside them.
 
-    Prints what each went into, or why it stays. The new model is written only if its outputs are those of the old one
-    but for rounding; running both takes onnxruntime.
+    Prints the layer that each one went into, or why it stays. The new model is written only if its outputs equal those
+    of the old one up to rounding. The comparison needs onnxruntime.
     """
     with _one_sentence("folding", "onnx"):
         from batchnorm.onnx.command import fold_file
@@ -185,6 +188,6 @@ def fold(
 
 
 def main() -> None:
-    """Run the command line. To be terminated is to be interrupted: worker processes do not outlive the command."""
+    """Run the command line. SIGTERM is handled like Ctrl-C, so that worker processes do not outlive the command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

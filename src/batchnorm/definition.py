@@ -1,22 +1,21 @@
-"""Batch normalization in float64 NumPy: the text to learn it from, and the answer everything else is tested against.
+"""Batch normalization in float64 NumPy: the text to learn it from, and the oracle of all tests.
 
 A layer sees `x` of shape `(N, C, *spatial)`: `N` samples, `C` channels, any number of positions per sample. Each
-channel is treated alone. In training it goes through five stages, three forward and two backward:
+channel is normalized on its own. Training has five stages, three forward and two backward:
 
 ```
 moments        mean = sum(x) / M,  var = sum((x - mean)^2) / M              over the M values of a channel
-merge_moments  two sets of moments make one, for batches that come in parts
+merge_moments  the moments of two parts of a batch become those of the whole
 normalize      xhat = (x - mean) / sqrt(var + eps),  z = weight*xhat + bias (+ residual),  y = act(z)
 grad_sums      dz = dy * act'(z),  sum dz  and  sum dz*xhat                 the gradients of bias and weight
 grad_input     dx = weight/sqrt(var + eps) * (dz - (sum dz + xhat * sum dz*xhat) / M)
 ```
 
-`update_running` keeps an average of the moments, with which the layer is evaluated: then `mean` and `var` are
-constants, the layer is one multiplication and one addition per value, and `fold_linear` moves these into the linear map
-in front.
+`update_running` keeps an average of the moments for evaluation. There `mean` and `var` are constants and the layer is
+one multiplication and one addition per value, which `fold_linear` moves into the linear map in front.
 
-Everything here is written for clarity, and computed in float64 whatever comes in. NaN and infinity go through as IEEE
-arithmetic says: `relu(NaN)` is NaN.
+The code is written for clarity and computes in float64, whatever the type of the input. NaN and infinity propagate as
+in IEEE arithmetic: `relu(NaN)` is NaN.
 
 Source: Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
 2015, algorithms 1 and 2.
@@ -60,11 +59,11 @@ ActivationSpec = str | tuple[str, float] | None
 """How a user names an activation: `None`, `"relu"`, or with its parameter, `("leaky_relu", 0.2)`."""
 
 
-# --- Shapes, and what may go in them ----------------------------------------------------------------------------------
+# --- Checks of shapes and values --------------------------------------------------------------------------------------
 
 
 def _ieee(stage: Callable[P, T]) -> Callable[P, T]:
-    """Let NaN and infinity go through a stage without NumPy's warnings."""
+    """Let NaN and infinity pass through a stage without NumPy's warnings."""
 
     @functools.wraps(stage)
     def quiet(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -100,18 +99,18 @@ def _vector(name: str, values: ArrayLike, size: int, channels: str) -> Array:
 
 
 def _per_channel(x: Array, name: str, values: ArrayLike) -> Array:
-    """Shape `(C,)` values so that they broadcast along axis 1 of `x`."""
+    """Reshape `(C,)` values so that they broadcast along axis 1 of `x`."""
     channels = f"the channels are axis 1 of x, here of shape {x.shape} (np.moveaxis brings them there)"
     return _vector(name, values, x.shape[1], channels).reshape((-1,) + (1,) * (x.ndim - 2))
 
 
 def _axes(x: Array) -> tuple[int, ...]:
-    """All axes but the channels': those a channel's statistics are taken over."""
+    """All axes except the channels: the axes over which a channel's statistics are taken."""
     return (0, *range(2, x.ndim))
 
 
-def _weights(x: Array, mask: ArrayLike | None) -> Array:
-    """How often each value of a channel counts, `(N, 1, *spatial)`: once, or as the mask says."""
+def _counts(x: Array, mask: ArrayLike | None) -> Array:
+    """How much each position counts, `(N, 1, *spatial)`: 1 without a mask."""
     positions = x.shape[:1] + x.shape[2:]
     mask = np.ones(positions) if mask is None else _float64(mask)
     if mask.ndim == 0 or mask.shape != positions[: mask.ndim]:
@@ -119,7 +118,7 @@ def _weights(x: Array, mask: ArrayLike | None) -> Array:
             f"mask must have shape {positions}, x's without its channels, or the first axes of it, got {mask.shape}"
         )
     if not np.all((mask >= 0) & (mask < np.inf)):
-        raise ValueError("mask must hold booleans, or weights that are finite and not negative; for no say, give 0")
+        raise ValueError("mask must hold booleans, or weights that are finite and not negative; 0 leaves a value out")
     mask = mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim))
     return np.expand_dims(np.broadcast_to(mask, positions), axis=1)
 
@@ -128,15 +127,15 @@ def _weights(x: Array, mask: ArrayLike | None) -> Array:
 
 
 class Moments(NamedTuple):
-    """What a batch says about its channels.
+    """The moments of every channel of a batch.
 
     Attributes:
-        count: How many values each channel has (the sum of the weights where there is a mask).
+        count: The number of values per channel; with a mask, the sum of its weights.
         mean: `(C,)`.
         var: `(C,)`, biased: the mean of the squared distances from `mean`.
     """
 
-    count: float  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    count: float  # type: ignore[assignment]  # hides tuple.count
     mean: Array
     var: Array
 
@@ -149,11 +148,11 @@ def moments(x: ArrayLike, mask: ArrayLike | None = None) -> Moments:
 
     Args:
         x: `(N, C, *spatial)`.
-        mask: `(N, *spatial)` or its first axes: booleans that say which values count, or weights that say how often
-            (a weight of 2 counts a value twice, a weight of 0 leaves it out, even if it is NaN).
+        mask: `(N, *spatial)` or its first axes: booleans (which values count) or weights (how often each value counts:
+            2 counts a value twice, 0 leaves it out, even if it is NaN).
 
     Returns:
-        The moments. Without values they are all 0.
+        The moments; all 0 if nothing counts.
 
     Raises:
         ValueError: If `x` has fewer than two axes, or `mask` has another shape or a negative, infinite or NaN weight.
@@ -161,36 +160,42 @@ def moments(x: ArrayLike, mask: ArrayLike | None = None) -> Moments:
     Source: Ioffe & Szegedy 2015, algorithm 1, lines 1 and 2.
     """
     x = _batch(x)
-    weights = _weights(x, mask)
-    count = float(weights.sum())
+    counts = _counts(x, mask)
+    count = float(counts.sum())
     if count == 0:
         return Moments(0.0, np.zeros(x.shape[1]), np.zeros(x.shape[1]))
-    x = np.where(weights > 0, x, 0.0)  # not left to the product below: 0 * NaN is NaN
+    x = np.where(counts > 0, x, 0.0)  # the product below would not do: 0 * NaN is NaN
 
     def average(values: Array) -> Array:
-        return _float64((weights * values).sum(_axes(x)) / count)
+        return _float64((counts * values).sum(_axes(x)) / count)
 
     mean = average(x)
-    # The mean of what is left puts right what rounding did to the first sum: a constant channel has variance 0 exactly.
+    # The mean of the differences corrects the rounding of the first sum: a constant channel has variance exactly 0.
     mean = mean + average(x - _per_channel(x, "mean", mean))
     return Moments(count, mean, average((x - _per_channel(x, "mean", mean)) ** 2))
 
 
 @_ieee
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """The moments of two batches together, from the moments of each.
+    """The moments of the union of two batches, from the moments of each.
 
     With `n = n_a + n_b` and `delta = mean_b - mean_a`:
     `mean = mean_a + delta * n_b/n`, `n*var = n_a*var_a + n_b*var_b + delta^2 * n_a*n_b/n`.
 
-    This is associative and commutative, and moments of count 0 are its neutral element: a batch may be split in any
-    way.
+    The operation is associative and commutative, and moments of count 0 are its neutral element. So a batch may be
+    split in any way.
+
+    Args:
+        a, b: The moments of each batch.
+
+    Returns:
+        The moments of both together.
 
     Raises:
         ValueError: If the two have different numbers of channels.
 
     Source: Chan, Golub & LeVeque, "Algorithms for computing the sample variance: analysis and recommendations", 1983,
-    equations 1.5a and 1.5b, there with sums in place of means.
+    equations 1.5a and 1.5b, written there with sums instead of means.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"only moments of the same channels can be merged, got {a.mean.shape} and {b.mean.shape}")
@@ -215,7 +220,7 @@ class Activation(NamedTuple):
     Attributes:
         value: `act(z)`.
         derivative: `act'(z)`.
-        parameter: Its default; 0 for an activation that has none.
+        parameter: The default of its parameter; 0 for an activation without one.
     """
 
     value: Callable[[Array, float], Array]
@@ -224,7 +229,7 @@ class Activation(NamedTuple):
 
 
 def _sigmoid(z: Array) -> Array:
-    e = np.exp(-np.abs(z))  # never of a positive number, so it cannot overflow
+    e = np.exp(-np.abs(z))  # the exponent is never positive, so it cannot overflow
     return np.where(z >= 0, 1.0, e) / (1.0 + e)
 
 
@@ -281,16 +286,16 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda z, _: _normal_cdf(z) + z * _normal_pdf(z),
     ),
 }
-"""Every activation that can be fused. `gelu` is the one with the normal distribution, not its approximation by tanh.
+"""Every activation that can be fused. `gelu` uses the normal distribution, not its tanh approximation.
 
-At a kink the derivative is that of the side which PyTorch takes."""
+At a kink the derivative is the one that PyTorch uses."""
 
 
 def parse_activation(activation: ActivationSpec) -> tuple[str, float]:
-    """The activation's name, as in `ACTIVATIONS`, and its parameter (leaky_relu's slope, elu's alpha; else 0).
+    """The activation's name, as in `ACTIVATIONS`, and its parameter (leaky_relu's slope, elu's alpha, otherwise 0).
 
     Raises:
-        ValueError: If there is no such activation, or a parameter is given to one that has none.
+        ValueError: If the activation is unknown, or if it has no parameter and one is given.
     """
     match activation:
         case None:
@@ -315,14 +320,14 @@ def parse_activation(activation: ActivationSpec) -> tuple[str, float]:
 
 @_ieee
 def activate(z: ArrayLike, activation: ActivationSpec = None) -> Array:
-    """`act(z)`, value by value."""
+    """`act(z)`, elementwise."""
     name, parameter = parse_activation(activation)
     return ACTIVATIONS[name].value(_float64(z), parameter)
 
 
 @_ieee
 def activate_grad(z: ArrayLike, activation: ActivationSpec = None) -> Array:
-    """`act'(z)`, value by value."""
+    """`act'(z)`, elementwise."""
     name, parameter = parse_activation(activation)
     return ACTIVATIONS[name].derivative(_float64(z), parameter)
 
@@ -332,7 +337,14 @@ def activate_grad(z: ArrayLike, activation: ActivationSpec = None) -> Array:
 
 @_ieee
 def reciprocal_std(var: ArrayLike, eps: float = 1e-5) -> Array:
-    """`rstd = 1 / sqrt(var + eps)`. `eps`, in the units of the variance, keeps a channel that never changes finite.
+    """`rstd = 1 / sqrt(var + eps)`.
+
+    Args:
+        var: `(C,)`, biased.
+        eps: Added to the variance, in its units. It keeps `rstd` finite for a constant channel.
+
+    Returns:
+        `(C,)`.
 
     Raises:
         ValueError: If `eps` is negative or NaN.
@@ -376,11 +388,11 @@ def normalize(
 
     Args:
         x: `(N, C, *spatial)`.
-        mean: `(C,)`: of this batch in training, of the running average in evaluation.
+        mean: `(C,)`: the batch's in training, the running mean in evaluation.
         rstd: `(C,)`, from `reciprocal_std`.
         weight: `(C,)`, gamma; 1 if None.
         bias: `(C,)`, beta; 0 if None.
-        residual: Like `x`, added before the activation, as the blocks of a residual network do.
+        residual: Like `x`, added before the activation, as in the blocks of a residual network.
         activation: A name in `ACTIVATIONS`, or `(name, parameter)`.
 
     Returns:
@@ -388,7 +400,7 @@ def normalize(
 
     Raises:
         ValueError: If `x` has fewer than two axes, `mean`, `rstd`, `weight` or `bias` does not have one value per
-            channel, `residual` has another shape than `x`, or there is no such activation.
+            channel, `residual` has another shape than `x`, or the activation is unknown.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, lines 3 and 4.
     """
@@ -412,17 +424,17 @@ def grad_sums(
 ) -> tuple[Array, Array]:
     """`sum dz` and `sum dz*xhat`, where `dz = dy * act'(z)`: the gradients of `bias` and of `weight`.
 
-    `z` is computed again from `x`: the forward pass keeps nothing but `x`, `mean` and `rstd`.
+    `z` is recomputed from `x`: the forward pass keeps only `x`, `mean` and `rstd`.
 
     Args:
         dy: The gradient of the loss with respect to `y`; like `x`.
-        x, mean, rstd, weight, bias, residual, activation: As they were given to `normalize`.
+        x, mean, rstd, weight, bias, residual, activation: As in the call of `normalize`.
 
     Returns:
-        `(C,)` and `(C,)`.
+        `sum dz` and `sum dz*xhat`, `(C,)` each.
 
     Raises:
-        ValueError: As `normalize` does, and if `dy` has another shape than `x`.
+        ValueError: As in `normalize`, and if `dy` has another shape than `x`.
 
     Source: Ioffe & Szegedy 2015, section 3, the last two of the six gradients.
     """
@@ -451,33 +463,33 @@ def grad_input(
 
     `dx = weight*rstd * (dz - (sum dz + xhat * sum dz*xhat) / count)`, `d_residual = dz`.
 
-    The subtracted part is how `x` acts through the mean and the variance. A value of weight `m` has `m` times the say
-    in these, so for it the part is `m` times as large, and 0 if the mask leaves it out. With statistics that do not
-    depend on `x` (evaluation, frozen layers) the part vanishes for all: `count = inf`.
+    The subtracted term is the effect of `x` through the mean and the variance. A value of weight `m` has `m` times the
+    effect on them, so its term is multiplied by `m`; it is 0 if the mask leaves the value out. If the statistics do not
+    depend on `x` (evaluation, frozen layers), the term vanishes everywhere: `count = inf`.
 
     Args:
         dy: The gradient of the loss with respect to `y`; like `x`.
-        x, mean, rstd, weight, bias, residual, activation: As they were given to `normalize`.
-        sum_dz, sum_dz_xhat: `(C,)`, from `grad_sums`, added up over everything that was normalized with this `mean` and
-            `rstd`: other parts of the batch, and what the mask leaves out, belong to it.
-        count: That of the moments; `inf` if `mean` and `rstd` are constants.
-        mask: As it was given to `moments`.
+        x, mean, rstd, weight, bias, residual, activation: As in the call of `normalize`.
+        sum_dz, sum_dz_xhat: `(C,)`, from `grad_sums`, summed over everything that was normalized with this `mean` and
+            `rstd`, including other parts of the batch and the values that the mask leaves out.
+        count: The count of the moments; `inf` if `mean` and `rstd` are constants.
+        mask: As in the call of `moments`.
 
     Returns:
         `dx` and `d_residual`, like `x`.
 
     Raises:
-        ValueError: As `grad_sums` and `moments` do.
+        ValueError: As in `grad_sums` and `moments`.
 
-    Source: Ioffe & Szegedy 2015, section 3, with the first four of the six gradients written as one.
+    Source: Ioffe & Szegedy 2015, section 3, with the first four of the six gradients combined.
     """
     x = _batch(x)
     xhat, z = _pre_activation(x, mean, rstd, weight, bias, residual)
     dz = _like(x, "dy", dy) * activate_grad(z, activation)
-    share = _weights(x, mask) / count
+    share = _counts(x, mask) / count
     through_moments = share * (_per_channel(x, "sum_dz", sum_dz) + xhat * _per_channel(x, "sum_dz_xhat", sum_dz_xhat))
     scale = _per_channel(x, "rstd", rstd) * (1.0 if weight is None else _per_channel(x, "weight", weight))
-    # Not left to the product: a value without a share takes nothing from the sums, even if they are not finite.
+    # The product alone would not do: a value with share 0 takes nothing from the sums, even if they are not finite.
     return scale * (dz - np.where(share > 0, through_moments, 0.0)), dz
 
 
@@ -495,7 +507,7 @@ def forward(
 ) -> tuple[Array, Moments]:
     """Batch normalization in training: `moments`, then `normalize`.
 
-    A value that the mask leaves out is normalized like the others; it only has no say in the moments.
+    A value that the mask leaves out is still normalized; it only does not affect the moments.
 
     Args:
         x, weight, bias, residual, activation: As in `normalize`.
@@ -506,7 +518,7 @@ def forward(
         `y`, like `x`, and the moments.
 
     Raises:
-        ValueError: As the stages do.
+        ValueError: As in the stages.
     """
     batch = moments(x, mask)
     return normalize(x, batch.mean, reciprocal_std(batch.var, eps), weight, bias, residual, activation), batch
@@ -524,18 +536,18 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
     """The gradient of `forward`: `grad_sums`, then `grad_input`.
 
-    Every `dy` counts, also where the mask leaves `x` out. Where nothing depends on `y`, as in padding, `dy` is 0; `x`
-    has to be finite there too, because `dy * xhat` is summed up, and 0 * NaN is NaN.
+    Every `dy` counts, even where the mask leaves `x` out. Where nothing depends on `y`, as in padding, `dy` is 0. But
+    `x` must be finite there too, because `dy * xhat` enters the sums and 0 * NaN is NaN.
 
     Args:
         dy: The gradient of the loss with respect to `y`; like `x`.
-        x, weight, bias, residual, activation, mask, eps: As they were given to `forward`.
+        x, weight, bias, residual, activation, mask, eps: As in the call of `forward`.
 
     Returns:
-        `dx`, `d_weight`, `d_bias` and `d_residual`, whether or not there was a weight, a bias or a residual.
+        `dx`, `d_weight`, `d_bias` and `d_residual`, with or without a weight, a bias and a residual.
 
     Raises:
-        ValueError: As the stages do.
+        ValueError: As in the stages.
     """
     batch = moments(x, mask)
     rstd = reciprocal_std(batch.var, eps)
@@ -560,19 +572,19 @@ def update_running(
     """The running statistics after one more batch: `(1 - update_rate) * running + update_rate * batch`.
 
     `update_rate` is the weight of the new batch: PyTorch's `momentum`, or one minus Keras'. With `1/k` for the k-th
-    batch the result is the plain average over the batches. (The variance of all their values together also counts how
-    far the batch means lie apart: `merge_moments` gives that one.)
+    batch, the result is the plain average over the batches. (The variance of all values together also includes the
+    variance of the batch means; `merge_moments` computes it.)
 
-    Independent values vary less about their own mean than about that of all data, on average by `(M - 1)/M`. `unbiased`
-    makes up for this, as PyTorch and the paper do and Keras does not; the normalization of the batch itself never does.
-    It needs a count above one, and takes weights as numbers of repeats.
+    Independent values vary less about their own mean than about the mean of all data: on average by `(M - 1)/M`.
+    `unbiased` corrects this, as PyTorch and the paper do and Keras does not. The normalization of the batch itself is
+    never corrected. The correction needs a count above 1, and treats weights as numbers of repetitions.
 
     A batch without values, or with a mean or variance that is not finite, changes nothing.
 
     Args:
         running_mean, running_var: `(C,)`.
         batch: From `moments`.
-        update_rate: From 0 (keep the old) to 1 (take the new).
+        update_rate: From 0 (keep the old) to 1 (replace it by the new).
         unbiased: Whether to multiply the variance by `count / (count - 1)`.
 
     Returns:
@@ -583,8 +595,8 @@ def update_running(
 
     Source: Ioffe & Szegedy 2015, algorithm 2, line 10, with the moving averages of section 3.1.
     """
-    running_mean = _vector("running_mean", running_mean, batch.mean.size, "the batch says how many")
-    running_var = _vector("running_var", running_var, batch.mean.size, "the batch says how many")
+    running_mean = _vector("running_mean", running_mean, batch.mean.size, "batch.mean has one per channel")
+    running_var = _vector("running_var", running_var, batch.mean.size, "batch.mean has one per channel")
     if not 0 <= update_rate <= 1:
         raise ValueError(f"update_rate, the weight of the new batch, must be from 0 to 1, got {update_rate}")
     if batch.count == 0 or not np.isfinite([batch.mean, batch.var]).all():
@@ -606,12 +618,12 @@ def fold_linear(
     bias: ArrayLike | None = None,
     eps: float = 1e-5,
 ) -> tuple[Array, Array]:
-    """The linear map that equals a linear map followed by batch normalization in evaluation.
+    """A linear map and the batch normalization after it, in evaluation, as one linear map.
 
     `(A v + b - mean) * s + bias = (s*A) v + (b - mean)*s + bias` with `s = weight / sqrt(var + eps)`.
 
     Args:
-        matrix: `(C, ...)`: one row per channel; a convolution's kernel `(C, C_in, *kernel)` is such a map too.
+        matrix: `(C, ...)`: one row per channel. A convolution's kernel `(C, C_in, *kernel)` has this form too.
         offset: `(C,)`; 0 if None.
         mean, var: `(C,)`, the running statistics.
         weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.

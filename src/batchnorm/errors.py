@@ -1,7 +1,7 @@
-"""The error of commands and files: something that the user can mend."""
+"""The error of commands and files: a problem that the user can fix."""
 
 __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one sentence: what is wrong, and what to do."""
+    """The user's input cannot be used. The message is one sentence: what is wrong, and what to do."""

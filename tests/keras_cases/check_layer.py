@@ -387,9 +387,9 @@ def test_xla_compiles_all_of_it(kwargs: dict[str, Any]) -> None:
 def test_arguments_and_errors() -> None:
     with pytest.raises(ValueError, match="virtual_batch_size must be a positive integer, got 0"):
         BatchNormalization(virtual_batch_size=0)
-    with pytest.raises(ValueError, match="does not go with synchronized=True"):
+    with pytest.raises(ValueError, match="cannot be combined with synchronized=True"):
         BatchNormalization(virtual_batch_size=4, synchronized=True)
-    with pytest.raises(ValueError, match="does not go with renorm=True"):
+    with pytest.raises(ValueError, match="cannot be combined with renorm=True"):
         BatchNormalization(virtual_batch_size=4, renorm=True)
     with pytest.raises(ValueError, match="nope"):
         BatchNormalization(activation="nope")

@@ -65,7 +65,7 @@ def test_to_torch(shape: tuple[int, ...], kwargs: dict[str, Any]) -> None:
     ported = to_torch(ours)
     assert isinstance(ported.model, nn.modules.batchnorm._BatchNorm)
     assert ported.model.momentum == pytest.approx(0.1)
-    assert "momentum 0.9 of the old is 0.1 of the new" in str(ported)
+    assert "momentum 0.9 (weight of the old) is 0.1 (weight of the new)" in str(ported)
     assert ("running variance stays the biased one" in str(ported)) is not kwargs.get("unbiased", False)
     assert_the_same(ours, ported.model, shape, ours.axis)
 
@@ -151,7 +151,9 @@ def test_what_cannot_be_ported() -> None:
         to_torch(ours)
     with pytest.raises(TypeError, match="give the Keras model"):
         from_torch(theirs)
-    with pytest.raises(ValueError, match=r"the PyTorch model has no 'last': say with names=\{'last': ...\}"):
+    with pytest.raises(
+        ValueError, match=r"the PyTorch model has no 'last': name the counterpart with names=\{'last': ...\}"
+    ):
         to_torch(ours, theirs, {name: other for name, other in names.items() if name != "last"})
     with pytest.raises(ValueError, match="no layer with weights named nobody"):
         to_torch(ours, theirs, names | {"nobody": "0"})
@@ -168,5 +170,5 @@ def test_what_cannot_be_ported() -> None:
         from_torch(nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(ValueError, match="has not seen an input yet"):
         to_torch(BatchNormalization())
-    with pytest.raises(ValueError, match=r"corrects otherwise than renorm=True"):
+    with pytest.raises(ValueError, match=r"Keras has no counterpart of Renorm"):
         from_torch(bt.BatchNorm1d(3, statistics=bt.Renorm()))

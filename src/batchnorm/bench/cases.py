@@ -1,4 +1,4 @@
-"""What is timed: the shapes of real networks, the small ones where overhead is everything, and other types."""
+"""The cases to time: layers of real networks, small layers where overhead dominates, and other types."""
 
 from dataclasses import dataclass
 from math import prod
@@ -11,22 +11,22 @@ __all__ = ["CASES", "LARGE", "Case"]
 Group = Literal["network", "rows", "small", "type"]
 
 LARGE = 1 << 22
-"""Values from which a tensor is called large: 16 MB of float32, more than the L2 caches hold."""
+"""The number of values from which a tensor counts as large: 16 MB of float32, more than the L2 caches hold."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One normalization with what follows it.
+    """One normalization with its residual and activation.
 
     Attributes:
         shape: `(N, C, *spatial)`.
         channels_last: Whether the channels are last in memory.
-        activation: What follows, or None.
-        residual: Whether something is added before the activation.
-        dtype: The type of the values. Weights are of the same, but float32 for half precision.
-        group: `network` for the layers of real networks, over which means are taken; `rows` for those of multilayer
-            perceptrons; `small`, where overhead is everything; `type` for other types of numbers than float32.
-        where: What has such a layer.
+        activation: The activation, or None.
+        residual: Whether a residual is added before the activation.
+        dtype: The type of the values. Weights have the same type, but float32 for half precision.
+        group: `network` for layers of real networks, over which means are taken; `rows` for layers of multilayer
+            perceptrons; `small` for layers where overhead dominates; `type` for types other than float32.
+        where: A network with such a layer.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """All that tells it from the others."""
+        """A unique name of shape, layout, activation, residual and type."""
         parts = ["x".join(map(str, self.shape)), self.layout, self.activation or "no activation"]
         parts += ["residual"] * self.residual
         parts += [str(self.dtype).removeprefix("torch.")] * (self.dtype is not torch.float32)
@@ -47,25 +47,25 @@ class Case:
 
     @property
     def layout(self) -> str:
-        """`channels-first` or `channels-last`; a matrix has its channels last, but is called by neither name."""
+        """`channels-first`, `channels-last`, or `rows` for a matrix."""
         if len(self.shape) == 2:
             return "rows"
         return "channels-last" if self.channels_last else "channels-first"
 
     @property
     def large(self) -> bool:
-        """Whether memory bounds it."""
+        """Whether the memory bandwidth limits its speed."""
         return prod(self.shape) >= LARGE
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """The layout as PyTorch calls it."""
+        """The layout as PyTorch's memory format."""
         if not self.channels_last:
             return torch.contiguous_format
         return torch.channels_last_3d if len(self.shape) == 5 else torch.channels_last
 
     def tensor(self) -> torch.Tensor:
-        """Normal numbers of this shape, layout and type."""
+        """Normal random values of this shape, layout and type."""
         return torch.randn(self.shape).to(self.dtype).contiguous(memory_format=self.memory_format)
 
 
@@ -101,4 +101,4 @@ CASES = [
         for last in _BOTH
     ),
 ]
-"""The one registry."""
+"""The only registry of cases."""

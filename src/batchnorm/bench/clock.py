@@ -10,26 +10,26 @@ __all__ = ["Candidate", "Record", "Samples", "interleave", "records"]
 
 Candidate = Callable[[], object]
 Samples = dict[str, Any]
-"""Seconds of each call, an array for each candidate."""
+"""The seconds of each call: one array per candidate."""
 Record = dict[str, Any]
 """A row of a table, by column."""
 
 FEWEST, MOST = 7, 2000
-"""Rounds: for a median to mean something, and for the fastest not to take all day."""
+"""The smallest number of rounds, so that a median is meaningful, and the largest, so that fast cases end."""
 
 
 def interleave(candidates: Mapping[str, Candidate], seconds: float, fewest: int = FEWEST) -> Samples:
-    """Time the candidates, after two calls of each that do not count.
+    """Time the candidates, after two warm-up calls of each.
 
-    Each round starts with another one, so that none always finds the caches as the same other one left them.
+    Each round starts with another candidate, so that none always runs after the same one.
 
     Args:
-        candidates: What to call, by name.
-        seconds: How long to go on.
-        fewest: Rounds that are done no matter how long they take.
+        candidates: The functions to call, by name.
+        seconds: How long to time.
+        fewest: The smallest number of rounds, however long they take.
 
     Returns:
-        Seconds of each call: as many for every candidate.
+        The seconds of each call, equally many for every candidate.
     """
     for candidate in candidates.values():
         candidate()
@@ -50,7 +50,7 @@ def interleave(candidates: Mapping[str, Candidate], seconds: float, fewest: int 
 
 
 def records(samples: Samples, unit: str = "eager") -> list[Record]:
-    """A record for each candidate: median, 10% and 90% quantile in microseconds, and how often it fits into `unit`."""
+    """A record per candidate: median, 10% and 90% quantiles in microseconds, and its time in units of `unit`."""
     found = []
     for name, times in samples.items():
         low, median, high = np.quantile(times, [0.1, 0.5, 0.9]).tolist()

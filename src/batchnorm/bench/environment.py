@@ -1,4 +1,4 @@
-"""What a row of numbers means nothing without. Nothing in it names a machine or a person."""
+"""The versions and hardware behind a measurement. Nothing in it identifies a machine or a person."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ __all__ = ["cpu", "environment"]
 
 
 def environment() -> dict[str, str | int]:
-    """Versions, threads and processor, by column; an empty version is that of a package that is not there."""
+    """Versions, threads and processor, by column; the version of a missing package is empty."""
     packages = ("torch", "numba", "numpy", "jax", "tensorflow")
     return {
         "batchnorm": batchnorm.__version__,
@@ -25,7 +25,7 @@ def environment() -> dict[str, str | int]:
 
 
 def cpu() -> str:
-    """The processor's model where Linux says it, else what Python knows."""
+    """The processor's model from Linux, otherwise what Python reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

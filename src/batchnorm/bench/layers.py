@@ -27,17 +27,17 @@ _ACTIVATIONS: dict[str | None, Callable[..., Tensor]] = {
 
 
 def candidates(case: Case, mode: Mode, *, compiled: bool = False, others: bool = False) -> dict[str, Candidate]:
-    """What is timed for a case, by name.
+    """The functions to time for a case, by name.
 
     Args:
         case: The normalization.
-        mode: What of it.
-        compiled: Whether PyTorch's and ours are timed under `torch.compile` too.
-        others: Whether the frameworks in `peers` are timed too, where they are installed.
+        mode: Training or evaluation.
+        compiled: Whether to add PyTorch's layer and ours under `torch.compile`.
+        others: Whether to add the frameworks in `peers` that are installed.
 
     Returns:
-        Functions without arguments. Each gives the gradient with respect to `x` in training and `y` in evaluation,
-        except for `copy`, the unit in which the others are told.
+        Functions without arguments. Each returns the gradient of `x` in training and `y` in evaluation, except `copy`,
+        the unit of the others.
     """
     dimension, channels = _DIMENSIONS[len(case.shape)], case.shape[1]
     dtype = torch.float32 if case.dtype is torch.bfloat16 else case.dtype
@@ -57,7 +57,7 @@ def candidates(case: Case, mode: Mode, *, compiled: bool = False, others: bool =
 
     layers: dict[str, Callable[..., Tensor]] = {"eager": eager, "eager in place": in_place}
     if compiled:
-        torch.compiler.reset()  # one function for each case: it must not become one for any shape
+        torch.compiler.reset()  # one compiled function per case, not one for all shapes
         layers["compile"] = torch.compile(eager, dynamic=False)
     layers["batchnorm"] = lambda x, residual=None: ours(x, residual=residual)
     if compiled:
@@ -99,7 +99,7 @@ def _forward(layer: Callable[..., Tensor], inputs: list[Tensor], *_: Any) -> Cal
 def run(
     cases: Iterable[Case], mode: Mode, seconds: float, *, compiled: bool = False, others: bool = False
 ) -> Iterator[list[Record]]:
-    """The records of each case, one for each candidate; `seconds` is for each case."""
+    """The records of each case, one per candidate; `seconds` is the time per case."""
     for case in cases:
         about = {
             "case": case.name,

@@ -1,4 +1,4 @@
-"""The same layer in other frameworks, where they are installed: the formula, compiled as each of them advises."""
+"""The same layer in the other frameworks that are installed: the formula, compiled as each recommends."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -16,21 +16,21 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 def installed() -> list[str]:
-    """Which frameworks there are on this machine."""
+    """The frameworks that are installed."""
     return [name for name in ("jax", "tensorflow") if find_spec(name)]
 
 
 def candidates(case: Case, mode: str, inputs: Sequence[Tensor], dy: Tensor) -> dict[str, Candidate]:
-    """What `layers.candidates` gives, for the frameworks that are installed.
+    """The candidates of the installed frameworks, as in `layers.candidates`.
 
-    The arrays lie in memory as the tensors do: channels that are last there are the last axis here.
+    The arrays have the memory layout of the tensors: for channels-last tensors, the channels are the last axis.
     """
     frameworks: dict[str, Callable[..., Candidate]] = {"jax": _jax, "tensorflow": _tensorflow}
     return {name: frameworks[name](case, mode, inputs, dy) for name in installed()}
 
 
 def _axes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes that are averaged over, and the shape of weights that broadcast."""
+    """The axes of the statistics, and the shape in which weights broadcast."""
     dimensions, channels = len(case.shape), case.shape[1]
     if case.channels_last or dimensions == 2:
         return tuple(range(dimensions - 1)), (channels,)
@@ -38,7 +38,7 @@ def _axes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _numpy(tensor: Tensor, case: Case) -> Any:
-    """The values in the order in which they lie in memory; float32 for bfloat16, which NumPy lacks."""
+    """The values in memory order; float32 for bfloat16, which NumPy lacks."""
     tensor = tensor.detach().movedim(1, -1) if case.channels_last else tensor.detach()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 

@@ -1,4 +1,4 @@
-"""What follows from the records of the layers."""
+"""Means, ratios and losses from the records of the layers."""
 
 from collections.abc import Iterable, Sequence
 from math import exp, log
@@ -10,14 +10,14 @@ __all__ = ["Range", "copies", "losses", "others", "speedups", "summarize"]
 
 
 class Range(NamedTuple):
-    """Ratios of several cases, in few numbers.
+    """A summary of the ratios of several cases.
 
     Attributes:
-        mean: The geometric one.
-        low: The lowest.
-        high: The highest.
-        lowest: What has it.
-        highest: What has it.
+        mean: The geometric mean.
+        low: The lowest ratio.
+        high: The highest ratio.
+        lowest: The case with the lowest ratio.
+        highest: The case with the highest ratio.
     """
 
     mean: float
@@ -28,7 +28,7 @@ class Range(NamedTuple):
 
 
 def summarize(ratios: dict[str, float]) -> Range | None:
-    """Ratios by case; None if there are none."""
+    """Summarize ratios by case; None if there are none."""
     if not ratios:
         return None
     lowest, highest = (extreme(ratios, key=lambda name: ratios[name]) for extreme in (min, max))
@@ -37,7 +37,7 @@ def summarize(ratios: dict[str, float]) -> Range | None:
 
 
 def others(records: Iterable[Record]) -> list[str]:
-    """The candidates that are not ours, nor the copy in which all are told."""
+    """The candidates other than ours and the copy, which is the unit."""
     names = dict.fromkeys(record["candidate"] for record in records)
     return [name for name in names if name != "copy" and not name.startswith("batchnorm")]
 
@@ -45,7 +45,7 @@ def others(records: Iterable[Record]) -> list[str]:
 def speedups(
     records: Iterable[Record], over: str = "eager", groups: Sequence[str] = (), ours: str = "batchnorm"
 ) -> dict[str, float]:
-    """How many times as long as `ours` `over` takes, by case, in `groups` (all if empty), where both were timed."""
+    """The time of `over` divided by that of `ours`, by case, in `groups` (all if empty), where both were timed."""
     times: dict[str, dict[str, float]] = {}
     for record in records:
         if not groups or record["group"] in groups:
@@ -54,7 +54,7 @@ def speedups(
 
 
 def copies(records: Iterable[Record], layout: str, candidate: str = "batchnorm") -> dict[str, float]:
-    """How many copies of the tensor large ones of networks take, by case."""
+    """The time of large network layers in copies of their tensor, by case."""
     return {
         record["case"]: record["copies"]
         for record in records

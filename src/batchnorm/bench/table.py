@@ -1,4 +1,4 @@
-"""Records as CSV, and back."""
+"""Write records as CSV, and read them back."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ __all__ = ["read", "write"]
 
 
 def write(path: Path, records: Sequence[Record], environment: Mapping[str, Any]) -> None:
-    """Write records, each with the environment beside it.
+    """Write records, each with the environment.
 
     Raises:
         InputError: If the file cannot be written.
@@ -30,7 +30,7 @@ def write(path: Path, records: Sequence[Record], environment: Mapping[str, Any])
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; what looks like a number is one. No records where there is no file."""
+    """The records of a file, with numbers parsed; no records if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

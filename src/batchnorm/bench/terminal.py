@@ -1,4 +1,4 @@
-"""The benchmark of the layers as one command: a progress bar, a table for each mode, a file if one is wanted."""
+"""The benchmark of the layers as one command: a progress bar, a table for each mode, and an optional CSV file."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,14 +23,14 @@ def bench(only: str, seconds: float, compiled: bool, others: bool, out: Path | N
     """Time the layers, print, and write.
 
     Args:
-        only: Only cases whose name contains this.
-        seconds: How long each case is timed, in each mode.
-        compiled: Whether PyTorch's is timed under `torch.compile` too.
-        others: Whether other frameworks are timed too.
-        out: The CSV; nothing is written if None.
+        only: Time only the cases whose name contains this.
+        seconds: The time per case and mode.
+        compiled: Whether to time `torch.compile` as well.
+        others: Whether to time other frameworks as well.
+        out: The CSV file; none is written if None.
 
     Raises:
-        InputError: If there is nothing to time, or a candidate that was asked for cannot run.
+        InputError: If no case matches, or if a requested candidate cannot run.
     """
     cases = select(only)
     check(compiled, others)
@@ -50,7 +50,7 @@ def select(only: str) -> list[Case]:
     """The cases whose name contains `only`.
 
     Raises:
-        InputError: If none does.
+        InputError: If there are none.
     """
     cases = [case for case in CASES if only in case.name]
     if not cases:
@@ -59,10 +59,10 @@ def select(only: str) -> list[Case]:
 
 
 def check(compiled: bool, others: bool) -> None:
-    """See that what was asked for can run.
+    """Check that the requested candidates can run.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If one of them cannot.
     """
     if others and not peers.installed():
         raise InputError("neither jax nor tensorflow is installed.")
@@ -74,7 +74,7 @@ def check(compiled: bool, others: bool) -> None:
 
 
 def watch(runs: Iterable[Sequence[Record]], total: int, title: str) -> list[Record]:
-    """All records, with a bar that counts runs. It is silent where nobody watches."""
+    """All records, with a progress bar if the output is a terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -94,14 +94,14 @@ def watch(runs: Iterable[Sequence[Record]], total: int, title: str) -> list[Reco
 
 
 def comparison(records: list[Record]) -> Table:
-    """How many copies of its tensor each case takes us, and how often that fits into what the others take."""
+    """The table: our time in copies of the tensor, and the times of the others as multiples of ours."""
     ours = {record["case"]: record for record in records if record["candidate"] == "batchnorm"}
     copies = {record["case"]: record for record in records if record["candidate"] == "copy"}
     others = summary.others(records)
     ratios = {name: summary.speedups(records, name) for name in others}
     table = Table(
         title=f"{TITLES[records[0]['mode']]}; threads: {torch.get_num_threads()}",
-        caption="Ours in copies of the tensor; then the times of the others in ours: above 1, we are faster.",
+        caption="Ours in copies of the tensor, then the others as multiples of ours: above 1, we are faster.",
         title_justify="left",
         caption_justify="left",
     )

@@ -1,4 +1,4 @@
-"""Activations by the names that Keras knows, and those of them that the kernels compute."""
+"""Activations by their Keras names, and which of them the kernels can fuse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +27,10 @@ FUSED: dict[str, ActivationSpec] = {
     "tanh": "tanh",
     "gelu": "gelu",
 }
-"""What the kernels can compute, by Keras' names. Parameters are those of `keras.activations`."""
+"""The activations that the kernels compute, by Keras' names, with the default parameters of `keras.activations`."""
 
 OTHER_NAMES = {"hardswish": "hard_swish", "none": None, "linear": None}
-"""Those of `batchnorm.torch`, and what does nothing."""
+"""The names of `batchnorm.torch` that differ from Keras', and the names of the identity."""
 
 WITH_PARAMETER: dict[str, Callable[[Any, float], Any]] = {
     "leaky_relu": lambda z, slope: ops.leaky_relu(z, negative_slope=slope),
@@ -39,19 +39,19 @@ WITH_PARAMETER: dict[str, Callable[[Any, float], Any]] = {
 
 
 class Activation:
-    """An activation as Keras computes it, how it is written in a config, and how the kernels know it.
+    """An activation: Keras' function, its entry in a config, and its name in the kernels.
 
     Args:
         given: None, a name that `keras.activations.get` knows, a function, or `("leaky_relu", slope)` or
-            `("elu", alpha)`. "hardswish" and "none" are understood as well.
+            `("elu", alpha)`. "hardswish" and "none" work as well.
 
     Attributes:
-        config: What goes into a file.
-        fused: What the kernels compute; None if they compute all but this.
-        is_fused: Whether they compute it.
+        config: The entry in a saved config.
+        fused: The activation as the kernels take it; None for the identity, and where they cannot compute it.
+        is_fused: Whether the kernels compute it.
 
     Raises:
-        ValueError: If there is no such activation.
+        ValueError: If the activation is unknown.
     """
 
     def __init__(self, given: Any = None) -> None:
@@ -75,7 +75,7 @@ class Activation:
 
     @property
     def is_none(self) -> bool:
-        """Whether there is nothing to compute."""
+        """Whether this is the identity."""
         return self.is_fused and self.fused is None
 
     def __call__(self, z: Any) -> Any:

@@ -17,7 +17,7 @@ from keras import ops
 from batchnorm.definition import Moments, moments
 from batchnorm.keras.functional import expand_mask
 from batchnorm.keras.layers import BatchNormalization
-from batchnorm.keras.models import named_layers, numbers, refuse
+from batchnorm.keras.models import named_layers, refuse, to_float64
 from batchnorm.whole import calibrate as whole
 from batchnorm.whole.calibrate import Calibration, Method
 
@@ -136,7 +136,7 @@ class _Model:
 
     def read(self, name: str) -> whole.Statistics:
         layer = self.layers[name]
-        return numbers(layer.moving_mean), numbers(layer.moving_variance)
+        return to_float64(layer.moving_mean), to_float64(layer.moving_variance)
 
     def write(self, name: str, mean: Any, var: Any) -> None:
         _write(self.layers[name], mean, var)
@@ -226,8 +226,8 @@ def _watch(name: str, layer: Any, see: whole.See | None) -> Callable[..., Any]:
 def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments | str:
     """The moments of an input; or the reason why they cannot be taken."""
     try:
-        values = np.moveaxis(numbers(x), axis, 1)
-        weights = None if mask is None else numbers(expand_mask(ops.convert_to_tensor(mask), x, axis))
+        values = np.moveaxis(to_float64(x), axis, 1)
+        counts = None if mask is None else to_float64(expand_mask(ops.convert_to_tensor(mask), x, axis))
     except Exception as error:
         if type(error).__name__ in COMPILED:
             raise ValueError(
@@ -235,12 +235,12 @@ def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments | str:
                 "cannot be seen: call the model without it, with forward=lambda model, batch: ..."
             ) from error
         raise
-    if weights is not None:
-        weights = np.moveaxis(weights, axis, 1)
-        if weights.shape[1] != 1:
+    if counts is not None:
+        counts = np.moveaxis(counts, axis, 1)
+        if counts.shape[1] != 1:
             return "its mask counts other positions in each channel"
-        weights = np.broadcast_to(weights[:, 0], (len(values), *values.shape[2:]))
-    return moments(values, weights)
+        counts = np.broadcast_to(counts[:, 0], (len(values), *values.shape[2:]))
+    return moments(values, counts)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from batchnorm.keras.activations import Activation
 from batchnorm.keras.graph import graphs
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.linear import channel_axis, is_linear, read_map, shift_problem, write_map
-from batchnorm.keras.models import named_layers, numbers, refuse
+from batchnorm.keras.models import named_layers, refuse, to_float64
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization
@@ -187,8 +187,10 @@ class _Network:
         if node.arguments.kwargs.get("training") or True in node.arguments.args[1:]:
             raise Stays("is told to train, whatever the model does")
         self._require_unread(layer, "has")
-        gamma, beta = (None if values is None else numbers(values) for values in (layer.gamma, layer.beta))
-        return Normalization(numbers(layer.moving_mean), numbers(layer.moving_variance), gamma, beta, layer.epsilon)
+        gamma, beta = (None if values is None else to_float64(values) for values in (layer.gamma, layer.beta))
+        return Normalization(
+            to_float64(layer.moving_mean), to_float64(layer.moving_variance), gamma, beta, layer.epsilon
+        )
 
     def before(self, name: str) -> Place:
         graph, node = self._place(name)
@@ -258,7 +260,7 @@ class _Network:
         if self.example_inputs is None:
             return None
         expected, found = (
-            {str(i): numbers(y) for i, y in enumerate(tree.flatten(model(self.example_inputs, training=False)))}
+            {str(i): to_float64(y) for i, y in enumerate(tree.flatten(model(self.example_inputs, training=False)))}
             for model in (self.original, self.model)
         )
         return Outputs(expected, found, {layer.compute_dtype for layer in self.original._flatten_layers()})

@@ -1,7 +1,7 @@
-"""The stages of batch normalization in `keras.ops`: any backend, any axis of channels, differentiable, compilable.
+"""The stages of batch normalization in `keras.ops`, for any backend and channel axis, differentiable and compilable.
 
-`batchnorm.definition` says what they compute. Here the channels may be any axis of `x`, and a mask may count other
-positions in each channel.
+`batchnorm.definition` defines them. Here the channels may be any axis of `x`, and a mask may count different positions
+in each channel.
 """
 
 from typing import Any, NamedTuple
@@ -14,10 +14,10 @@ __all__ = ["Moments", "expand_mask", "group_moments", "group_sizes", "moments", 
 
 
 class Moments(NamedTuple):
-    """What a batch says about its channels.
+    """The moments of every channel of a batch.
 
     Attributes:
-        count: How many values each channel has, `(C,)`; the sum of the weights where there is a mask.
+        count: `(C,)`: the number of values of each channel; with a mask, the sum of its weights.
         mean: `(C,)`; 0 where nothing counts.
         var: `(C,)`, biased: the mean of the squared distances from `mean`.
     """
@@ -28,14 +28,14 @@ class Moments(NamedTuple):
 
 
 def per_channel(values: Any, x: Any, axis: int) -> Any:
-    """`(C,)` values so that they broadcast along the channels of `x`."""
+    """Reshape `(C,)` values so that they broadcast along the channels of `x`."""
     shape = [1] * len(x.shape)
     shape[axis] = -1
     return ops.reshape(values, shape)
 
 
 def _reduced(x: Any, axis: int, first: int = 0) -> tuple[int, ...]:
-    """The axes from `first` on without the channels'."""
+    """The axes from `first` on, without the channels."""
     channels = axis % len(x.shape)
     return tuple(i for i in range(first, len(x.shape)) if i != channels)
 
@@ -44,16 +44,16 @@ def _reduced(x: Any, axis: int, first: int = 0) -> tuple[int, ...]:
 
 
 def expand_mask(mask: Any, x: Any, axis: int) -> Any:
-    """The mask as weights that broadcast to `x`.
+    """The mask as counts that broadcast to `x`.
 
     Args:
-        mask: Of the shape of `x` without its channels; or of the first axes of `x`, as `keras.layers.Masking` makes
-            them; or with as many axes as `x`, each of its length or of length 1.
-        x: The batch, whose type the weights get.
-        axis: The channels of `x`.
+        mask: The shape of `x` without its channels; or the first axes of `x`, as from `keras.layers.Masking`; or as
+            many axes as `x`, each of the same length or of length 1.
+        x: The batch; the counts get its type.
+        axis: The channel axis of `x`.
 
     Raises:
-        ValueError: If the mask does not fit, or fits in two ways that mean different things.
+        ValueError: If the mask does not fit, or fits in two ways with different meanings.
     """
     shape, channels = tuple(x.shape), axis % len(x.shape)
     given, axes = tuple(mask.shape), len(mask.shape)
@@ -86,7 +86,7 @@ def expand_mask(mask: Any, x: Any, axis: int) -> Any:
 
 
 def _expanded(mask: Any, before: int, after: int, missing: int) -> tuple[Any, ...]:
-    """A mask's shape with an axis of length 1 for the channels, and as many as are missing at the end."""
+    """A mask's shape with an axis of length 1 for the channels, and with the axes missing at the end."""
     shape = tuple(ops.shape(mask))
     return (*shape[:before], 1, *shape[before : before + after], *(1,) * missing)
 
@@ -94,62 +94,63 @@ def _expanded(mask: Any, before: int, after: int, missing: int) -> tuple[Any, ..
 # --- Moments ---------------------------------------------------------------------------------------------------------
 
 
-def moments(x: Any, weights: Any, axis: int) -> Moments:
+def moments(x: Any, counts: Any, axis: int) -> Moments:
     """Count, mean and biased variance of every channel: `mean = sum(w*x)/sum(w)`, `var = sum(w*(x - mean)^2)/sum(w)`.
 
     Args:
         x: The batch, of float32 or float64.
-        weights: From `expand_mask`, or None. What has a weight of 0 is left out, even if it is NaN.
-        axis: The channels of `x`.
+        counts: From `expand_mask`, or None. Values with count 0 are left out, even if they are NaN.
+        axis: The channel axis of `x`.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, lines 1 and 2.
     """
     axes = _reduced(x, axis)
-    if weights is None:
+    if counts is None:
         shape = ops.shape(x)
         count = ops.cast(ops.prod(ops.stack([ops.cast(shape[i], "int32") for i in axes])), x.dtype)
         count = count * ops.ones((x.shape[axis],), x.dtype)
         some = ops.maximum(count, 1)  # a batch may be empty
         mean = ops.sum(x, axes) / some
         return Moments(count, mean, ops.sum(ops.square(x - per_channel(mean, x, axis)), axes) / some)
-    weights = ops.broadcast_to(weights, ops.shape(x))
-    count = ops.sum(weights, axes)
+    counts = ops.broadcast_to(counts, ops.shape(x))
+    count = ops.sum(counts, axes)
     some = ops.where(count > 0, count, 1)
-    mean = ops.sum(_weighed(weights, x), axes) / some
-    kept = ops.where(weights > 0, x - per_channel(mean, x, axis), 0)
-    return Moments(count, mean, ops.sum(weights * ops.square(kept), axes) / some)
+    mean = ops.sum(_counted(counts, x), axes) / some
+    kept = ops.where(counts > 0, x - per_channel(mean, x, axis), 0)
+    return Moments(count, mean, ops.sum(counts * ops.square(kept), axes) / some)
 
 
-def _weighed(weights: Any, x: Any) -> Any:
-    """`weights * x`, 0 where nothing counts: 0 * NaN would be NaN, and so would its gradient."""
-    return weights * ops.where(weights > 0, x, 0)
+def _counted(counts: Any, x: Any) -> Any:
+    """`counts * x`, and 0 where the count is 0, because 0 * NaN and its gradient would be NaN."""
+    return counts * ops.where(counts > 0, x, 0)
 
 
 def group_sizes(samples: Any, size: int) -> tuple[Any, Any]:
-    """Into how many groups of consecutive samples a batch is cut, and the group of each sample.
+    """The number of groups of consecutive samples in a batch, and the group of each sample.
 
-    `max(1, samples // size)` groups, whose sizes differ by one at most: none is smaller than `size`.
+    There are `max(1, samples // size)` groups, whose sizes differ by at most one; with more than one group, none is
+    smaller than `size`.
     """
-    # A number where the backend knows the size of the batch: compiled, JAX must know how many groups there are.
+    # A Python integer where the size of the batch is static: in compiled code, JAX needs a static number of groups.
     groups = max(1, samples // size) if isinstance(samples, int) else ops.maximum(1, samples // size)
     small = samples // groups
-    larger = samples - small * groups  # groups with one sample more, which are the first
+    larger = samples - small * groups  # the first groups have one sample more
     sample = ops.arange(samples)
     behind = larger + ops.maximum(sample - larger * (small + 1), 0) // ops.maximum(small, 1)
     return groups, ops.where(sample < larger * (small + 1), sample // (small + 1), behind)
 
 
-def group_moments(x: Any, weights: Any, axis: int, size: int) -> tuple[Moments, Any, Any]:
-    """The moments of the whole batch, and each sample's mean and variance: those of its group.
+def group_moments(x: Any, counts: Any, axis: int, size: int) -> tuple[Moments, Any, Any]:
+    """The moments of the whole batch, and for each sample the mean and variance of its group.
 
-    The law of total variance makes the first from the groups': `var = sum(n_g (var_g + (mean_g - mean)^2)) / n`.
+    The moments of the batch follow by the law of total variance: `var = sum(n_g (var_g + (mean_g - mean)^2)) / n`.
 
     Args:
-        x, weights, axis: As in `moments`; the first axis is the samples.
-        size: How many samples a group has at least.
+        x, counts, axis: As in `moments`; the first axis is the samples.
+        size: The smallest number of samples per group.
 
     Returns:
-        The moments; the means and the variances, which broadcast to `x`.
+        The moments, and the means and variances, which broadcast to `x`.
 
     Source: Hoffer, Hubara & Soudry 2017, algorithm 1.
     """
@@ -157,22 +158,22 @@ def group_moments(x: Any, weights: Any, axis: int, size: int) -> tuple[Moments, 
     samples = ops.shape(x)[0]
     groups, group = group_sizes(samples, size)
     inside = _reduced(x, axis, first=1)
-    weights = ops.broadcast_to(ops.ones((), x.dtype) if weights is None else weights, ops.shape(x))
+    counts = ops.broadcast_to(ops.ones((), x.dtype) if counts is None else counts, ops.shape(x))
 
     def gather(values: Any) -> Any:
-        """Of each group, from values of each sample and position."""
+        """Sum the values of each sample and position by group."""
         return ops.segment_sum(ops.sum(values, inside) if inside else values, group, num_segments=groups)
 
     def spread(values: Any) -> Any:
-        """Of each sample, from values of each group."""
+        """Give each sample the value of its group."""
         shape = [samples] + [1] * (len(x.shape) - 1)
         shape[channels] = x.shape[channels]
         return ops.reshape(ops.take(values, group, axis=0), shape)
 
-    count = gather(weights)
+    count = gather(counts)
     some = ops.where(count > 0, count, 1)
-    mean = gather(_weighed(weights, x)) / some
-    var = gather(weights * ops.square(ops.where(weights > 0, x - spread(mean), 0))) / some
+    mean = gather(_counted(counts, x)) / some
+    var = gather(counts * ops.square(ops.where(counts > 0, x - spread(mean), 0))) / some
     total = ops.sum(count, 0)
     share = count / ops.where(total > 0, total, 1)
     center = ops.sum(share * mean, 0)
@@ -189,11 +190,11 @@ def normalize(
 
     Args:
         x: The batch.
-        mean, var: `(C,)`, or of as many axes as `x`.
+        mean, var: `(C,)`, or with as many axes as `x`.
         gamma, beta: `(C,)`; 1 and 0 if None.
-        axis: The channels of `x`.
+        axis: The channel axis of `x`.
         epsilon: Added to the variance, in the square of the units of `x`.
-        activation: What follows.
+        activation: The activation.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, lines 3 and 4.
     """

@@ -1,4 +1,4 @@
-"""The torch backend: the kernels of `batchnorm.torch` under the layer of Keras."""
+"""The layer on the torch backend, computed by `batchnorm.torch`."""
 
 from typing import Any, NamedTuple
 
@@ -13,38 +13,38 @@ __all__ = ["Trained", "evaluate", "takes", "train"]
 
 
 class Trained(NamedTuple):
-    """`y`, and where the batch has moved the running statistics to."""
+    """`y`, and the moving statistics after the batch."""
 
     y: Tensor
     moving_mean: Tensor
     moving_var: Tensor
 
 
-def takes(x: Tensor, weights: Tensor | None, axis: int, size: int | None, synchronized: bool) -> bool:
-    """Whether `batch_norm` does what Keras does: it refuses fewer than two values per channel, which Keras takes.
+def takes(x: Tensor, counts: Tensor | None, axis: int, size: int | None, synchronized: bool) -> bool:
+    """Whether `batch_norm` can compute this as Keras does: unlike Keras, it rejects fewer than two values per channel.
 
     Args:
-        x, weights, axis: As in `moments`.
-        size: Of the groups of samples.
-        synchronized: Whether other processes take part, which must all decide alike.
+        x, counts, axis: As in `functional.moments`.
+        size: The smallest number of samples per group, or None.
+        synchronized: Whether processes pool their statistics; all of them must get the same answer.
     """
-    if x.is_meta or (torch.compiler.is_compiling() and weights is not None):
+    if x.is_meta or (torch.compiler.is_compiling() and counts is not None):
         return False
-    if weights is not None and (weights.shape[axis] != 1 or size is not None):
-        return False  # a count for each channel, or for each group
+    if counts is not None and (counts.shape[axis] != 1 or size is not None):
+        return False  # a mask per channel, or a count per group
     if synchronized:
         return True
     values = x.numel() // max(1, x.shape[axis])
     if size is not None:
         values = values // max(1, len(x)) * min(size, len(x))
-    if weights is not None and values > 0:
-        values = int((weights > 0).expand(_positions(x, axis)).sum())
+    if counts is not None and values > 0:
+        values = int((counts > 0).expand(_positions(x, axis)).sum())
     return values > 1
 
 
 def train(
     x: Tensor,
-    weights: Tensor | None,
+    counts: Tensor | None,
     moving_mean: Any,
     moving_var: Any,
     gamma: Any,
@@ -60,13 +60,13 @@ def train(
     """Normalize by the statistics of the batch, of its groups of samples, or of all processes.
 
     Args:
-        x, weights, axis: As in `moments`; the weights are the same for all channels.
-        moving_mean, moving_var: Which are to be moved; they stay as they are.
-        gamma, beta, epsilon, activation: As in `normalize`.
+        x, counts, axis: As in `functional.moments`; the counts are the same for all channels.
+        moving_mean, moving_var: The moving statistics before the batch; they are not changed.
+        gamma, beta, epsilon, activation: As in `functional.normalize`.
         momentum: The weight of the old value.
-        size: Of the groups of samples.
-        synchronized: Whether other processes take part.
-        unbiased: Whether `moving_var` is to be the unbiased variance.
+        size: The smallest number of samples per group, or None.
+        synchronized: Whether processes pool their statistics.
+        unbiased: Whether the moving variance is the unbiased one.
     """
     statistics: Statistics = BatchStatistics(unbiased)
     if synchronized:
@@ -75,8 +75,8 @@ def train(
         statistics = GhostStatistics(size, unbiased)
     rows = _rows(x, axis, size)
     mask = None
-    if weights is not None:
-        mask = weights.expand(_positions(x, axis)).squeeze(axis)
+    if counts is not None:
+        mask = counts.expand(_positions(x, axis)).squeeze(axis)
         mask = mask.reshape(-1) if rows.dim() < x.dim() else mask
     mean, var = (_as(x, t).detach().clone() for t in (moving_mean, moving_var))
     y = batch_norm(
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _as(x: Tensor, values: Any) -> Any:
-    """A variable as a tensor of the type that goes with `x`."""
+    """A variable as a tensor in the type of the statistics of `x`."""
     if values is None:
         return None
     tensor: Tensor = values.value if hasattr(values, "value") else values
@@ -110,7 +110,7 @@ def _positions(x: Tensor, axis: int) -> tuple[int, ...]:
 
 
 def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
-    """Channels second, as `batch_norm` has them, without a copy: a matrix where they are last."""
+    """`x` with the channels in axis 1, without a copy: a matrix where they are last."""
     if x.dim() > 2 and axis % x.dim() == x.dim() - 1 and size is None and x.is_contiguous():
         return x.view(-1, x.shape[-1])
     return x.movedim(axis, 1)

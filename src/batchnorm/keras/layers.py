@@ -1,4 +1,4 @@
-"""The layer: Keras' own, on every backend with all that it can do on one, and with the activation inside."""
+"""The layer: Keras' own, with every feature on every backend, and with the activation inside."""
 
 from collections.abc import Collection
 from typing import Any
@@ -19,43 +19,44 @@ EXTRAS: dict[str, Any] = {
     "unbiased": False,
     "frozen": None,
 }
-"""What a layer of ours has besides Keras', and what it is where it is not given."""
+"""The arguments of our layer that Keras' layer lacks, and their defaults."""
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
 class BatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization and its activation, on every backend of Keras.
 
-    `y = act((x - mean) / sqrt(var + epsilon) * gamma + beta)`, where `mean` and `var` are those of the batch in
-    training and the moving ones otherwise. In training these move: `moving = momentum * moving + (1 - momentum) *
+    `y = act((x - mean) / sqrt(var + epsilon) * gamma + beta)`, where `mean` and `var` are the batch's in training and
+    the moving ones otherwise. In training the moving statistics move: `moving = momentum * moving + (1 - momentum) *
     batch`, with the biased variance.
 
     Args:
         *args: Keras': `axis`, `momentum`, `epsilon`, `center`, `scale` and the rest.
-        activation: What follows, in the same pass where the backend has one: whatever `keras.activations.get` takes, or
-            `("leaky_relu", slope)`, `("elu", alpha)`.
-        virtual_batch_size: Samples per group: each group of consecutive samples is normalized by its own statistics. A
-            batch of `N` has `max(1, N // virtual_batch_size)` groups whose sizes differ by one at most; the moving
-            statistics get those of the whole batch.
-        axis_name: JAX only: the mapped axes that `synchronized` pools over; None: all of the `shard_map` around.
+        activation: The activation after the normalization, computed in the same pass where the backend allows it:
+            anything that `keras.activations.get` takes, or `("leaky_relu", slope)`, `("elu", alpha)`.
+        virtual_batch_size: The smallest number of samples per group: each group of consecutive samples is normalized by
+            its own statistics. A batch of `N` has `max(1, N // virtual_batch_size)` groups, whose sizes differ by at
+            most one; the moving statistics get the statistics of the whole batch.
+        axis_name: JAX only: the mapped axes that `synchronized` pools over; if None, all axes of the `shard_map` around
+            the call.
         unbiased: Whether the moving variance is the unbiased one, as in PyTorch.
-        frozen: What `freeze` sets, and files keep: None, or the names of the weights that have stopped learning with
-            the statistics.
+        frozen: Set by `freeze` and saved in files: None, or the names of the weights that were frozen together with the
+            statistics.
         **kwargs: Keras', by name: `synchronized`, `renorm`, `dtype`, `name` and the rest.
 
     Raises:
-        ValueError: If the activation is unknown, `virtual_batch_size` is not a positive integer or comes with
-            `synchronized` or `renorm`, or as Keras' does; in a call, if the mask does not fit.
+        ValueError: If the activation is unknown, or if `virtual_batch_size` is not a positive integer or is combined
+            with `synchronized` or `renorm`; all errors of Keras' layer; in a call, if the mask does not fit.
 
     Differs from `keras.layers.BatchNormalization`:
         1. `activation`, `virtual_batch_size`, `axis_name`, `unbiased`.
         2. `synchronized` works on every backend, with masks, and is exact for replicas with different counts. The
            variance is never `E[x^2] - E[x]^2`.
-        3. A mask may lack the channels wherever they are, or have as many axes as the inputs; one of numbers holds
-           weights. Where `axis` is not the last one and the sizes allow two readings, it is an error.
-        4. A batch whose statistics are not finite, or in which nothing counts, leaves the moving statistics as they are
-           (all of them: also those of renormalization).
-        5. In evaluation `x - mean` is taken before anything is multiplied: the error does not grow with `mean / std`.
+        3. A mask may omit the channel axis wherever it is, or have as many axes as the inputs; a mask of numbers holds
+           weights. A mask that can be read in two ways, because `axis` is not the last axis, is an error.
+        4. A batch whose statistics are not finite, or in which nothing counts, does not change the moving statistics,
+           including those of renormalization.
+        5. In evaluation `x - mean` is computed before any multiplication: the error does not grow with `mean / std`.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; Ioffe 2017 for `renorm`.
     """
@@ -72,15 +73,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.synchronized = bool(synchronized)  # Keras' constructor refuses it but on TensorFlow
+        self.synchronized = bool(synchronized)  # Keras' constructor accepts it only on TensorFlow
         self.activation = Activation(activation)
         if virtual_batch_size is not None:
             if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
                 raise ValueError(f"virtual_batch_size must be a positive integer, got {virtual_batch_size!r}")
             if synchronized or self.renorm:
                 raise ValueError(
-                    "virtual_batch_size makes the batch smaller, and does not go with "
-                    f"{'synchronized' if synchronized else 'renorm'}=True: give one of them"
+                    "virtual_batch_size makes the batch smaller and cannot be combined with "
+                    f"{'synchronized' if synchronized else 'renorm'}=True: give only one of them"
                 )
         self.virtual_batch_size = virtual_batch_size
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
@@ -88,7 +89,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.frozen = None if frozen is None else tuple(frozen)
 
     def build(self, input_shape: Any) -> None:
-        """Keras', with an error that says what is wrong."""
+        """Keras' `build`, with a clear error for channels of unknown size."""
         self.compute_output_shape(tuple(input_shape))
         if input_shape[self.axis] is None:
             raise ValueError(
@@ -99,13 +100,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._hold()
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Normalize `inputs`, and in training move the moving statistics.
+        """Normalize `inputs`; in training, update the moving statistics.
 
         Args:
             inputs: `x`, of any rank.
-            training: Whether to use the batch's statistics. Layers that are frozen or not trainable never do.
+            training: Whether to use the batch's statistics. Layers that are frozen or not trainable never use them.
             mask: Which positions count in the statistics, or how much each counts, as in `functional.expand_mask`. All
-                are normalized. Without effect in evaluation.
+                positions are normalized. Ignored in evaluation.
 
         Returns:
             `y`, of the shape of `x` and the compute dtype of the layer.
@@ -117,12 +118,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         by_kernels = keras.backend.backend() == "torch"
         if not by_kernels:
             x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-        weights = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
+        counts = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
         learning = bool(training) and self.trainable and self.frozen is None
-        y = self._train(x, weights) if learning else self._evaluate(x)
+        y = self._train(x, counts) if learning else self._evaluate(x)
         return ops.cast(y, self.compute_dtype)
 
-    # --- What a call does ---------------------------------------------------------------------------------------------
+    # --- Training and evaluation --------------------------------------------------------------------------------------
 
     def _evaluate(self, x: Any) -> Any:
         activation = self.activation
@@ -137,25 +138,25 @@ class BatchNormalization(keras.layers.BatchNormalization):
         x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
         return self._normalize(x, self._as(x, self.moving_mean), self._as(x, self.moving_variance))
 
-    def _train(self, x: Any, weights: Any) -> Any:
+    def _train(self, x: Any, counts: Any) -> Any:
         if keras.backend.backend() == "torch" and not self.renorm:
             from batchnorm.keras import fused
 
-            if fused.takes(x, weights, self.axis, self.virtual_batch_size, self.synchronized):
+            if fused.takes(x, counts, self.axis, self.virtual_batch_size, self.synchronized):
                 y, mean, var = fused.train(
-                    x, weights, self.moving_mean, self.moving_variance, self.gamma, self.beta, self.axis, self.momentum,
+                    x, counts, self.moving_mean, self.moving_variance, self.gamma, self.beta, self.axis, self.momentum,
                     self.epsilon, self.activation.fused, self.virtual_batch_size, self.synchronized, self.unbiased,
                 )  # fmt: skip
                 self.moving_mean.assign(mean)
                 self.moving_variance.assign(var)
                 return y if self.activation.is_fused else self.activation(y)
         x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
-        weights = None if weights is None else ops.cast(weights, x.dtype)
+        counts = None if counts is None else ops.cast(counts, x.dtype)
         if self.virtual_batch_size is not None:
-            batch, mean, var = functional.group_moments(x, weights, self.axis, self.virtual_batch_size)
+            batch, mean, var = functional.group_moments(x, counts, self.axis, self.virtual_batch_size)
             self._move(batch)
             return self._normalize(x, mean, var)
-        batch = functional.moments(x, weights, self.axis)
+        batch = functional.moments(x, counts, self.axis)
         if self.synchronized:
             batch = pool(batch, self.axis_name)
         if self.renorm:
@@ -180,39 +181,39 @@ class BatchNormalization(keras.layers.BatchNormalization):
         var = batch.var
         if self.unbiased:
             var = ops.where(batch.count > 1, var * batch.count / ops.maximum(batch.count - 1, 1e-7), var)
-        counts = self._counts(batch)
-        self._assign(counts, self.moving_mean, batch.mean, self.momentum)
-        self._assign(counts, self.moving_variance, var, self.momentum)
+        usable = self._is_usable(batch)
+        self._assign(usable, self.moving_mean, batch.mean, self.momentum)
+        self._assign(usable, self.moving_variance, var, self.momentum)
 
     def _move_renormalized(self, batch: functional.Moments) -> None:
-        """As Keras does it: the standard deviation moves, and the variance follows."""
-        counts = self._counts(batch)
+        """As in Keras: the standard deviation moves, and the variance follows it."""
+        usable = self._is_usable(batch)
         stddev = ops.sqrt(batch.var + self.epsilon)
-        self._assign(counts, self.renorm_mean, batch.mean, self.renorm_momentum)
-        self._assign(counts, self.renorm_stddev, stddev, self.renorm_momentum)
-        self._assign(counts, self.moving_mean, batch.mean, self.momentum)
-        self._assign(counts, self.moving_stddev, stddev, self.momentum)
+        self._assign(usable, self.renorm_mean, batch.mean, self.renorm_momentum)
+        self._assign(usable, self.renorm_stddev, stddev, self.renorm_momentum)
+        self._assign(usable, self.moving_mean, batch.mean, self.momentum)
+        self._assign(usable, self.moving_stddev, stddev, self.momentum)
         old = ops.convert_to_tensor(self.moving_variance)
         moved = ops.relu(ops.square(ops.convert_to_tensor(self.moving_stddev)) - self.epsilon)
-        self.moving_variance.assign(ops.where(counts, moved, old))
+        self.moving_variance.assign(ops.where(usable, moved, old))
 
     @staticmethod
-    def _counts(batch: functional.Moments) -> Any:
-        """Whether a batch goes into the moving statistics: all of its own are finite; where a channel has values."""
+    def _is_usable(batch: functional.Moments) -> Any:
+        """Where a batch moves the moving statistics: if all its statistics are finite, in the channels with values."""
         finite = ops.all(ops.isfinite(batch.mean)) & ops.all(ops.isfinite(batch.var))
         return finite & (batch.count > 0)
 
     @staticmethod
-    def _assign(counts: Any, moving: Any, batch: Any, momentum: float) -> None:
+    def _assign(usable: Any, moving: Any, batch: Any, momentum: float) -> None:
         old = ops.convert_to_tensor(moving)
         moved = old * momentum + ops.cast(batch, old.dtype) * (1.0 - momentum)
-        moving.assign(ops.stop_gradient(ops.where(counts, moved, old)))
+        moving.assign(ops.stop_gradient(ops.where(usable, moved, old)))
 
-    # --- What others ask ----------------------------------------------------------------------------------------------
+    # --- Attributes and config ----------------------------------------------------------------------------------------
 
     @property
     def trainable(self) -> bool:
-        """Keras'; weights that `freeze(affine=True)` has stopped do not learn either way."""
+        """Keras' `trainable`; weights that `freeze(affine=True)` froze never learn."""
         return bool(keras.layers.BatchNormalization.trainable.fget(self))
 
     @trainable.setter
@@ -221,13 +222,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self._hold()
 
     def _hold(self) -> None:
-        """Keep weights from learning that have been frozen."""
-        for name in getattr(self, "frozen", None) or ():  # Keras' constructor sets `trainable`, too
+        """Keep frozen weights from learning."""
+        for name in getattr(self, "frozen", None) or ():  # Keras' constructor sets `trainable` before `frozen` exists
             if (weight := getattr(self, name)) is not None:
                 weight.trainable = False
 
     def get_config(self) -> dict[str, Any]:
-        """Keras', and of what this layer adds only what is given: Keras' layer can be made from the rest."""
+        """Keras' config, and those of our arguments that differ from their defaults; Keras' layer accepts the rest."""
         config: dict[str, Any] = super().get_config()
         own = {name: getattr(self, name) for name in EXTRAS} | {"activation": self.activation.config}
         return config | {name: value for name, value in own.items() if value != EXTRAS[name]}

@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers
 from numpy.typing import NDArray
 
-from batchnorm.keras.models import numbers
+from batchnorm.keras.models import to_float64
 from batchnorm.whole.linear import LinearMap
 
 __all__ = ["channel_axis", "is_linear", "read_map", "shift_problem", "write_map"]
@@ -77,8 +77,8 @@ def read_map(layer: Any) -> LinearMap:
     """The linear map of a layer for which `is_linear` holds."""
     layout = LAYOUTS[type(layer)]
     kernel = getattr(layer, layout.kernel)
-    matrix = _matrix(numbers(kernel), layout)
-    offset = numbers(layer.bias) if layer.use_bias else np.zeros(len(matrix))
+    matrix = _matrix(to_float64(kernel), layout)
+    offset = to_float64(layer.bias) if layer.use_bias else np.zeros(len(matrix))
     groups = kernel.shape[-2] if layout.inputs is None else getattr(layer, "groups", 1)
     return LinearMap(matrix, offset, groups, kernel.dtype)
 

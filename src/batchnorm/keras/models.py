@@ -1,4 +1,4 @@
-"""The layers of a model by name, and what compiled a model before its layers were changed."""
+"""The layers of a model by name, its compiled functions, and its values in float64."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +8,15 @@ from keras import ops
 from numpy import asarray, float64
 from numpy.typing import NDArray
 
-__all__ = ["forget_compiled", "named_layers", "numbers", "refuse"]
+__all__ = ["forget_compiled", "named_layers", "refuse", "to_float64"]
 
 
 def named_layers(model: Any) -> dict[str, Any]:
-    """The model and all layers in it, each once, in the order in which they were made; the model's name is ''."""
+    """The model and all its layers, each once, in order of creation; the model's own name is ''."""
     found: dict[str, Any] = {}
     for name, layer in _walk(model, ""):
         path, number = name, 1
-        while path in found:  # two layers of a subclassed model may have one name
+        while path in found:  # two layers of a subclassed model may have the same name
             number += 1
             path = f"{name}:{number}"
         found[path] = layer
@@ -37,8 +37,8 @@ def _walk(model: Any, name: str) -> Iterator[tuple[str, Any]]:
     yield from walk(model, name)
 
 
-def numbers(variable: Any) -> NDArray[float64]:
-    """A variable or tensor in float64, on the host."""
+def to_float64(variable: Any) -> NDArray[float64]:
+    """A variable or tensor as a float64 array on the host."""
     tensor = ops.convert_to_tensor(variable)
     if keras.backend.backend() == "torch":
         tensor = tensor.detach()
@@ -46,21 +46,21 @@ def numbers(variable: Any) -> NDArray[float64]:
 
 
 def forget_compiled(model: Any) -> None:
-    """Let `fit`, `evaluate` and `predict` be compiled anew: they were for the layers as they had been."""
+    """Make `fit`, `evaluate` and `predict` compile again, because the layers have changed."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
     if keras.backend.backend() == "jax":
         import jax
 
-        jax.clear_caches()  # it finds what it has compiled by the model's method, which is the same
+        jax.clear_caches()  # its cache is keyed by the model's method, which has not changed
 
 
 def refuse(model: Any) -> None:
-    """See that this is a layer or a model.
+    """Check that this is a layer or a model.
 
     Raises:
-        TypeError: If not.
+        TypeError: If it is neither.
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(f"model must be a keras.Model or a layer, got {type(model).__name__}")

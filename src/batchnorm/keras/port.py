@@ -1,8 +1,8 @@
-"""Layers and models between Keras and PyTorch, with what the two mean differently by the same words.
+"""Port layers and models between Keras and PyTorch, and report what the two define differently.
 
 ```
 result = to_torch(keras_layer)          # a layer of batchnorm.torch
-print(result)                           # what had to be changed
+print(result)                           # the changes
 to_torch(keras_model, torch_model, {"stem/bn": "stem.1"})
 ```
 """
@@ -17,26 +17,26 @@ from keras import layers
 
 from batchnorm.definition import parse_activation
 from batchnorm.keras.layers import BatchNormalization
-from batchnorm.keras.models import named_layers, numbers
+from batchnorm.keras.models import named_layers, to_float64
 
 __all__ = ["Ported", "from_torch", "to_torch"]
 
 
 @dataclass(frozen=True)
 class Ported:
-    """A layer or model that came from the other framework, and what had to be changed on the way.
+    """A layer or model from the other framework, and what changed on the way.
 
     Attributes:
         model: The layer or model.
-        changes: What is written differently there, by the names of the layers; '' for a layer alone.
+        changes: What each layer writes differently, by the layer's name; '' for a single layer.
     """
 
     model: Any
     changes: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
-        """All of it but the model, to read."""
-        lines = [f"{len(self.changes)} layers ported"]
+        """A summary, and a line for each layer that changed."""
+        lines = [f"{len(self.changes)} layer{'s' * (len(self.changes) != 1)} ported"]
         lines += [f"  {name or 'the layer'}: {'; '.join(said)}" for name, said in self.changes.items() if said]
         return "\n".join(lines)
 
@@ -50,14 +50,14 @@ def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = Non
     Args:
         model: A built layer, Keras' or ours; or a model.
         into: For a model, the PyTorch model that gets its weights: its batch normalizations, dense layers and
-            convolutions. Dense layers behind a Flatten are right only if both flatten in the same order.
-        names: Which layer of PyTorch belongs to which of Keras; those of the same name belong together.
+            convolutions. A dense layer after a Flatten is right only if both models flatten in the same order.
+        names: The PyTorch layer of each Keras layer, where the names differ.
 
     Returns:
-        A layer, in evaluation, or `into`; and what was changed.
+        A layer, in evaluation, or `into`; and the changes.
 
     Raises:
-        ValueError: If a layer is not built, is of a kind that is not known, or has no counterpart of the same shape;
+        ValueError: If a layer is not built, is of an unknown kind, or has no counterpart of the same shape;
             nothing is changed then.
         TypeError: If `into` is missing for a model.
     """
@@ -78,15 +78,15 @@ def from_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = N
         model: A layer, PyTorch's or ours; or a model.
         into: For a model, the Keras model that gets its weights. Its batch normalizations become ours where they are
             Keras', which cannot keep the unbiased variance.
-        names: Which layer of PyTorch belongs to which of Keras, as in `to_torch`.
-        axis: The channels of the new layer's inputs: 1 as in PyTorch, -1 as is usual in Keras.
+        names: The PyTorch layer of each Keras layer, as in `to_torch`.
+        axis: The channel axis of the new layer's inputs: 1 as in PyTorch, -1 as is usual in Keras.
 
     Returns:
-        A built layer, or `into`; and what was changed.
+        A built layer, or `into`; and the changes.
 
     Raises:
-        ValueError: If a layer keeps no running statistics or averages over all batches (`momentum=None`), is of a kind
-            that is not known, or has no counterpart of the same shape; nothing is changed then.
+        ValueError: If a layer keeps no running statistics or averages over all batches (`momentum=None`), is of an
+            unknown kind, or has no counterpart of the same shape; nothing is changed then.
         TypeError: If `into` is missing for a model.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -94,7 +94,7 @@ def from_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = N
     if isinstance(model, _BatchNorm):
         return Ported(*_layer_from_torch(model, axis))
     if into is None:
-        raise TypeError(f"{type(model).__name__} has several layers: give the Keras model that they shall go into")
+        raise TypeError(f"{type(model).__name__} has several layers: pass the Keras model that gets their weights")
     return _model(into, model, names or {}, _take)
 
 
@@ -114,23 +114,23 @@ def _layer_to_torch(layer: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
         raise ValueError(f"{layer.name} takes inputs of {rank} axes; PyTorch has layers for 2 to 5")
     activation = layer.activation.fused if isinstance(layer, BatchNormalization) else None
     if isinstance(layer, BatchNormalization) and not layer.activation.is_fused:
-        raise ValueError(f"{layer.name} has the activation {layer.activation.config!r}, which batchnorm.torch has not")
+        raise ValueError(f"{layer.name} has the activation {layer.activation.config!r}, which batchnorm.torch lacks")
     channels = layer.moving_mean.shape[0]
     new = kinds[rank](channels, layer.epsilon, 1.0 - layer.momentum, activation=activation)
     new = new.to(torch.float64 if layer.variable_dtype == "float64" else torch.float32)
     said = _set(layer, new)
     if layer.axis % rank != 1:
-        said.append(f"channels are axis 1 of its inputs, not {layer.axis}")
+        said.append(f"channels are axis 1 of the inputs, not {layer.axis}")
     return new.eval(), {"": tuple(said)}
 
 
 def _set(layer: Any, new: Any) -> list[str]:
-    """Give a layer of PyTorch what a layer of Keras has, all but the activation; tell what is written differently."""
+    """Copy a Keras layer to a PyTorch layer, except the activation, and return what is written differently."""
     import torch
 
     from batchnorm.torch import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, SyncStatistics
 
-    said = [f"momentum {layer.momentum:g} of the old is {1 - layer.momentum:g} of the new"]
+    said = [f"momentum {layer.momentum:g} (weight of the old) is {1 - layer.momentum:g} (weight of the new)"]
     statistics: Any = BatchStatistics(unbiased=False)
     if isinstance(layer, BatchNormalization):
         statistics = BatchStatistics(unbiased=layer.unbiased)
@@ -142,7 +142,7 @@ def _set(layer: Any, new: Any) -> list[str]:
         clipping = layer.renorm_clipping or {}
         inner = statistics if isinstance(statistics, BatchStatistics | SyncStatistics) else BatchStatistics(False)
         statistics = Renorm(clipping.get("rmax", np.inf), clipping.get("dmax", np.inf), 0, inner)
-        said.append("renormalization corrects towards the running statistics, and has no rmin but 1/rmax")
+        said.append("renormalization corrects towards the running statistics; rmin is always 1/rmax")
     if not layer.trainable or getattr(layer, "frozen", None) is not None:
         statistics = RunningStatistics()
         said.append("it is frozen: RunningStatistics()")
@@ -157,9 +157,9 @@ def _set(layer: Any, new: Any) -> list[str]:
                 parameter.fill_(neutral).requires_grad_(False)
                 said.append(f"{name} is {neutral:g} and does not learn")
             else:
-                parameter.copy_(torch.from_numpy(numbers(variable))).requires_grad_(bool(variable.trainable))
-        new.running_mean.copy_(torch.from_numpy(numbers(layer.moving_mean)))
-        new.running_var.copy_(torch.from_numpy(numbers(layer.moving_variance)))
+                parameter.copy_(torch.from_numpy(to_float64(variable))).requires_grad_(bool(variable.trainable))
+        new.running_mean.copy_(torch.from_numpy(to_float64(layer.moving_mean)))
+        new.running_var.copy_(torch.from_numpy(to_float64(layer.moving_variance)))
     return said
 
 
@@ -171,27 +171,27 @@ def _layer_from_torch(layer: Any, axis: int) -> tuple[Any, dict[str, tuple[str, 
     shape: list[int | None] = [None] * rank
     shape[axis] = layer.num_features
     new.build(tuple(shape))
-    new.input_spec = keras.layers.InputSpec(axes={axis: layer.num_features})  # of any rank, like a BatchNorm1d
+    new.input_spec = keras.layers.InputSpec(axes={axis: layer.num_features})  # any rank, like a BatchNorm1d
     said = _get(new, layer)
     if axis != 1:
-        said.append(f"channels are axis {axis} of its inputs, not 1")
+        said.append(f"channels are axis {axis} of the inputs, not 1")
     return new, {"": tuple(said)}
 
 
 def _check_torch(layer: Any, name: str) -> None:
     if layer.running_mean is None or layer.running_var is None:
-        raise ValueError(f"{name} keeps no running statistics (track_running_stats=False), and Keras' always does")
+        raise ValueError(f"{name} keeps no running statistics (track_running_stats=False), but Keras' always does")
     if layer.momentum is None:
         raise ValueError(f"{name} averages over all batches (momentum=None), which Keras cannot: set a momentum")
 
 
 def _get(new: Any, layer: Any) -> list[str]:
-    """Give our layer for Keras what a layer of PyTorch has; tell what is written differently."""
+    """Copy everything from a PyTorch layer to our Keras layer, and return what is written differently."""
     from batchnorm.keras.activations import Activation
     from batchnorm.torch import BatchStatistics, GhostStatistics, RunningStatistics, SyncStatistics
 
     new.momentum, new.epsilon, new.unbiased = 1.0 - layer.momentum, layer.eps, True
-    said = [f"momentum {layer.momentum:g} of the new is {new.momentum:g} of the old"]
+    said = [f"momentum {layer.momentum:g} (weight of the new) is {new.momentum:g} (weight of the old)"]
     statistics = getattr(layer, "statistics", None)
     match statistics:
         case None:
@@ -206,7 +206,7 @@ def _get(new: Any, layer: Any) -> list[str]:
             new.frozen = ()
             said.append("it is frozen")
         case _:
-            raise ValueError(f"{statistics!r} corrects otherwise than renorm=True: port the layer without it")
+            raise ValueError(f"Keras has no counterpart of {statistics!r}: port the layer without it")
     if new.unbiased:
         said.append("the moving variance stays the unbiased one")
     name, parameter = parse_activation(getattr(layer, "activation", None))
@@ -240,7 +240,7 @@ def _model(keras_model: Any, torch_model: Any, names: Mapping[str, str], move: A
     for name, layer in weighted.items():
         other = names.get(name, name.replace("/", "."))
         if other not in theirs:
-            raise ValueError(f"the PyTorch model has no {other!r}: say with names={{{name!r}: ...}} where it belongs")
+            raise ValueError(f"the PyTorch model has no {other!r}: name the counterpart with names={{{name!r}: ...}}")
         _fit(name, layer, other, theirs[other])
         pairs[name] = layer, theirs[other]
     taken = {id(module) for _, module in pairs.values()}
@@ -253,7 +253,7 @@ def _model(keras_model: Any, torch_model: Any, names: Mapping[str, str], move: A
 
 
 def _order(layer: Any) -> tuple[int, ...] | None:
-    """How the axes of a kernel of Keras come in PyTorch; None for a layer that is not known."""
+    """The order of a Keras kernel's axes in PyTorch; None for an unknown layer."""
     if type(layer) is layers.Dense:
         return (1, 0)
     spatial = {layers.Conv1D: 1, layers.Conv2D: 2, layers.Conv3D: 3}
@@ -265,7 +265,7 @@ def _order(layer: Any) -> tuple[int, ...] | None:
 
 
 def _fit(name: str, layer: Any, other: str, module: Any) -> None:
-    """See that two layers belong together."""
+    """Check that two layers match."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     def wrong(what: str) -> ValueError:
@@ -289,7 +289,7 @@ def _fit(name: str, layer: Any, other: str, module: Any) -> None:
 
 
 def _give(layer: Any, module: Any) -> list[str]:
-    """Keras' weights to PyTorch."""
+    """Copy Keras' weights to PyTorch."""
     import torch
 
     from batchnorm.torch.adopt import OURS, adopt
@@ -301,14 +301,14 @@ def _give(layer: Any, module: Any) -> list[str]:
     order = _order(layer)
     assert order is not None
     with torch.no_grad():
-        module.weight.copy_(torch.from_numpy(np.ascontiguousarray(np.transpose(numbers(layer.kernel), order))))
+        module.weight.copy_(torch.from_numpy(np.ascontiguousarray(np.transpose(to_float64(layer.kernel), order))))
         if layer.use_bias:
-            module.bias.copy_(torch.from_numpy(numbers(layer.bias)))
+            module.bias.copy_(torch.from_numpy(to_float64(layer.bias)))
     return [f"axes of the kernel in the order {order}"]
 
 
 def _take(layer: Any, module: Any) -> list[str]:
-    """PyTorch's weights to Keras."""
+    """Copy PyTorch's weights to Keras."""
     from batchnorm.keras.layers import adopt
 
     if isinstance(layer, layers.BatchNormalization):

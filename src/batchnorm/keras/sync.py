@@ -1,4 +1,4 @@
-"""Moments of a batch that lies on several devices or in several processes, merged by their counts: on every backend."""
+"""The moments of a batch on several devices or in several processes, merged by their counts, on every backend."""
 
 from typing import Any
 
@@ -11,15 +11,19 @@ __all__ = ["pool"]
 
 
 def pool(own: Moments, axis_name: str | tuple[str, ...] | None = None) -> Moments:
-    """The moments of all replicas together, differentiable, from those of each.
+    """The moments of all replicas together, differentiable, from the moments of each.
 
-    `mean = sum n_i mean_i / n`, `var = sum n_i (var_i + (mean_i - mean)^2) / n`: exact for any split, also where a
-    replica has nothing that counts.
+    `mean = sum n_i mean_i / n`, `var = sum n_i (var_i + (mean_i - mean)^2) / n`. This is exact for any split, even if
+    nothing counts in a replica.
 
-    - TensorFlow: the replicas of the `tf.distribute` strategy in which the layer is called.
-    - JAX: the devices along `axis_name`, of `shard_map`, `pmap` or `vmap`; with None, along all axes of the `shard_map`
-      in which the layer is called. Under `jit`, arrays are whole however they are sharded: there is nothing to merge.
+    - TensorFlow: the replicas of the `tf.distribute` strategy around the call.
+    - JAX: the devices along `axis_name`, an axis of `shard_map`, `pmap` or `vmap`; if None, along all axes of the
+      `shard_map` around the call. Under `jit`, sharded arrays are whole: there is nothing to merge.
     - PyTorch: the processes of `torch.distributed`.
+
+    Args:
+        own: The moments of this replica.
+        axis_name: JAX only: the mapped axes to pool over.
 
     Source: Chan, Golub & LeVeque 1983.
     """
@@ -56,7 +60,7 @@ def _sum_of_replicas(values: Any) -> Any:
 
 
 def _mapped_axes() -> tuple[str, ...]:
-    """The axes of the `shard_map` in which we are."""
+    """The axes of the `shard_map` around the call."""
     import jax
 
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)

@@ -1,8 +1,8 @@
-"""What a claim is, and how records judge it.
+"""Claims, and how the records judge them.
 
 A claim measures one number of two networks for each seed and compares the two. The comparisons of all seeds give an
-effect and an interval, and `verdicts.verdict` makes one of four words of the interval. The claims themselves are in
-`experiments`.
+effect and an interval, and `verdicts.verdict` turns the interval into one of four verdicts. The claims themselves are
+in `experiments`.
 """
 
 import math
@@ -36,28 +36,28 @@ Unit = Literal["ratio", "percentage points", "decades"]
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that is said of batch normalization.
+    """One claim about batch normalization.
 
     Texts may contain `{target}`, `{batch_size}` and the other `facts`.
 
     Attributes:
-        id: A short name that stays the same.
+        id: A short, stable name.
         statement: The claim, as a sentence.
         measured: How it is measured, as a sentence.
-        published: What others have measured, and where; empty if there is nothing to put beside it.
-        quantity: What the measured number is, as a heading.
-        sides: What is compared, as people read it: first that without, then that of which something is claimed.
-        measure: The number of either side for every seed; None where there is none (a target never reached).
-        better: Which way the claim says that the number goes.
-        unit: How the two are compared: the ratio of the numbers, their difference in percentage points, or in decades.
-        margin: The smallest effect worth the name, in `unit`: above 1 for a ratio, above 0 for a difference.
+        published: The published result and its source; empty if there is none.
+        quantity: The measured number, as a heading.
+        sides: The names of the two sides: first the one without, then the one that the claim is about.
+        measure: The number of each side for every seed; None where there is none (a target never reached).
+        better: Whether less or more supports the claim.
+        unit: How the two are compared: as a ratio, or as a difference in percentage points or in decades.
+        margin: The smallest relevant effect, in `unit`: above 1 for a ratio, above 0 for a difference.
         shown: The format of the number.
-        if_true: What it means if the claim is supported, as a sentence.
-        if_false: What it means if it is not, or if it is contradicted.
-        rule: Whether an effect is claimed, or that there is none to the worse.
-        unmeasured: What None counts as if the other side has a number: the worst that the study could have seen. None
-            if there is no such thing: the seed is left out then.
-        best_seen: The best number that the study could have seen, if there is a limit: what is there may be better.
+        if_true: The meaning if the claim is supported, as a sentence.
+        if_false: The meaning if it is not supported, or contradicted.
+        rule: Whether the claim is of an effect, or of no harm.
+        unmeasured: The number that None counts as if the other side has one: the worst that the study could have seen.
+            If None, the seed is left out.
+        best_seen: The best number that the study could have seen, if it is limited: the true number may be better.
     """
 
     id: str
@@ -80,18 +80,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the records say to a claim.
+    """The result of a claim.
 
     Attributes:
         claim: The claim.
-        without: The measured number for every seed, of the first side.
-        with_: The same, of the second.
+        without: The measured number of the first side for every seed.
+        with_: The same for the second side.
         effects: In the claim's unit, for every seed in which at least one side has a number. An effect
             above 1 (a ratio) or above 0 (a difference) is as the claim has it.
         effect: Their mean: geometric for a ratio, arithmetic for a difference. None if there are no effects.
         interval: The mean's 95% bootstrap interval. None with fewer than two effects.
         bound: `"at least"` or `"at most"` where numbers are missing or at the limit of what could be seen; else empty.
-        verdict: One of four words.
+        verdict: One of the four verdicts.
     """
 
     claim: Claim
@@ -145,7 +145,7 @@ def _effects(
         if a is None or b is None or (first is None and second is None):
             continue
         if best_seen is not None and first == second == best_seen:
-            continue  # which is better was not seen
+            continue  # the study could not see which is better
         if claim.unit == "ratio" and not (a > 0 and b > 0):
             continue
         effects.append(sign * (math.log(b / a) if claim.unit == "ratio" else factor * (b - a)))
@@ -153,7 +153,7 @@ def _effects(
 
 
 def _bound(without: Numbers, with_: Numbers, best_seen: float | None) -> Literal["", "at least", "at most"]:
-    """A number that is not there would be worse than what it counts as, and one at the limit of what is seen better."""
+    """A missing number would be worse than what it counts as, and a number at the limit of what is seen better."""
 
     def beaten(a: float | None, b: float | None) -> bool:
         return b is not None and (a is None or b == best_seen)
@@ -168,7 +168,7 @@ def _bound(without: Numbers, with_: Numbers, best_seen: float | None) -> Literal
 
 
 def steps_to_target(run: Run, target: float, accuracies: str = "test") -> int | None:
-    """The first check at which the curve is at the target accuracy or above it. None if there is none."""
+    """The first check at which the curve reaches the target accuracy; None if it never does."""
     pairs = zip(checks(run.task.steps), run.values[accuracies], strict=False)
     return next((step for step, accuracy in pairs if accuracy >= target), None)
 
@@ -180,20 +180,20 @@ def final_accuracy(run: Run, accuracies: str = "test") -> float:
 
 
 def threshold(chance: float) -> float:
-    """Half way from chance to 1: the accuracy from which on a run counts as one that trains."""
+    """Halfway from chance to 1: a run trains if its accuracy reaches this."""
     return (1 + chance) / 2
 
 
 def trains(run: Run, chance: float) -> bool:
-    """Whether the loss stayed finite and the test accuracy ended at the threshold or above it."""
+    """Whether the loss stayed finite and the final test accuracy reached the threshold."""
     return final_accuracy(run) >= threshold(chance)
 
 
 def best_rate(records: Records, tasks: list[Task], score: Callable[[Run], float]) -> Task:
-    """Of tasks that differ in the rate, that with the highest mean score.
+    """The task with the highest mean score, of tasks that differ in the rate.
 
-    Of equal ones it is that with the higher final accuracy, then the lower rate. A score looks at validation images
-    only: the test images choose nothing.
+    Ties go to the higher final accuracy, then to the lower rate. Scores use validation images only: the test images
+    choose nothing.
     """
 
     def key(task: Task) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def best_rate(records: Records, tasks: list[Task], score: Callable[[Run], float]
 
 
 def fastest_rate(records: Records, tasks: list[Task]) -> Task:
-    """The task with the fewest steps to the target: their geometric mean, where never counts as all steps."""
+    """The task with the fewest steps to the target: their geometric mean, where "never" counts as all steps."""
     target = records.settings.target
 
     def score(run: Run) -> float:
@@ -227,7 +227,7 @@ MODELS = {
 
 
 def facts(records: Records) -> dict[str, str]:
-    """What the texts of claims and experiments may speak of."""
+    """The values that the texts of claims and experiments may contain."""
     settings, dataset = records.settings, records.setup.dataset
     return {
         "target": f"{settings.target:.0%}",

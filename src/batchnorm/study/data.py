@@ -3,7 +3,7 @@
 Every data set comes in three parts. A network learns from `train`, its learning rate is chosen on `validation`, and
 what the study reports is measured on `test`, which chooses nothing.
 
-Until the parts are made, images stay in the type that their file has, so that no second copy of large data is held.
+Until the parts are made, images keep the type of their file, so that there is no second copy of large data.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from batchnorm.errors import InputError
 __all__ = ["Dataset", "Part", "load", "load_digits", "read_cifar10", "read_idx"]
 
 HELD_OUT = 0.2
-"""The share that a split sets aside."""
+"""The share of the images that a split sets aside."""
 
 FEWEST_PER_CLASS = 10
 """With fewer images of a class than this, a split may leave it out of a part."""
@@ -43,13 +43,13 @@ CIFAR10_SHAPE = (3, 32, 32)
 CIFAR10_CLASSES = 10
 
 CHANNELS = (1, 3, 4)
-"""How many channels an image may have, by which the axis of channels is told from height and width."""
+"""The numbers of channels that an image may have; they tell the channel axis from height and width."""
 
 KEYS = (("x_train", "y_train", "x_test", "y_test"), ("x", "y"), ("images", "labels"))
 """The names that arrays in an `.npz` file may have."""
 
 AT_ONCE = 64
-"""How many images are converted at once."""
+"""The number of images that are converted at once."""
 
 
 class Part(NamedTuple):
@@ -69,12 +69,12 @@ class Dataset:
     """A data set in its three parts.
 
     Attributes:
-        name: What people know it by.
-        train: What networks learn from.
-        validation: What learning rates are chosen on.
-        test: What is reported.
-        shape: Of one image, as networks take it: `(C, H, W)`, or `(inputs,)` where the data are not images.
-            `part.images.reshape(-1, *shape)` has them so.
+        name: The name of the data set.
+        train: The images to learn from.
+        validation: The images on which learning rates are chosen.
+        test: The images on which results are reported.
+        shape: The shape of one image, as networks take it: `(C, H, W)`, or `(inputs,)` if the data are not images.
+            `part.images.reshape(-1, *shape)` gives this form.
     """
 
     name: str
@@ -85,12 +85,12 @@ class Dataset:
 
     @property
     def inputs(self) -> int:
-        """How many numbers an image has."""
+        """The number of values in an image."""
         return int(self.train.images.shape[1])
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(np.unique(self.train.labels))
 
     @property
@@ -100,7 +100,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A checksum of all there is, by which a study that is resumed knows its data again."""
+        """A checksum of all data, by which a resumed study recognizes them."""
         parts = (self.train, self.validation, self.test)
         checksum = zlib.crc32(repr((self.name, self.shape, [len(part.labels) for part in parts])).encode())
         for part in parts:
@@ -120,8 +120,8 @@ def load(path: Path | None = None) -> Dataset:
 
     Args:
         path: An `.npz` file, or a folder with one named `mnist.npz`, with the IDX files of MNIST or Fashion-MNIST, or
-            with CIFAR-10's binary files, all or some; a file may be gzipped. Where there are no separate images to
-            test on, or nothing else, what is there is split.
+            with CIFAR-10's binary files, all or some; a file may be gzipped. If there are only training images, or only
+            test images, they are split.
 
     Raises:
         InputError: If there is no such data, or it is damaged or inconsistent.
@@ -173,7 +173,7 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     if magic != 0x0800 + axes:
         raise InputError(
             f"{path} has the magic number {magic} and not {0x0800 + axes}, so it is no IDX file of unsigned bytes with "
-            f"{axes} {'axis' if axes == 1 else 'axes'}; see that images and labels are not exchanged."
+            f"{axes} {'axis' if axes == 1 else 'axes'}; check that images and labels are not swapped."
         )
     expected = len(header) + int(np.prod(shape, dtype=object))
     if len(content) != expected:
@@ -313,16 +313,16 @@ class _Images(NamedTuple):
 
 
 def _checked(images: NDArray[Any], labels: NDArray[Any], where: str) -> _Images:
-    """Images and labels, if they can be studied; `where` begins the sentence that says why they cannot."""
+    """Check images and labels; `where` begins the error message."""
     if images.ndim < 2 or images.dtype.kind not in "buif":
         raise InputError(f"{where}: images must be numbers of shape (N, ...), got {images.dtype} {images.shape}.")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
         raise InputError(f"{where}: labels must be integers of shape (N,), got {labels.dtype} {labels.shape}.")
     if len(images) != len(labels):
-        raise InputError(f"{where}: {len(images)} images and {len(labels)} labels; there must be as many of each.")
+        raise InputError(f"{where}: {len(images)} images and {len(labels)} labels; their numbers must be equal.")
     if images.size == 0:
-        raise InputError(f"{where}: there is nothing in images of shape {images.shape}.")
+        raise InputError(f"{where}: images of shape {images.shape} are empty.")
     with np.errstate(over="ignore", invalid="ignore"):
         if not np.isfinite([np.float32(images.min()), np.float32(images.max())]).all():
             count = np.count_nonzero(~np.isfinite(images.astype(np.float32)))
@@ -342,7 +342,7 @@ def _channels_first(images: NDArray[Any]) -> NDArray[Any]:
 
 
 def _in_parts(name: str, train: _Images, test: _Images | None) -> Dataset:
-    """Split what is not split yet, and scale by the largest magnitude in the training images."""
+    """Split the data where needed, and scale them by the largest magnitude in the training images."""
     classes = np.unique(train.labels)
     if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
         found = ", ".join(map(str, classes[:12])) + (", ..." if len(classes) > 12 else "")

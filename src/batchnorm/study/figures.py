@@ -1,6 +1,6 @@
 """The figures of the report: one thin line per seed, a bold one for their median.
 
-Colours of text, axes and grids are left to the page, which knows whether it is light, dark or printed.
+The page sets the colours of text, axes and grids, because it knows whether it is light, dark or printed.
 """
 
 from collections.abc import Sequence
@@ -29,18 +29,18 @@ STYLES: dict[str, tuple[str, str]] = {
     "dropout": ("#d24b8f", "3px,3px"),
     "batch_norm+dropout": ("#12978f", "10px,3px"),
 }
-"""Colour and dash of each variant. Every two lines of one plot differ in lightness or hue to every eye, and in their
-dashes in grey print; all show on white and on near-black."""
+"""The colour and dash of each variant. Any two lines of one plot differ in lightness or hue, also for colour-blind
+readers, and in their dashes in grey print; all are visible on white and on near-black."""
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 
 
 class Line(NamedTuple):
-    """What one variant did: a curve for every seed.
+    """One variant's curves, one for every seed.
 
     Attributes:
         style: A variant of `STYLES`.
-        name: In the legend.
+        name: Its name in the legend.
         x: Where the curves have values; a shorter curve ended early.
         curves: One per seed.
         dash: Another dash than the variant's own.
@@ -58,8 +58,8 @@ class Slider:
     """A choice that changes the curves of a plot.
 
     Attributes:
-        label: What is chosen.
-        choices: As people read them.
+        label: The name of the choice.
+        choices: The texts of the choices.
         start: The index of the first choice shown.
         curves: For every choice the lines of the plot, in its order.
     """
@@ -72,13 +72,13 @@ class Slider:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with all that the page says of it.
+    """A figure with its texts on the page.
 
     Attributes:
-        id: Unique in the report.
-        title: Above it.
+        id: A name that is unique in the report.
+        title: The title above it.
         figure: The figure.
-        caption: Below it; also what is read aloud in its place.
+        caption: The caption below it, which screen readers read instead of the figure.
         slider: Its slider, if it has one.
     """
 
@@ -160,7 +160,7 @@ def strip(
     interval: tuple[float, float] | None,
     marks: tuple[float, float, float],
 ) -> Any:
-    """Every seed's effect as a point on one line, their mean with its interval, and where nothing and the margins are.
+    """Every seed's effect as a point on one line, their mean and its interval, and marks at no effect and the margins.
 
     Args:
         unit: Of the effects; ratios are drawn on a logarithmic axis.
@@ -200,7 +200,7 @@ def strip(
 
 
 def seeds_and_median(curves: Curves) -> list[list[float | None]]:
-    """The curves and, last, their median, as far as more than half of them go."""
+    """The curves and, last, their median, as long as more than half of them continue."""
     columns = (tuple(value for value in column if value is not None) for column in zip_longest(*curves))
     middle = [_short(median(column)) if 2 * len(column) > len(curves) else None for column in columns]
     return [*([_short(value) if value is not None else None for value in curve] for curve in curves), middle]

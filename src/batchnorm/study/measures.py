@@ -1,4 +1,4 @@
-"""What is recorded of a task, besides how the training went: one function for every `Task.measure`."""
+"""What is recorded of a task besides its training curves: one function for every `Task.measure`."""
 
 import copy
 import math
@@ -25,10 +25,10 @@ __all__ = ["COUNTS", "PERCENTILES", "perform", "watched"]
 
 PERCENTILES = (15, 50, 85)
 COUNTS = (32, 100, 320, 1000)
-"""From how many images precise statistics are taken."""
+"""The numbers of images from which precise statistics are taken."""
 
 WATCHED: dict[Measure, int] = {"percentiles": 40, "gradient change": 10, "statistics": 8}
-"""At how many moments of the training each measure looks."""
+"""The number of moments of the training at which each measure looks."""
 
 HELD = 512
 """How many images the percentiles are of, and the gradients at initialization."""
@@ -40,13 +40,13 @@ def _dataset(source: Path | None) -> Dataset:
 
 
 def perform(source: Path | None, task: Task) -> Run:
-    """Do a task, on the images at `source`. Every process reads them once."""
+    """Run a task on the images at `source`. Every process reads them once."""
     run = MEASURES[task.measure](_dataset(source), task)
     return run._replace(values=_finite(run.values))
 
 
 def _finite(value: Any) -> Any:
-    """None for what is not finite, in lists and dictionaries too: so that it can be written down."""
+    """Replace values that are not finite by None, in lists and dictionaries too, so that JSON can hold them."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -258,7 +258,7 @@ def latency(dataset: Dataset, task: Task) -> Run:
 
 
 def training(dataset: Dataset, task: Task) -> Run:
-    """Nothing but the training."""
+    """Only the training."""
     return train(dataset, task)
 
 

@@ -1,6 +1,6 @@
-"""The networks of the study, and what is put in the place of their batch normalization.
+"""The networks of the study, and the replacements of their batch normalization.
 
-A network is built with batch normalization, by a function of the study or of the user. `swap` makes of it the network
+A network is built with batch normalization, by a function of the study or of the user. `swap` turns it into the network
 that a comparison needs. It draws no random numbers, so that all variants of a seed start from the same weights.
 """
 
@@ -37,7 +37,7 @@ GHOST = 8
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
-    """`inputs -> 64 -> BN -> ReLU -> 64 -> BN -> ReLU -> classes`: the network of the introductions."""
+    """`inputs -> 64 -> BN -> ReLU -> 64 -> BN -> ReLU -> classes`: a small multilayer perceptron."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(math.prod(shape), WIDTH, bias=False),
@@ -106,7 +106,7 @@ def paper(shape: Shape, classes: int) -> nn.Module:
 
 
 def deep(shape: Shape, classes: int, depth: int, activation: str) -> nn.Module:
-    """`depth` layers of 64 units, initialized as their activation wants it (He et al. 2015, Glorot & Bengio 2010)."""
+    """`depth` layers of 64 units, initialized for their activation (He et al. 2015, Glorot & Bengio 2010)."""
     layers: list[nn.Module] = [nn.Flatten()]
     for number in range(depth):
         linear = nn.Linear(WIDTH if number else math.prod(shape), WIDTH, bias=False)
@@ -142,13 +142,13 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     """A network with batch normalization, its weights from torch's global generator.
 
     Args:
-        name: One of `NETWORKS`, or `MODULE:FACTORY`. A factory is called with what it has parameters for: `shape` (of
-            one image), `inputs` (how many numbers that is), `classes`.
-        shape: Of one image: `(C, H, W)`, or `(inputs,)`.
-        classes: How many scores the network gives.
+        name: One of `NETWORKS`, or `MODULE:FACTORY`. A factory is called with those of its parameters that are named
+            `shape` (of one image), `inputs` (the number of values in it) or `classes`.
+        shape: The shape of one image: `(C, H, W)`, or `(inputs,)`.
+        classes: The number of scores that the network returns.
 
     Raises:
-        InputError: If there is no such network, it fails, or it is of no use here.
+        InputError: If there is no such network, or if it fails or is unsuitable.
     """
     if name in NETWORKS:
         return NETWORKS[name](shape, classes)
@@ -185,13 +185,13 @@ def _made(name: str, offered: dict[str, Any]) -> nn.Module:
 
 
 def check(name: str, shape: Shape, classes: int) -> int:
-    """See, before hours of training, that a network can be made, in all variants, and takes the images.
+    """Check, before hours of training, that a network can be built in all variants and accepts the images.
 
     Returns:
-        A number that is another one for another network.
+        A number that differs between networks.
 
     Raises:
-        InputError: If it is of no use here.
+        InputError: If the network is unsuitable.
     """
     number = 0
     with torch.random.fork_rng(devices=[]):
@@ -226,7 +226,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Bias(nn.Module):
-    """What is left of batch normalization without the normalizing: a learned number per channel."""
+    """The rest of batch normalization without the normalization: a learned bias per channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class _Bias(nn.Module):
 
 
 class Noise(nn.Module):
-    """In training, another shift and another scale for every channel in every step, and somewhat for every sample.
+    """In training, a random shift and scale of every channel in every step, with small variations between samples.
 
     `y = s*x + m`. For the channel and step, `mu` is uniform in [-0.5, 0.5] and `sigma` in [1, 1.25]; for every sample
     `m` is uniform within 0.1 of `mu`, and `s` normal around `sigma` with a deviation of 0.1.
@@ -260,7 +260,7 @@ class Noise(nn.Module):
 
 
 def _groups(channels: int) -> int:
-    """As many groups as leave `CHANNELS_PER_GROUP` channels, or somewhat more, to each."""
+    """The number of groups that leaves each at least `CHANNELS_PER_GROUP` channels."""
     return next(groups for groups in range(max(1, channels // CHANNELS_PER_GROUP), 0, -1) if channels % groups == 0)
 
 
@@ -296,7 +296,7 @@ VARIANTS: dict[str, str] = {
     "input_norm": "input normalization only",
     "output_norm": "output normalization only",
 }
-"""What a network may have, with the name that people read."""
+"""The variants of a network, with their names in the report."""
 
 
 def swap(model: nn.Module, variant: str, images: Tensor, classes: int, steps: int) -> nn.Module:

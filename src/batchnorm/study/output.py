@@ -10,10 +10,10 @@ __all__ = ["check_writable", "write"]
 
 
 def check_writable(folder: Path, names: tuple[str, ...]) -> None:
-    """See, before hours of training, that `folder` can be made and the files written into it. Leaves nothing behind.
+    """Check, before hours of training, that `folder` can be created and written to. Leaves nothing behind.
 
     Raises:
-        InputError: If they cannot.
+        InputError: If it cannot.
     """
     try:
         if folder.exists() and not folder.is_dir():
@@ -33,10 +33,10 @@ def check_writable(folder: Path, names: tuple[str, ...]) -> None:
 def write(folder: Path, files: dict[str, str]) -> None:
     """Write `files`, name to text, into `folder`.
 
-    Each is written whole under another name, and only when all are there do they get their own.
+    Each file is written under a temporary name; when all are complete, they are renamed.
 
     Raises:
-        InputError: If this fails; then no file has changed, unless the renaming itself was stopped halfway.
+        InputError: If this fails. Then no file has changed, unless the renaming itself was interrupted.
     """
     parts = {folder / f".{name}.{os.getpid()}.part": folder / name for name in files}
     try:

@@ -1,7 +1,6 @@
-"""The study written down: `report.html` and `report.md` for people, `results.json` and `runs.csv` for programs.
+"""The files of the study: `report.html` and `report.md` for people, `results.json` and `runs.csv` for programs.
 
-The page is one file that asks the network for nothing: plotly.js is inside, and the page's own security policy forbids
-every request.
+The page is one file that needs no network: it contains plotly.js, and its security policy forbids every request.
 """
 
 import csv
@@ -76,7 +75,7 @@ def _in_unit(claim: Claim, value: float) -> str:
 
 
 def _number(claim: Claim, value: float | None) -> str:
-    """What was measured; None is "never"."""
+    """The measured number as text; None is "never"."""
     return "never" if value is None else format(value, claim.shown)
 
 
@@ -87,7 +86,7 @@ def compared(claim: Claim, values: Numbers) -> str:
 
 
 def meaning(finding: Finding) -> str:
-    """What it means, in two sentences."""
+    """The meaning of a finding, in two sentences."""
     texts: dict[Verdict, str] = {
         "supported": finding.claim.if_true,
         "not supported": finding.claim.if_false,
@@ -98,7 +97,7 @@ def meaning(finding: Finding) -> str:
 
 
 def counted(findings: list[Finding]) -> dict[Verdict, int]:
-    """How many claims got each verdict."""
+    """The number of claims with each verdict."""
     counts = Counter(finding.verdict for finding in findings)
     return {verdict: counts[verdict] for verdict in get_args(Verdict)}
 
@@ -107,7 +106,7 @@ def counted(findings: list[Finding]) -> dict[Verdict, int]:
 
 
 def results(records: Records, findings: list[Finding]) -> dict[str, Any]:
-    """All that was found and all that it was found from. But for times, the same study gives the same results."""
+    """All findings and the runs behind them. The same study gives the same results, except for times."""
     known = facts(records)
     return {
         "claims": [
@@ -146,7 +145,7 @@ def to_json(results: dict[str, Any]) -> str:
 
 
 def table(records: Records) -> str:
-    """One line for every run: what was done, and the numbers at its end. Curves are in `results.json`."""
+    """One line for every run: its task and its final numbers. Curves are in `results.json`."""
     rows = []
     for run in _in_order(records):
         row: dict[str, Any] = {**run.task.said(), "depths": " ".join(map(str, run.task.depths)), "finite": run.finite}
@@ -170,7 +169,7 @@ def _many(value: Any) -> bool:
 
 
 def environment(records: Records) -> dict[str, Any]:
-    """Where the numbers come from: versions, processor, data, settings; nothing that names a machine or a person."""
+    """The origin of the numbers: versions, processor, data, settings; nothing that identifies a machine or a person."""
     dataset, settings = records.setup.dataset, records.settings
     return {
         "versions": {
@@ -198,7 +197,7 @@ def environment(records: Records) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's model where Linux says it, else what Python knows."""
+    """The processor's model from Linux, otherwise what Python reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -211,7 +210,7 @@ def _cpu() -> str:
 
 
 class _Row(NamedTuple):
-    """A finding as people read it."""
+    """A finding as text."""
 
     finding: Finding
     measured: str
@@ -269,7 +268,7 @@ def _strip(finding: Finding) -> Plot:
 
 
 def _strength(finding: Finding) -> float:
-    """The effect in margins, by which effects of different units can be put in order."""
+    """The effect in units of its margin, which makes effects of different units comparable."""
     if finding.effect is None:
         return 0.0
     if finding.claim.unit == "ratio":
@@ -339,7 +338,7 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
 
 
 def _cell(text: str) -> str:
-    """Text that is nothing but text in Markdown."""
+    """Escape text for a cell of a Markdown table."""
     for sign in "\\|<>`*_[]":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Do many tasks: in parallel over cores, or all processes together; keep what is done, and go on from there."""
+"""Run many tasks, in parallel on all cores or in all processes together; keep finished runs, and resume from them."""
 
 import json
 import os
@@ -26,7 +26,7 @@ MOST_PROCESSES = 8
 
 
 def processes() -> int:
-    """How many tasks are done at once: one per core, within reason."""
+    """The number of tasks that run at once: one per core, up to a limit."""
     return max(1, min(MOST_PROCESSES, int(joblib.cpu_count())))
 
 
@@ -35,7 +35,7 @@ def processes() -> int:
 
 @contextmanager
 def together() -> Iterator[int]:
-    """Join the processes that `torchrun` started, if it did. Gives how many there are."""
+    """Join the processes that `torchrun` started, if it did, and return their number."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield 1
         return
@@ -47,7 +47,7 @@ def together() -> Iterator[int]:
 
 
 def first() -> bool:
-    """Whether this process is the one that speaks and writes."""
+    """Whether this process prints and writes files."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
@@ -55,10 +55,10 @@ def first() -> bool:
 
 
 def perform_all(source: Path | None, tasks: list[Task]) -> Iterator[Run]:
-    """Do the tasks, a thread per process, and yield each run when it is done, in no particular order.
+    """Run the tasks, one thread per process, and yield each run when it is done, in no particular order.
 
-    What is timed comes last and alone. Where processes were started together, they train together, one task after the
-    other; what is not training the first one does.
+    Timed tasks run last and alone. Processes that were started together train together, one task after the other; the
+    first of them runs the tasks that do not train.
     """
     if dist.is_available() and dist.is_initialized():
         for task in tasks:
@@ -101,13 +101,13 @@ def _silent_threads() -> Iterator[None]:
 
 
 class Store:
-    """Finished runs, one line of JSON each, in a file that only grows. A line that was cut short is not there.
+    """Finished runs, one line of JSON each, in a file that only grows. An incomplete line is ignored.
 
     Args:
-        path: The file. Its first line says what it is of.
-        dataset: What is trained on.
+        path: The file. Its first line identifies the study.
+        dataset: The data set.
         model: The number of the network, from `networks.check`.
-        world: How many processes train together.
+        world: The number of processes that train together.
     """
 
     def __init__(self, path: Path, dataset: Dataset, model: int, world: int = 1) -> None:
@@ -123,7 +123,7 @@ class Store:
         }
 
     def load(self) -> dict[Task, Run]:
-        """What is done already; nothing if there is no file.
+        """The runs that are already done; none if there is no file.
 
         Raises:
             InputError: If the file is of other images, another version, or is no such file.
@@ -147,7 +147,7 @@ class Store:
 
     @contextmanager
     def open(self, done: dict[Task, Run]) -> Iterator[None]:
-        """Write what is done, and let `add` add to it until the end.
+        """Write the finished runs, and let `add` append to them until the end.
 
         Raises:
             InputError: If the file cannot be written.
@@ -168,10 +168,10 @@ class Store:
     _file: IO[str]
 
     def add(self, run: Run) -> None:
-        """Keep a run: what ends this process now does not take it away.
+        """Keep a run on disk, where it survives the end of this process.
 
         Raises:
-            InputError: If the file cannot be written. What was there before is kept.
+            InputError: If the file cannot be written. Its old content is kept.
         """
         with self._written():
             self._file.write(_line(_said(run)))
@@ -189,7 +189,7 @@ class Store:
 
 
 def _code() -> int:
-    """A number that is another one if what is trained or measured changes."""
+    """A number that changes when what is trained or measured changes."""
     here = Path(__file__).parent
     files = ("data.py", "measures.py", "networks.py", "tasks.py", "training.py")
     return zlib.crc32(b"".join((here / name).read_bytes() for name in files))

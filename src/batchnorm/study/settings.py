@@ -1,4 +1,4 @@
-"""How much the study trains: three sizes, and what a user may set."""
+"""The size of the study: three levels, and the settings of the user."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 1) for digit in (
 """The learning rates, three per decade, from where Adam crawls to where nothing is expected to train."""
 
 SAME_RATE = 1e-3
-"""The learning rate at which networks are compared as they are: Adam's default, which introductions use."""
+"""The learning rate of comparisons with nothing else changed: Adam's default."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Size:
     """What the levels differ in.
 
     Attributes:
-        seeds: How many times everything is repeated.
+        seeds: The number of seeds.
         epochs: Passes through the training images.
         rates: The learning rates of the main comparison; all have `SAME_RATE`.
-        few_rates: Those among which each alternative to batch normalization has its best.
-        gains: What initial weights are multiplied by: evenly spaced in the logarithm.
-        depths: Of the networks in which gradients are measured.
-        batch_sizes: Of the comparison of batch sizes; all have 2, 4 and 32.
-        paper_steps: How long the paper's network trains; in the paper 50,000.
+        few_rates: The rates from which each alternative to batch normalization gets its best.
+        gains: The factors of the initial weights, evenly spaced in the logarithm.
+        depths: The depths of the networks in which gradients are measured.
+        batch_sizes: The batch sizes to compare; always including 2, 4 and 32.
+        paper_steps: The number of steps of the paper's network; 50,000 in the paper.
     """
 
     seeds: int
@@ -80,14 +80,13 @@ class Settings:
     """How to train.
 
     Attributes:
-        level: The size of everything that has no setting of its own.
-        seeds: How many times to repeat everything, with other weights and another order of the batches; the level's
-            number if None.
-        epochs: How often a run goes through the training images; the level's number if None.
-        batch_size: In images.
-        target: The accuracy, from 0 to 1, that the study counts the steps to.
+        level: The level, which sets everything that is not set here.
+        seeds: The number of seeds, each with its own weights and batch order; the level's number if None.
+        epochs: The number of passes through the training images; the level's number if None.
+        batch_size: Images per step.
+        target: The accuracy, from 0 to 1, to which the study counts steps.
         model: `mlp`, `cnn`, `resnet`, or `MODULE:FACTORY`.
-        base_seed: Another number is another study: other weights, other orders.
+        base_seed: Selects the seeds: studies with different base seeds share none.
         paper_steps: Steps of the paper's network; the level's number if None.
 
     Raises:
@@ -119,11 +118,11 @@ class Settings:
 
     @property
     def size(self) -> Size:
-        """All that the level decides."""
+        """The size that the level sets."""
         return SIZES[self.level]
 
     @property
     def all_seeds(self) -> range:
-        """The seeds; those of another base seed are all others."""
+        """The seeds; two base seeds have none in common."""
         assert self.seeds is not None
         return range(1000 * self.base_seed, 1000 * self.base_seed + self.seeds)

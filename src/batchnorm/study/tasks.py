@@ -1,4 +1,4 @@
-"""What is trained or measured: a task, its run, and the records of all of them."""
+"""Tasks, their runs, and the records of all runs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,21 +17,21 @@ Measure = Literal["training", "percentiles", "gradient change", "statistics", "g
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do. On the same images the same task gives the same run, except for times.
+    """One network to train or measure. On the same images, the same task gives the same run, except for times.
 
     Attributes:
         measure: What is recorded; see `measures`.
         model: `mlp`, `cnn`, `resnet`, `paper`, `deep`, or `MODULE:FACTORY`.
-        variant: What its normalization is; see `networks.VARIANTS`.
+        variant: The normalization; see `networks.VARIANTS`.
         rate: The optimizer's learning rate.
-        seed: Of the weights and of the order of the batches.
-        steps: Of the optimizer.
-        batch_size: In images.
+        seed: The seed of the weights and of the batch order.
+        steps: The number of optimizer steps.
+        batch_size: Images per step.
         optimizer: Adam, or plain stochastic gradient descent.
-        gain: What the initial weights are multiplied by.
-        images: How many of the training images are used; 0 for all.
-        activation: Of the deep network.
-        depths: Of the deep network.
+        gain: The factor of the initial weights.
+        images: The number of training images used; 0 for all.
+        activation: The activation of the deep network.
+        depths: The depths of the deep network.
     """
 
     measure: Measure = "training"
@@ -54,12 +54,12 @@ class Task:
 
     @property
     def cost(self) -> float:
-        """About how long it takes, in steps of training."""
+        """Its approximate cost, in training steps."""
         extra = {"percentiles": 100, "gradient change": 300, "statistics": 100, "gradient norms": 300, "latency": 1500}
         return 20 + self.steps + extra.get(self.measure, 0)
 
     def said(self) -> dict[str, Any]:
-        """Its fields, as JSON has them."""
+        """Its fields, as in JSON."""
         return {**asdict(self), "depths": list(self.depths)}
 
     @classmethod
@@ -69,7 +69,7 @@ class Task:
 
 
 class Run(NamedTuple):
-    """A task that was done.
+    """A finished task.
 
     Attributes:
         task: The task.
@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What a study is of: how to train, on what."""
+    """The setup of a study: its settings and its data."""
 
     settings: Settings
     dataset: Dataset
@@ -100,7 +100,7 @@ class Setup:
             raise InputError(f"{self.dataset.name} has {images} images to train on; a study needs {FEWEST_IMAGES}.")
 
     def steps(self, batch_size: int = 0, epochs: float = 0) -> int:
-        """Steps in so many epochs of whole batches; the settings' own if not said."""
+        """The number of steps in some epochs of whole batches; those of the settings if None."""
         assert self.settings.epochs is not None
         batches = len(self.dataset.train.labels) // (batch_size or self.settings.batch_size)
         return max(1, round(batches * (epochs or self.settings.epochs)))
@@ -115,13 +115,13 @@ class Setup:
         return Task(variant=variant, rate=rate, **{**usual, **more})
 
     def seeded(self, tasks: list[Task]) -> list[Task]:
-        """Each of the tasks with every seed, by seed, so that the time left can be told from the time past."""
+        """Each task with every seed, ordered by seed, so that the elapsed time predicts the remaining time."""
         return [replace(task, seed=seed) for seed in self.settings.all_seeds for task in tasks]
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All that the study knows when everything is done."""
+    """All runs of a finished study."""
 
     setup: Setup
     runs: dict[Task, Run]

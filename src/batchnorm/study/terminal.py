@@ -33,18 +33,18 @@ def study(
     claims: list[str] | None = None,
     resume: bool = False,
 ) -> None:
-    """Train, judge, print and write. What is done is kept at once, in `runs.jsonl`.
+    """Train, judge, print and write. Finished runs are kept at once, in `runs.jsonl`.
 
     Args:
-        settings: How to train.
-        folder: Where the files go.
+        settings: The settings.
+        folder: The folder of the files.
         source: The images; scikit-learn's digits if None.
-        claims: Which claims or sections to check; all if None or empty.
-        resume: Whether to keep what an earlier study has left in `folder`, and do only the rest.
+        claims: The claims or sections to check; all if None or empty.
+        resume: Whether to keep the runs of an earlier study in `folder`, and run only the rest.
 
     Raises:
-        InputError: If the images, the network, the claims or the folder are of no use. Then nothing has been trained or
-            written; or if writing fails, then what is done is kept.
+        InputError: If the images, the network, the claims or the folder are unusable; then nothing has been trained or
+            written. Or if writing fails; then finished runs are kept.
         KeyboardInterrupt: If it is interrupted. Its message says what is kept.
     """
     experiments, judged = chosen(claims or [])
@@ -74,7 +74,7 @@ def study(
 def _records(
     setup: Setup, experiments: list[Experiment], source: Path | None, store: Store, resume: bool
 ) -> Records | None:
-    """Everything that the experiments need, done or kept from before. None in a process that only helps."""
+    """All runs that the experiments need, new or kept. None in a process other than the first."""
     needed = {experiment.title: setup.seeded(experiment.tasks(setup)) for experiment in experiments}
     every = list(dict.fromkeys(task for tasks in needed.values() for task in tasks))
     if not first():
@@ -105,7 +105,7 @@ def _records(
 
 
 def _told(tasks: list[Task] | None) -> list[Task] | None:
-    """What the first process has to do, in all processes that were started together; None if it cannot begin."""
+    """Send the first process's plan to all processes; None if it cannot begin."""
     if not (dist.is_available() and dist.is_initialized()):
         return tasks
     told = [tasks]
@@ -117,7 +117,7 @@ def _help(source: Path | None) -> None:
     """Train together with the first process, which says what happened if it fails.
 
     Raises:
-        InputError: If it did.
+        InputError: If the first process fails.
     """
     try:
         tasks = _told(None)
@@ -126,14 +126,14 @@ def _help(source: Path | None) -> None:
         for _ in perform_all(source, tasks):
             pass
     except RuntimeError as error:
-        raise InputError(f"another process is gone ({error}).") from error
+        raise InputError(f"another process has ended ({error}).") from error
 
 
 @contextmanager
 def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]) -> Iterator[Any]:
-    """One bar for the whole and one for the present experiment, silent where nobody watches.
+    """One bar for the study and one for the current experiment, if the output is a terminal.
 
-    Bars and the time left go by what tasks cost, not by how many there are.
+    Bars and the remaining time follow the cost of tasks, not their number.
     """
     console = Console(stderr=True)
     columns = (
@@ -173,7 +173,7 @@ def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]
 
 
 def _verdicts(records: Records, findings: list[Finding]) -> Table:
-    """What is claimed, what was measured, and what follows."""
+    """The table of claims, measurements and verdicts."""
     settings, known = records.settings, facts(records)
     seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
     table = Table(

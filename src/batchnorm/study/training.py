@@ -3,9 +3,9 @@
 Networks of a seed start from the same weights and see the same batches in the same order, whatever their variant. A
 learning rate is chosen on validation images, and what is reported is measured on test images. Nothing is judged here.
 
-Where processes train together (`torchrun`), each takes its share of every batch, gradients are averaged, and the
-statistics of batch normalization are those of the whole batch: the run is that of one process, but for rounding. Only
-dropout, noise and ghost batches are of each process.
+If processes train together (`torchrun`), each takes its share of every batch, gradients are averaged, and batch
+normalization uses the statistics of the whole batch. So the run equals that of one process, up to rounding. Only
+dropout, noise and ghost batches differ between processes.
 """
 
 import math
@@ -30,8 +30,8 @@ from batchnorm.torch import GhostStatistics, Renorm, Statistics, SyncStatistics,
 __all__ = ["Trainee", "checks", "moments_of", "reproducible", "right", "train"]
 
 CHECKS = 60
-"""How many times, about, a run is evaluated. They are spaced evenly in the logarithm of the step, so that a ratio of
-steps is known equally well whatever the number of steps."""
+"""The approximate number of evaluations of a run. They are spaced evenly in the logarithm of the step, so that a ratio
+of steps is known equally well for any number of steps."""
 
 Observe = Callable[["Trainee", int], None]
 """Called after a step, with its number: what a measure looks at besides the curves."""
@@ -39,15 +39,15 @@ Observe = Callable[["Trainee", int], None]
 
 @dataclass
 class Trainee:
-    """A network in training, and all that an observer may look at.
+    """A network in training, and everything that an observer may read.
 
     Attributes:
         model: The network.
         optimizer: Its optimizer.
-        dataset: What it learns.
+        dataset: The data set.
         images, labels: The training images and labels, as tensors.
-        values: What is recorded.
-        batch: The indices of the present batch.
+        values: The records.
+        batch: The indices of the current batch.
     """
 
     model: nn.Module
@@ -140,7 +140,7 @@ def _optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
 
 
 def _batches(count: int, task: Task) -> Iterator[Tensor]:
-    """The indices of every batch, in a new order every epoch. What does not fill a batch is left out of the epoch."""
+    """The indices of every batch, in a new order every epoch. The last, incomplete batch of an epoch is dropped."""
     generator = torch.Generator().manual_seed(task.seed)
     size = min(task.batch_size, count)
     left = task.steps
@@ -154,7 +154,7 @@ def _batches(count: int, task: Task) -> Iterator[Tensor]:
 
 
 def _together(model: nn.Module, task: Task) -> tuple[nn.Module, int, int]:
-    """What to call in training, this process's number, and how many there are. The model gets shared statistics."""
+    """The module to train, this process's rank, and the number of processes. The model gets shared statistics."""
     if not (dist.is_available() and dist.is_initialized()):
         return model, 0, 1
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -168,7 +168,7 @@ def _together(model: nn.Module, task: Task) -> tuple[nn.Module, int, int]:
 
 
 def _shared(statistics: Any) -> Statistics:
-    """The same statistics, of all processes' batches together; ghost batches of as many samples, within a process."""
+    """The same statistics over the batches of all processes; ghost batches stay within a process."""
     if isinstance(statistics, Renorm):
         return Renorm(statistics.r_max, statistics.d_max, statistics.warmup_steps, statistics=SyncStatistics())
     if isinstance(statistics, GhostStatistics):
@@ -177,7 +177,7 @@ def _shared(statistics: Any) -> Statistics:
 
 
 def _average(value: Tensor) -> float:
-    """A number, averaged over the processes: all of them stop where one has to."""
+    """The mean of a number over the processes: if one of them must stop, all do."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
         value /= dist.get_world_size()
@@ -188,7 +188,7 @@ def _average(value: Tensor) -> float:
 
 
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which of the images the model, in evaluation, names rightly. Its mode is put back."""
+    """Which images the model classifies correctly in evaluation. Its mode is restored."""
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -208,7 +208,7 @@ def _tensors(part: Part, shape: tuple[int, ...], first: int = 0) -> tuple[Tensor
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed torch and hold it to one thread, whose order of addition is always the same; then put both back."""
+    """Seed torch and limit it to one thread, which always adds in the same order; then restore both."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

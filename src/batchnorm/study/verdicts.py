@@ -1,6 +1,6 @@
-"""The rule: one of four words for an effect that is known with an interval.
+"""The rule: one of four verdicts for an effect with an interval.
 
-It stood here before anything was trained, and nothing in it depends on what comes out.
+It was fixed before anything was trained, and nothing in it depends on the results.
 """
 
 from typing import Literal
@@ -13,14 +13,14 @@ Verdict = Literal["supported", "not supported", "contradicted", "undecided"]
 Rule = Literal["effect", "no harm"]
 
 FEWEST_SEEDS = 5
-"""With fewer seeds than this nothing is decided."""
+"""With fewer seeds than this, every verdict is undecided."""
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 
 def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "effect") -> Verdict:
-    """One word for an interval around an effect, where 0 is no effect and positive is as claimed.
+    """The verdict for the interval of an effect, where 0 is no effect and positive is as claimed.
 
     | the whole interval is | a claim of an effect | a claim of no harm |
     |---|---|---|
@@ -33,8 +33,8 @@ def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "e
 
     Args:
         interval: Its low and its high end, or None if there is none; for ratios, their logarithms.
-        margin: The smallest effect worth the name, in the same unit, positive.
-        rule: What is claimed.
+        margin: The smallest relevant effect, in the same unit, positive.
+        rule: Whether the claim is of an effect, or of no harm.
 
     Source: The idea of a smallest effect of interest: Lakens, "Equivalence Tests", 2017.
     """
@@ -53,8 +53,8 @@ def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "e
 def bootstrap(effects: list[float]) -> tuple[float, float] | None:
     """The percentile bootstrap interval of a mean.
 
-    As many effects as there are are drawn with replacement, many times over; the interval holds the middle of their
-    means. With a handful of seeds the interval is somewhat too narrow; the margin of every claim is on top of it.
+    The effects are resampled with replacement many times; the interval holds the central part of the means. With few
+    seeds it is somewhat too narrow, which the margin of every claim makes up for.
 
     Args:
         effects: One per seed.

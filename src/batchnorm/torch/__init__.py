@@ -1,4 +1,4 @@
-"""Batch normalization for PyTorch: `batch_norm`, the layers, where their statistics come from, and whole models."""
+"""Batch normalization for PyTorch: the function, the layers, their sources of statistics, and tools for models."""
 
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert

@@ -1,7 +1,7 @@
-"""What one normalization is asked for, what a source of statistics makes of it, and what comes of it.
+"""One normalization: the call, the plan, and the outcome.
 
-A `Call` holds the tensors of one normalization, checked once. A source of statistics turns it into a `Plan`. A route
-computes the two and returns an `Outcome`.
+A `Call` holds the arguments of one normalization, checked once. A source of statistics turns it into a `Plan`. A route
+computes the call by the plan and returns an `Outcome`.
 """
 
 import functools
@@ -38,11 +38,11 @@ class Call(NamedTuple):
         x: `(N, C, *spatial)`.
         weight, bias: `(C,)`; 1 and 0 if None.
         residual: Of the shape of `x`; 0 if None.
-        counts: `(N, *spatial)`: how much each position counts in the statistics; 1 if None.
+        counts: `(N, *spatial)`: how much each position counts in the statistics; 1 everywhere if None.
         eps: Added to the variance.
         activation: A name and its parameter.
         is_eager: `is_eager()` when the call was made.
-        arithmetic: The type in which the call is computed: that of `x`, and float32 for half precision.
+        arithmetic: The type in which the call is computed: the type of `x`, but float32 for half precision.
     """
 
     x: Tensor
@@ -65,7 +65,7 @@ class Call(NamedTuple):
         eps: float,
         activation: ActivationSpec,
     ) -> "Call":
-        """Check the arguments of `batch_norm` and put them together; the errors are those of `batch_norm`."""
+        """Check the arguments of `batch_norm`, with its errors, and collect them in a call."""
         eager = is_eager()
         parsed = _parse(activation) if eager else parse_activation(activation)
         if not eps >= 0:
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensors but `x` and `counts`."""
+        """All tensors except `x` and `counts`."""
         return self.weight, self.bias, self.residual
 
     def part(self, samples: slice) -> "Call":
@@ -89,13 +89,13 @@ class Call(NamedTuple):
         )
 
     def positions(self) -> int:
-        """How many values of each channel count at all."""
+        """The number of values of each channel that count at all."""
         if self.counts is None:
             return self.x.numel() // max(1, self.x.shape[1])
         return int((self.counts > 0).sum())
 
     def total(self) -> float | Tensor:
-        """How much the values of each channel count together; a tensor where code must not depend on values."""
+        """The total count of the values of each channel; a tensor where code must not depend on values."""
         if self.counts is None:
             return torch.sym_float(self.x.numel() // max(1, self.x.shape[1]))  # type: ignore[no-any-return]
         total = self.counts.sum(dtype=self.arithmetic if self.x.device.type == "mps" else torch.float64)
@@ -103,21 +103,21 @@ class Call(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some of the samples, and how much the values of a channel count there."""
+    """Some of the samples, and the total count of a channel's values in them."""
 
     samples: slice
     count: Any
 
 
 class Plan(NamedTuple):
-    """What a source of statistics makes of a call.
+    """The statistics by which a call is normalized, as its source plans them.
 
     Attributes:
-        count: How much the values of each channel count, in this process; infinity if the statistics are constants.
-        constants: Mean and variance if they do not depend on `x`.
-        parts: Groups of samples that are normalized each by its own statistics; None for all samples together.
-        group: The processes over which statistics are pooled; None if this one is alone.
-        adjust: `(mean, var) -> (r, d)`: constants with which `xhat` becomes `xhat * r + d`; None for 1 and 0.
+        count: The total count of the values of each channel in this process; infinity if the statistics are constants.
+        constants: Mean and variance, if they do not depend on `x`.
+        parts: Groups of samples, each normalized by its own statistics; None for all samples together.
+        group: The processes that pool their statistics; None if this one is alone.
+        adjust: `(mean, var) -> (r, d)`: constants that turn `xhat` into `xhat * r + d`; None for 1 and 0.
         unbiased: Whether the running variance moves towards the unbiased one.
     """
 
@@ -135,13 +135,13 @@ class Plan(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The statistics of a batch, for the running ones to move towards.
+    """The statistics of a batch, towards which the running statistics move.
 
     Attributes:
-        moments: `(2, C)`: the next two, as one tensor.
+        moments: `(2, C)`: mean and variance as one tensor.
         mean, var: `(C,)`.
-        count: How much the values behind each of them count.
-        is_unbiased: Whether the variance is the unbiased one already.
+        count: The total count of the values of each channel.
+        is_unbiased: Whether the variance is already unbiased.
     """
 
     moments: Tensor
@@ -158,13 +158,13 @@ class Batch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a route returns: `y`, and the batch; None where nothing moves the running statistics, or they have moved."""
+    """The result of a route: `y`, and the batch by which the running statistics must still move, or None."""
 
     y: Tensor
     batch: Batch | None = None
 
 
-# --- Where a call comes from -----------------------------------------------------------------------------------------
+# --- How a call is run -----------------------------------------------------------------------------------------------
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -173,17 +173,17 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_symbolic() -> bool:
-    """Whether code that depends on the values of tensors would be wrong: in compiled graphs and under `torch.func`."""
+    """Whether code must not depend on the values of tensors: in compiled graphs and under `torch.func`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` looks on: sizes are tensors then, and nothing may depend on them."""
+    """Whether `torch.jit.trace` is recording: sizes are tensors then, and code must not depend on them."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def is_eager() -> bool:
-    """Whether operations are run as they are called, and by nothing but PyTorch itself."""
+    """Whether operations run as they are called, by PyTorch itself."""
     return not (
         is_symbolic()
         or torch._C._is_tracing()
@@ -193,7 +193,7 @@ def is_eager() -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors, in memory of one device, and not of a subclass."""
+    """Whether these are ordinary tensors on one device, not of a subclass."""
     device = None
     for t in tensors:
         if t is None:
@@ -221,10 +221,10 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
 
 
 def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:
-    """See that `values` has one number per channel of `x`, in a type that fits.
+    """Check that `values` has one entry per channel of `x`, in a matching type.
 
     Raises:
-        RuntimeError: If not.
+        RuntimeError: If the shape or the type does not match `x`.
     """
     if values is None or (values.dtype is x.dtype and values.shape == x.shape[1:2]):
         return

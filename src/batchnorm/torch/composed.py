@@ -1,4 +1,4 @@
-"""The formula of batch normalization in PyTorch's elementary operations: any device, type and order of derivative."""
+"""Batch normalization from PyTorch's elementary operations: for any device, type and order of derivative."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def compute(call: Call, plan: Plan) -> Outcome:
-    """Any plan of any call."""
+    """Compute any call by any plan."""
     y, count, mean, var = forward(call, plan)
     if not torch._C._are_functorch_transforms_active():
         y = y.contiguous(memory_format=memory_format(call.x))
@@ -36,7 +36,7 @@ def compute(call: Call, plan: Plan) -> Outcome:
 
 
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Any, Tensor, Tensor]:
-    """`y`, and count, mean and biased variance of all that was normalized, differentiable."""
+    """`y`, and the count, mean and biased variance of the whole call, differentiable."""
     y, count, mean, var = _forward(call._replace(x=call.x.to(call.arithmetic)), plan)
     return y.to(call.x.dtype), count, mean, var
 
@@ -55,9 +55,9 @@ def _forward(call: Call, plan: Plan) -> tuple[Tensor, Any, Tensor, Tensor]:
 
 
 def statistics(call: Call, plan: Plan) -> tuple[Any, Tensor, Tensor]:
-    """Count, mean and biased variance of a call, which may be empty; over all processes if there are others.
+    """Count, mean and biased variance of a call, which may be empty; pooled over the processes of the plan's group.
 
-    Its `x` must be float32 or float64.
+    The call's `x` must be float32 or float64.
     """
     if plan.constants is not None:
         return plan.count, *plan.constants
@@ -68,14 +68,18 @@ def statistics(call: Call, plan: Plan) -> tuple[Any, Tensor, Tensor]:
 
 
 def adjusted(call: Call, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight and the bias with which `xhat` gives what `xhat * r + d` gives with those of the call."""
+    """The weight and bias that include the correction `xhat * r + d`."""
     if call.weight is not None:
         r, d = r * call.weight, d * call.weight
     return r, d if call.bias is None else d + call.bias
 
 
 def together(found: list[tuple[Any, Tensor, Tensor]]) -> tuple[Any, Tensor, Tensor]:
-    """The moments of all parts together, by the law of total variance."""
+    """The moments of all parts together, by the law of total variance.
+
+    Args:
+        found: Count, mean and variance of each part.
+    """
     total = sum(count for count, _, _ in found)
     mean = sum(count / total * mean for count, mean, _ in found)
     var = sum(count / total * (var + (mean_part - mean) ** 2) for count, mean_part, var in found)
@@ -86,7 +90,7 @@ def _moments(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros, with a gradient, if the call is empty."""
     z, axes = call.x, (0, *range(2, call.x.dim()))
     if call.x.numel() == 0:
-        nothing = z.sum(axes)  # all processes take part in the backward pass
+        nothing = z.sum(axes)  # differentiable, because all processes take part in the backward pass
         return nothing, nothing
     if call.counts is None:
         var, mean = torch.var_mean(z, axes, correction=0)
@@ -99,7 +103,7 @@ def _moments(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _normalize(call: Call, mean: Tensor, var: Tensor) -> Tensor:
-    """`y` by given statistics."""
+    """`y` for given statistics."""
 
     def per_channel(values: Tensor) -> Tensor:
         return values.to(call.arithmetic).reshape((1, -1) + (1,) * (call.x.dim() - 2))

@@ -1,4 +1,4 @@
-"""The stages on CPU tensors: Numba's kernels. NumPy is in this file only."""
+"""The stages on CPU tensors, by the Numba kernels. Only this file turns tensors into NumPy arrays."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from batchnorm.torch.layout import memory_format
 __all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "moments", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-"""The types that the kernels know."""
+"""The types that the kernels support."""
 
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
@@ -25,11 +25,11 @@ MOVES_RUNNING = False
 threads.follow(torch.get_num_threads)
 
 Tables = tuple[Any, Any]
-"""Weight and bias, arrays in the type of the arithmetic."""
+"""Weight and bias as arrays in the type of the arithmetic; None where there are none."""
 
 
 def moments(call: Call) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel; zeros of nothing."""
+    """Mean and biased variance of every channel; zeros if `x` is empty."""
     mean, var = torch.zeros((2, call.x.shape[1]), dtype=STATISTICS)
     if call.x.numel() > 0:
         laid = memory_format(call.x)
@@ -39,33 +39,33 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
-    """`y`, the statistics as in `How`, and the tables."""
-    x, laid, numbers = call.x, memory_format(call.x), tables(call)
+    """`y`, the statistics as in `How`, and weight and bias as arrays."""
+    x, laid, affine = call.x, memory_format(call.x), tables(call)
     y = torch.empty_like(x, memory_format=laid)
     statistics = how.statistics
     if statistics is None:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS)
     if x.numel() == 0:
-        return y, statistics, numbers
+        return y, statistics, affine
     arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid), _counts(call, laid)
     for part, mean, var, rstd in zip(how.parts, *statistics.numpy(), strict=True):
         y_, x_, residual, counts = _of_part(part, x, arrays)
         if how.statistics is None:
-            launch.forward(x_, residual, counts, *numbers, call.eps, call.activation, y_, mean, var, rstd)
+            launch.forward(x_, residual, counts, *affine, call.eps, call.activation, y_, mean, var, rstd)
         else:
-            launch.normalize(x_, residual, mean, rstd, *numbers, call.activation, y_)
-    return y, statistics, numbers
+            launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
+    return y, statistics, affine
 
 
 def backward(
-    dy: Tensor, call: Call, how: How, statistics: Tensor, numbers: Tables, needs: tuple[bool, bool]
+    dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: tuple[bool, bool]
 ) -> Gradients:
     """The gradients.
 
     Args:
         dy: The gradient of `y`.
         call, how: As in `forward`.
-        statistics, numbers: From `forward`.
+        statistics, affine: From `forward`.
         needs: Whether `dx` and `d_residual` are needed.
     """
     x, laid = call.x, memory_format(call.x)
@@ -79,7 +79,7 @@ def backward(
         return dx, sums[1, 0], sums[0, 0], d_residual
     inputs = _array(x, laid), _array(call.residual, laid)
     written = _array(dx, laid), _array(d_residual, laid)
-    if dx is not None or d_residual is not None:  # kernels write all or nothing
+    if dx is not None or d_residual is not None:  # the kernels write both or none
         written = tuple(
             np.empty_like(of) if out is None and of is not None else out
             for of, out in zip(inputs, written, strict=True)
@@ -87,7 +87,7 @@ def backward(
     arrays = _array(dy, laid), *inputs, _counts(call, laid), *written
     for part, mean, _, rstd, *own in zip(how.parts, *statistics.numpy(), *sums.numpy(), strict=True):
         dy_, x_, residual, counts, *outputs = _of_part(part, x, arrays)
-        given = mean, rstd, *numbers
+        given = mean, rstd, *affine
         if outputs[0] is not None and group is None:
             launch.backward(dy_, x_, residual, counts, *given, part.count, call.activation, *own, *outputs)
             continue
@@ -105,7 +105,7 @@ def backward(
 
 
 def _array(t: Tensor | None, laid: torch.memory_format) -> Any:
-    """The tensor as kernels see it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last. Copied if it must be."""
+    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` for channels last; copied only if necessary."""
     if t is None:
         return None
     t = t.contiguous(memory_format=laid)
@@ -117,7 +117,7 @@ def _array(t: Tensor | None, laid: torch.memory_format) -> Any:
 
 
 def _counts(call: Call, laid: torch.memory_format) -> Any:
-    """The counts beside such an array: `(N, L)` or `(N*L, 1)`."""
+    """The counts that go with such an array: `(N, L)` or `(N*L, 1)`."""
     if call.counts is None:
         return None
     rows = call.counts.shape[0] if laid is torch.contiguous_format else call.counts.numel()
@@ -125,10 +125,10 @@ def _counts(call: Call, laid: torch.memory_format) -> Any:
 
 
 def tables(call: Call) -> Tables:
-    """Weight and bias as kernels take them.
+    """Weight and bias as the kernels take them: copies.
 
-    They are copies. So a later change of the bias, which PyTorch allows before the backward pass, does no harm; and
-    nothing holds on to the memory of a parameter, which sharding wants to free.
+    So the bias may change before the backward pass, as PyTorch allows, and nothing keeps alive the memory of a
+    parameter that sharding frees.
     """
     weight, bias = (
         None if values is None else values.detach().to(call.arithmetic, copy=True).numpy()
@@ -138,7 +138,7 @@ def tables(call: Call) -> Tables:
 
 
 def _of_part(part: Part, x: Tensor, arrays: tuple[Any, ...]) -> list[Any]:
-    """What each array has of some of the samples."""
+    """The rows of each array that belong to one part of the samples."""
     if part.samples.stop is None:
         return list(arrays)
     length = len(arrays[1]) // len(x)

@@ -1,4 +1,4 @@
-"""Show what each batch normalization of a model computes in the same pass, or why nothing else.
+"""Report what each batch normalization of a model computes in the same pass, or why it is not fused.
 
 ```
 >>> print(explain(convert(model)))
@@ -37,12 +37,12 @@ class Row(NamedTuple):
     """One batch normalization of a model.
 
     Attributes:
-        name: Where it is, as in `named_modules`.
+        name: Its name, as in `named_modules`.
         kind: The name of its class.
         converted: Whether it is ours.
         fused: What is computed in the same pass, e.g. `"residual, relu"`; empty if nothing is.
-        reason: Why nothing is, or why the layer is not ours.
-        route: By which routes its calls were computed; empty without example inputs, and for what was not called.
+        reason: The reason why nothing is fused, or why the layer is not ours.
+        route: The routes that computed its calls; empty without example inputs, and for layers that were not called.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """All batch normalizations of a model, in the order of `named_modules`. As text it is a table."""
+    """All batch normalizations of a model, in the order of `named_modules`; its text is a table."""
 
     rows: tuple[Row, ...]
 
@@ -74,15 +74,15 @@ class Report:
 
 
 def explain(model: nn.Module, example_inputs: Any = None) -> Report:
-    """Report for each batch normalization whether it is ours, and what is computed with it, or why nothing is.
+    """Report for each batch normalization whether it is ours, and what is fused with it, or why nothing is.
 
     The report describes the model as it is now: a hook that is added later changes it. Whether a residual has the right
     shape is known only when the model runs.
 
     Args:
         model: Any module, converted or not; it is not changed.
-        example_inputs: What the model is called with once, to see which route each layer takes: a tensor, a tuple or
-            list of arguments, or a mapping of named ones. Buffers and random numbers are as before afterwards. With
+        example_inputs: Inputs for one call of the model, which shows the route of each layer: a tensor, a tuple or list
+            of arguments, or a mapping of named arguments. Buffers and random states are restored afterwards. With
             `SyncStatistics`, all processes must do this together.
 
     Returns:
@@ -103,12 +103,12 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
 
 
 def _identity(layer: nn.Module) -> int:
-    """What a layer has in common with the twin that computes it together with what follows."""
+    """An identity that a layer shares with its twin in `fuse`, which computes it together with its activation."""
     return id(vars(layer)["_parameters"])
 
 
 def _routes(model: nn.Module, example_inputs: Any) -> dict[int, list[str]]:
-    """The routes of all calls of each layer, when the model is called once."""
+    """The routes of all calls of each layer in one call of the model."""
     found: dict[int, list[str]] = {}
 
     def note(layer: nn.Module, route: str) -> None:
@@ -132,7 +132,7 @@ def _routes(model: nn.Module, example_inputs: Any) -> dict[int, list[str]]:
 
 
 def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]) -> tuple[str, str]:
-    """What the layer is computed together with; or why with nothing."""
+    """What is fused with the layer, and the reason if nothing is."""
     if layer in shared:
         return "", "at several places in the model"
     if not name:
@@ -155,14 +155,14 @@ def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]
 
 
 def _caller(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module | None]:
-    """The module that calls a layer, the layer's name there, as in `Names`, and the sequence it belongs to, if any."""
+    """The module that calls a layer, the layer's name in it, as in `Names`, and its sequence, if it is in one."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
     if type(owner).forward in (nn.Sequential.forward, forward_sequence):
         return owner, key, owner
     if type(owner) not in (nn.ModuleList, nn.ModuleDict) or not path:
         return owner, key, None
-    path, _, key = path.rpartition(".")  # a list calls nothing, but its owner does
+    path, _, key = path.rpartition(".")  # a list calls nothing; its owner does
     members, owner = owner, model.get_submodule(path)
     in_a_row = any(site.layer == f"{key}[]()" for site in _sites(owner))
     return owner, f"{key}[]", members if in_a_row else None
@@ -184,7 +184,7 @@ def _why_not(owner: nn.Module, shared: set[nn.Module]) -> str:
 
 
 class _Follower(NamedTuple):
-    """What follows a layer at one place. `text` is its source, where its value is known only when it is called."""
+    """What follows a layer at one place; `text` is its source where its value is known only at the call."""
 
     activation: Any
     args: tuple[Any, ...] = ()
@@ -205,7 +205,7 @@ class _Follower(NamedTuple):
 
 
 def _resolve(site: Site, owner: nn.Module) -> _Follower:
-    """What follows at a place in the source of this module."""
+    """What follows the layer at a place in the source of this module."""
 
     def value(expression: ast.expr) -> Any:
         return eval(compile(ast.Expression(expression), "", "eval"), site.globals, {site.self: owner})

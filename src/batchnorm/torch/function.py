@@ -1,7 +1,7 @@
 """The stages of batch normalization in one autograd function.
 
-The stages are those of a device, a module such as `cpu` or `gpu`. Between its forward and its backward pass the
-function keeps `x`, the statistics, and what else the gradient of the activation needs.
+A device brings its stages in a module, such as `cpu` or `gpu`. Between forward and backward the function keeps `x`,
+the statistics, and whatever else the gradient of the activation needs.
 """
 
 from typing import Any, NamedTuple
@@ -17,21 +17,22 @@ from batchnorm.torch.running import Running
 __all__ = ["Gradients", "How", "compute"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
-"""`dx`, `d_weight`, `d_bias` and `d_residual`; None for what is not needed."""
+"""`dx`, `d_weight`, `d_bias` and `d_residual`; None for a gradient that is not needed."""
 
 
 class How(NamedTuple):
-    """What the function needs to know besides tensors.
+    """Everything the function needs besides tensors.
 
     Attributes:
-        stages: The module of the device: `moments(call)`, `forward(call, how)`, which gives `y`, the statistics and
-            what to keep, and `backward(dy, call, how, statistics, kept, needs)`, which gives `Gradients`.
+        stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
+            the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
+            `Gradients`.
         plan: The plan.
-        count: How much the values behind the statistics count, over all processes; infinity for constants.
-        statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass shall find them.
+        count: The total count behind the statistics, over all processes; infinity for constants.
+        statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them.
         eps: Added to the variance.
         activation: A name and its parameter.
-        running: The running statistics that the forward pass shall move; None if that is done afterwards.
+        running: The running statistics that the forward pass must move; None if they are moved afterwards.
     """
 
     stages: Any
@@ -44,12 +45,12 @@ class How(NamedTuple):
 
     @property
     def parts(self) -> list[Part]:
-        """The groups of samples; all samples are one group if there are no others."""
+        """The groups of samples; one group of all samples if the plan has no parts."""
         return [Part(slice(None), self.count)] if self.plan.parts is None else self.plan.parts
 
 
 def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
-    """Any plan of a call that the stages can compute."""
+    """Compute a call by any plan that the stages support."""
     count, found, moved = plan.count, None, None
     if plan.constants is not None:
         found = _statistics(stages, call, *plan.constants)
@@ -87,7 +88,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
 
 
 def _statistics(stages: Any, call: Call, mean: Tensor, var: Tensor) -> Tensor:
-    """Given statistics as `How` has them. They are copies: a later batch may change the originals."""
+    """These statistics in the layout of `How`: copies, because a later batch may change the originals."""
     with torch.no_grad():
         found = torch.empty((3, 1, call.x.shape[1]), dtype=stages.STATISTICS, device=call.x.device)
         found[0].copy_(mean)
@@ -136,21 +137,20 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _is_batched(dy: Tensor) -> bool:
-    """Whether `vmap` maps the backward pass over many `dy` at once: `is_grads_batched`, `jacobian(vectorize=True)`."""
+    """Whether `vmap` maps the backward pass over many `dy`: `is_grads_batched`, `jacobian(vectorize=True)`."""
     return torch._C._are_functorch_transforms_active() or _functorch.is_legacy_batchedtensor(dy)
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, call: Call) -> list[Tensor | None]:
-    """The gradients as a graph of their own, for derivatives of a higher order."""
+    """The gradients as a differentiable graph, for higher derivatives."""
     if ctx.bias is not None and ctx.bias._version != ctx.bias_version:
         raise RuntimeError(
             "the bias of a batch normalization has been modified by an inplace operation between the forward pass and "
-            "a backward pass with create_graph=True, which needs the bias as it was"
+            "a backward pass with create_graph=True, which needs the original bias"
         )
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # New names for the inputs: one tensor may have come in twice, as x and as the residual, and each wants its own
-        # share.
+        # Views of the inputs: one tensor may be both x and the residual, and each needs its own gradient.
         inputs = [None if t is None else t.view_as(t) for t in call[:4]]
         x, weight, bias, residual = inputs
         assert x is not None

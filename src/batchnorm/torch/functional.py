@@ -1,4 +1,4 @@
-"""`batch_norm`: what is asked for, where its statistics come from, which route computes it, and what moves after it."""
+"""`batch_norm`: check the call, plan its statistics, compute it by a route, and move the running statistics."""
 
 from typing import Any
 
@@ -34,16 +34,16 @@ def batch_norm(
     mask: Tensor | None = None,
     statistics: Statistics | None = None,
 ) -> Tensor:
-    """Batch normalization, with what usually follows it in the same pass over memory.
+    """Batch normalization, with residual and activation in the same pass over memory.
 
-    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are those of the batch
-    in training and the running ones otherwise. In training the running ones move: `running += momentum * (batch -
+    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are the batch's in
+    training and the running ones otherwise. In training the running statistics move: `running += momentum * (batch -
     running)`, with the unbiased variance.
 
     Args:
         x: `(N, C, *spatial)`, of any strides.
-        running_mean, running_var: `(C,)`; updated in place in training. Needed in evaluation. A batch whose statistics
-            are not finite leaves them as they are.
+        running_mean, running_var: `(C,)`; updated in place in training, required in evaluation. A batch whose
+            statistics are not finite does not change them.
         weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
         training: Whether to use the batch's statistics.
         momentum: The weight of the new batch in the running statistics.
@@ -51,10 +51,9 @@ def batch_norm(
         activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu
             (alpha), sigmoid, tanh, gelu.
         residual: Of the shape of `x`, added before the activation.
-        mask: `(N, *spatial)` or its first axes: booleans that say which positions count in the statistics, or
-            non-negative weights (a weight of 2 counts a position twice). All positions are normalized. Without effect
-            in evaluation.
-        statistics: Where the statistics come from in training; `BatchStatistics()` if None.
+        mask: `(N, *spatial)` or its first axes: booleans (which positions count in the statistics) or non-negative
+            weights (2 counts a position twice). All positions are normalized. Ignored in evaluation.
+        statistics: The source of the statistics in training; `BatchStatistics()` if None.
 
     Returns:
         `y`, of the shape and type of `x`, in the memory format that `torch.nn.functional.batch_norm` gives.
@@ -63,17 +62,17 @@ def batch_norm(
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
             per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
             unknown; if `eps` is negative; if a group of `GhostStatistics` has fewer than two values.
-        TypeError: If `statistics` or `mask` are of another type.
+        TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
-            type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or for
-            `Renorm`; from `SyncStatistics`, as there.
-        NotImplementedError: If `x` is not of a floating-point type.
+            type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or with
+            `Renorm`; with `SyncStatistics`, as described there.
+        NotImplementedError: If `x` does not have a floating-point type.
 
     Differs from `torch.nn.functional.batch_norm`:
         1. `activation`, `residual`, `mask` and `statistics`.
-        2. A batch whose statistics are not finite leaves the running statistics as they are.
-        3. Statistics are float64 inside, and `x - mean` is taken before anything is multiplied: the error does not
-           grow with `mean / std` (except in tensors so small that PyTorch's own operation is called).
+        2. A batch whose statistics are not finite does not change the running statistics.
+        3. On the CPU, statistics are float64 inside, and `x - mean` is computed before any multiplication: the error
+           does not grow with `mean / std`, except for tensors so small that PyTorch's own operation computes them.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
@@ -88,14 +87,14 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
 
     Args:
         x: `(N, C, *spatial)`.
-        mask: As in `batch_norm`; it may leave nothing.
+        mask: As in `batch_norm`, but it may leave no position.
 
     Returns:
-        The count, and arrays of `(C,)`; zeros where nothing is counted.
+        The count, and arrays of `(C,)`; zeros if nothing counts.
 
     Raises:
         ValueError: If `x` has fewer than two axes; if the mask does not fit it, or is negative.
-        NotImplementedError: If `x` is not of a floating-point type.
+        NotImplementedError: If `x` does not have a floating-point type.
     """
     call = Call.of(x.detach(), None, None, None, mask, 0.0, None)
     count = float(call.total())
@@ -111,12 +110,12 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
 
 
 def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | None) -> tuple[Tensor, str]:
-    """What `batch_norm` does, for layers, which count batches.
+    """`batch_norm` for layers, which also count batches.
 
     Args:
         asked: The arguments of `Call.of`.
         running: The running statistics. They move, unless the source has constants.
-        source: Where the statistics come from; the batch if None.
+        source: The source of the statistics; the batch if None.
 
     Returns:
         `y`, and the name of the route that computed it.
@@ -129,12 +128,12 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
             running = running._replace(is_recomputed=True)
         plan = source.plan(call, running)
     except Exception:
-        source.fail(asked[0].device)  # the others wait for this process
+        source.fail(asked[0].device)  # the other processes wait for this one
         raise
     if plan.constants is not None and plan.count != 0:
-        running = Running()  # nothing moves them: the batch has not been looked at
+        running = Running()  # constants move nothing
     elif running.is_recomputed and running.mean is not None and running.var is not None:
-        # Copies: everything is as it was when the batch was counted, but moves nothing.
+        # Copies: the repeated pass does exactly what the first one did, and moves nothing.
         running = Running(running.mean.clone(), running.var.clone(), running.momentum)
     elif running.is_recomputed:
         running = Running()
@@ -152,5 +151,5 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
 
 
 def _is_recomputed(call: Call) -> bool:
-    """Whether a backward pass is under way: a checkpoint then repeats a forward pass that has been counted."""
+    """Whether a backward pass is running: then a checkpoint repeats a forward pass that was already counted."""
     return (call.is_eager or not torch.compiler.is_compiling()) and torch._C._current_graph_task_id() != -1

@@ -1,9 +1,9 @@
-"""A layer and what follows it: in one pass where that gives the same, one after the other where it would not.
+"""A layer, a residual and an activation: in one pass where the result is the same, otherwise one after the other.
 
-`follow(layer, x, residual, add, activation)` means `activation(layer(x) + residual)`, always. Whether one kernel may do
-all of it is decided at each call, from what is there at that moment: hooks that want to see a value in between, a
-residual of another shape or type, an activation that has no kernel, a layer that has been exchanged for another kind,
-all lead the long way. So nothing that is done to a model between two calls can make this wrong.
+`follow(layer, x, residual, add, activation)` always means `activation(layer(x) + residual)`. Each call decides anew
+whether one kernel may compute all of it. Hooks that see a value in between, a residual of another shape or type, an
+activation without a kernel, or a layer of another class: with any of these, the three are called one after the other.
+So no change to a model between two calls can make the result wrong.
 """
 
 import operator
@@ -48,7 +48,7 @@ MODULES: dict[type[nn.Module], Callable[[Any], ActivationSpec]] = {
     nn.Tanh: lambda _: "tanh",
     nn.GELU: lambda module: "gelu" if module.approximate == "none" else None,
 }
-"""Of exactly these types: a subclass may compute something else."""
+"""Exactly these types: a subclass may compute something else."""
 
 FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     **{function: (function.__name__, ("inplace",)) for function in (F.relu, F.relu6, F.silu, F.hardswish)},
@@ -59,14 +59,20 @@ FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys((F.elu, F.elu_), ("elu", ("alpha", "inplace"))),
     F.gelu: ("gelu", ()),
 }
-"""Functions of a tensor: which activation, and the function's further arguments in order."""
+"""Functions of a tensor: the activation's name, and the names of the function's other arguments in order."""
 
 METHODS = {name + suffix: name for name in ("relu", "sigmoid", "tanh") for suffix in ("", "_")}
 """Methods of a tensor."""
 
 
 def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> ActivationSpec:
-    """What `activation(z, *args, **kwargs)` computes, or `z.<activation>(...)` for a name; None if it has no kernel."""
+    """The activation that `activation(z, *args, **kwargs)` computes, or `z.<activation>(...)`; None without a kernel.
+
+    Args:
+        activation: A module, a function, or the name of a method of tensors.
+        args: Its arguments after `z`.
+        kwargs: Its named arguments.
+    """
     if isinstance(activation, nn.Module):
         module = MODULES.get(type(activation))
         return None if module is None or args or kwargs else module(activation)
@@ -74,7 +80,7 @@ def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -
         return None if args or kwargs else METHODS.get(activation)
     try:
         name, parameters = FUNCTIONS[activation]
-    except (KeyError, TypeError):  # a TypeError: it cannot be a key, so it is not one
+    except (KeyError, TypeError):  # a TypeError: it is not hashable
         return None
     if not args and not kwargs:
         return name
@@ -89,12 +95,12 @@ def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -
 
 
 def is_activation(module: Any) -> bool:
-    """Whether this is a module that PyTorch calls an activation, with or without a kernel."""
+    """Whether this is one of PyTorch's activation modules, with or without a kernel."""
     return type(module).__module__ == nn.ReLU.__module__
 
 
 def is_ours(layer: Any) -> bool:
-    """Whether this is a batch normalization of this package, and computes what they compute."""
+    """Whether this is a batch normalization of this package with its original `forward`."""
     return getattr(type(layer), "forward", None) is BatchNorm1d.forward
 
 
@@ -105,23 +111,23 @@ ADD: dict[str, Callable[[Any, Any], Any]] = {
     "+=": operator.iadd,
     "r+": lambda y, residual: residual + y,
 }
-"""How the source adds the residual; where it cannot be fused, it is added in the same way."""
+"""How the source adds the residual; without fusion, it is added in the same way."""
 
 
 def follow(layer: Any, x: Any, residual: Any, add: str | None, activation: Any, *args: Any, **kwargs: Any) -> Any:
     """`activation(layer(x) + residual, *args, **kwargs)`, in one pass if possible.
 
     Args:
-        layer: What is called with `x`: one of our layers, or anything else.
+        layer: The layer: one of ours, or any other callable.
         x: Its input.
-        residual: What is added before the activation, if `add` says so.
-        add: `"+"`, `"+="`, `"r+"` (the residual on the left), or None.
+        residual: The residual; ignored if `add` is None.
+        add: How it is added: `"+"`, `"+="`, `"r+"` (the residual on the left), or None.
         activation: A module, a function, the name of a method of tensors, or None.
-        *args: The activation's further arguments.
-        **kwargs: The activation's further arguments, by name.
+        *args: The activation's other arguments.
+        **kwargs: The activation's other arguments, by name.
 
     Returns:
-        What the three would give one after the other, to the bit where they are not fused.
+        The result of the three one after the other; the same bits where they are not fused.
     """
     if (add is None or _fits(residual, x)) and obstacle(layer, activation, args, kwargs) is None:
         return _in_one_pass(layer, x, residual, recognize(activation, args, kwargs))
@@ -134,14 +140,14 @@ def follow(layer: Any, x: Any, residual: Any, add: str | None, activation: Any, 
 
 
 def follow_right(residual: Any, layer: Any, x: Any, activation: Any, *args: Any, **kwargs: Any) -> Any:
-    """`activation(residual + layer(x))`: `follow`, with the arguments in the order in which they are computed."""
+    """`activation(residual + layer(x))`: `follow`, with its arguments in the order in which they are evaluated."""
     return follow(layer, x, residual, "r+", activation, *args, **kwargs)
 
 
 def obstacle(layer: Any, activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> str | None:
-    """Why the layer cannot be fused with what follows it, as things are now; None if it can."""
+    """The reason why the layer cannot be fused with what follows it now; None if it can."""
     if torch.compiler.is_compiling():
-        return "the compiler fuses by itself"
+        return "the compiler fuses on its own"
     if not is_ours(layer):
         return "not a layer of this package"
     if layer.activation is not None:
@@ -156,7 +162,7 @@ def obstacle(layer: Any, activation: Any, args: tuple[Any, ...] = (), kwargs: An
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether something other than its class's `forward` takes part when this module is called."""
+    """Whether calling this module runs more than its class's `forward`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -168,7 +174,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _fits(residual: Any, x: Any) -> bool:
-    """Whether the residual is added value by value: nothing is broadcast, no type is promoted."""
+    """Whether the residual is added without broadcasting and type promotion."""
     return (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
@@ -178,7 +184,7 @@ def _fits(residual: Any, x: Any) -> bool:
 
 
 def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: ActivationSpec) -> Tensor:
-    # The layer with another activation, for one call: itself it must not change, since other threads may be calling it.
+    # A twin with the activation, for one call: other threads may be calling the layer, so it must not change.
     twin: BatchNorm1d = object.__new__(type(layer))
     vars(twin).update(vars(layer), activation=activation)
     return BatchNorm1d.forward(twin, x, residual=residual)
@@ -191,13 +197,13 @@ _FRESH = {
     *(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     *(kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
 }
-"""What returns memory that nothing else refers to."""
+"""The forwards that return memory that nothing else refers to."""
 
 
 def can_wait(layer: Any, producer: Any) -> bool:
-    """Whether the layer may be called later than the source says, after its residual has been computed.
+    """Whether the layer may be called later than in the source, after its residual is computed.
 
-    It may if nobody else can get hold of its input, which the producer returned, and if nothing observes the layer.
+    It may if nothing else can reach its input, which the producer returned, and if nothing observes the layer.
     """
     return (
         isinstance(producer, nn.Module)
@@ -211,11 +217,11 @@ def can_wait(layer: Any, producer: Any) -> bool:
 
 
 def sequence(modules: Iterable[Any], x: Any) -> Any:
-    """Call the modules one after the other, as `nn.Sequential` does, but a layer together with its activation."""
+    """Call the modules in order, like `nn.Sequential`, but each layer together with its activation."""
     modules = list(modules)
     done = False
     for module, following in zip_longest(modules, modules[1:]):
-        if done:  # with the one before
+        if done:  # this one was fused with the one before
             done = False
         elif recognize(following) is None:
             x = module(x)

@@ -1,4 +1,4 @@
-"""The stages on GPU tensors: Triton's kernels, imported when they are first needed."""
+"""The stages on GPU tensors, by the Triton kernels, which are imported when they are first needed."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from batchnorm.torch.layout import memory_format
 __all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "is_available", "moments", "takes"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""The types that the kernels know."""
+"""The types that the kernels support."""
 
 STATISTICS = torch.float32
 """The type of means, variances and sums."""
@@ -26,7 +26,7 @@ VECTOR = 16
 """Bytes that a thread loads at once."""
 
 OLDEST = 8, 0
-"""The oldest compute capability that the kernels are for: Ampere."""
+"""The oldest compute capability that the kernels support: Ampere."""
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def is_available(device: torch.device) -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels load whole vectors of `x`: where channels are adjacent, these must be whole numbers of them."""
+    """Whether the kernels can load `x` in whole vectors: adjacent channels must fill a whole number of them."""
     if x.is_contiguous() and x.numel() != x.shape[0] * x.shape[1]:
         return True
     return x.shape[1] * x.element_size() % VECTOR == 0
@@ -56,7 +56,7 @@ def _kernels() -> Any:
 
 
 def moments(call: Call) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel; zeros of nothing."""
+    """Mean and biased variance of every channel; zeros if `x` is empty."""
     x = call.x.detach()
     mean, var = x.new_zeros((2, x.shape[1]), dtype=STATISTICS)
     if x.numel() > 0:
@@ -66,7 +66,7 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
-    """`y`, and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
+    """`y` and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
     kernels, laid = _kernels(), memory_format(call.x)
     x = _dense(call.x, laid)
     y = torch.empty_like(x)
@@ -102,7 +102,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         dy: The gradient of `y`.
         call, how: As in `forward`.
         statistics: From `forward`.
-        kept: Nothing.
+        kept: None; nothing else is kept.
         needs: Whether `dx` and `d_residual` are needed.
     """
     kernels, laid = _kernels(), memory_format(call.x)
@@ -135,7 +135,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
 
 
 def _count(call: Call, how: How) -> Any:
-    """How much counts behind the statistics: a number, one for each group, or None for as many values as there are."""
+    """The count behind the statistics: a number, one per group, or None for the number of values in each group."""
     if how.plan.parts is None:
         return how.count
     if call.counts is None:
@@ -144,7 +144,7 @@ def _count(call: Call, how: How) -> Any:
 
 
 def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
-    """The tensor in this format, without gaps, beginning where a vector does."""
+    """The tensor in this memory format, without gaps, aligned to a vector."""
     x = x.resolve_neg() if x.is_neg() else x
     if not x.is_contiguous(memory_format=laid):
         return x.contiguous(memory_format=laid)
@@ -152,12 +152,12 @@ def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
 
 
 def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
-    """`(N, C, L)`, or `(N*L, C, 1)` where channels are last."""
+    """`(N, C, L)`, or `(N*L, C, 1)` for channels last."""
     n, c, *positions = x.shape
     length = math.prod(positions)
     return (n, c, length) if laid is torch.contiguous_format else (n * length, c, 1)
 
 
 def _counts(call: Call) -> Tensor | None:
-    """The counts, without gaps: `(N, L)` and `(N*L, 1)` are the same in memory."""
+    """The counts without gaps: `(N, L)` and `(N*L, 1)` have the same memory."""
     return None if call.counts is None else call.counts.contiguous()

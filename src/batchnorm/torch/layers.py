@@ -1,7 +1,7 @@
-"""The layers: PyTorch's own, with the kernels under them and the activation inside.
+"""The layers: PyTorch's own, computed by our kernels, with the activation inside.
 
-Each is a subclass of the class of the same name in `torch.nn`, but for `SyncBatchNorm`, which says why: the same
-constructor, parameters, buffers, state dict and checks of the input.
+Each layer subclasses the class of the same name in `torch.nn`: it has the same constructor, parameters, buffers, state
+dict and input checks. `SyncBatchNorm` is the exception; its docstring gives the reason.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ __all__ = [
 RUNNING, NOTHING = RunningStatistics(), Running()
 
 observers: list[Callable[[nn.Module, str], None]] = []
-"""Called with each layer that has normalized something, and the name of its route."""
+"""Functions that are called after each normalization, with the layer and the name of its route."""
 
 if TYPE_CHECKING:
     _Base = nn.modules.batchnorm._BatchNorm
@@ -38,28 +38,29 @@ else:
 
 
 class _Layer(_Base):
-    """What our layers have in common; the class beside it in the bases is PyTorch's.
+    """The part that our layers share; the other base class of each is PyTorch's.
 
     `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`
 
     Args:
         *args: PyTorch's: `num_features` (not for lazy layers), `eps`, `momentum`, `affine`, `track_running_stats`,
         `device`, `dtype`.
-        activation: What follows, computed in the same pass: a name or `(name, parameter)`, as in `batch_norm`.
-        statistics: Where the statistics come from in training; the batch if None.
+        activation: The activation after the normalization, computed in the same pass: a name or `(name, parameter)`,
+            as in `batch_norm`.
+        statistics: The source of the statistics in training; the batch if None.
         **kwargs: PyTorch's, by name.
 
     Attributes:
-        num_batches_skipped: How many batches in training left the running statistics as they were, because their own
-            were not finite (an overflow under mixed precision, most often), or because they were empty.
+        num_batches_skipped: The number of training batches that did not change the running statistics, because they
+            were empty or because their own statistics were not finite (most often an overflow under mixed precision).
             `num_batches_tracked` does not count them.
 
     Raises:
         ValueError: If the activation is unknown.
 
     Differs from the class in `torch.nn`:
-        1. `activation` and `statistics` here, `residual` and `mask` in `forward`.
-        2. One batch with an infinity or a NaN does not spoil the running statistics for good.
+        1. The constructor takes `activation` and `statistics`; `forward` takes `residual` and `mask`.
+        2. A batch with an infinity or a NaN does not change the running statistics.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
@@ -74,25 +75,25 @@ class _Layer(_Base):
         device: Any = None,
         **kwargs: Any,
     ) -> None:
-        if device is not None:  # named, because `torch.nn.utils.skip_init` looks for the name
+        if device is not None:  # a named argument, because `torch.nn.utils.skip_init` looks for it
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
         expect(statistics)
-        parse_activation(activation)  # an unknown one is an error here, not at the first batch
+        parse_activation(activation)  # an unknown activation fails here, not at the first batch
         self.activation = activation
         self.statistics = statistics
         device = None if self.num_batches_tracked is None else self.num_batches_tracked.device
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
     def reset_running_stats(self) -> None:
-        """PyTorch's, and no batch skipped."""
+        """Reset the running statistics and the counters, including `num_batches_skipped`."""
         super().reset_running_stats()
-        if "num_batches_skipped" in self._buffers:  # not yet, when PyTorch's constructor calls
+        if "num_batches_skipped" in self._buffers:  # PyTorch's constructor calls this before the buffer exists
             self.num_batches_skipped.zero_()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        # It is in no state dict. `to_empty` and the meta device leave nothing that could be kept.
+        # The counter is in no state dict, and `to_empty` and the meta device leave no value to keep.
         if self.num_batches_tracked is not None:
             if self.num_batches_skipped.device == self.num_batches_tracked.device:
                 self.num_batches_skipped.zero_()
@@ -100,21 +101,22 @@ class _Layer(_Base):
                 self.num_batches_skipped = torch.zeros_like(self.num_batches_tracked)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalize `input`, and in training update the running statistics.
+        """Normalize `input`; in training, update the running statistics.
 
         Args:
             input: `x`, `(N, C, *spatial)`; named as in the base class.
             residual: Like `x`, added before the activation.
-            mask: `(N, *spatial)` or its first axes: what counts in the statistics, as in `batch_norm`.
+            mask: `(N, *spatial)` or its first axes: the positions that count in the statistics, as in `batch_norm`.
 
         Returns:
             `y`, like `x`.
 
         Raises:
-            ValueError: If the shape of `x`, `residual` or `mask` is wrong, or if training has one value per channel.
-            RuntimeError: If the number of channels or the floating-point types do not fit.
+            ValueError: If the shape of `x`, `residual` or `mask` is wrong, or if a training batch has only one value
+                per channel.
+            RuntimeError: If the number of channels or the floating-point types do not match.
         """
-        if isinstance(input, torch.fx.Proxy):  # a symbolic trace takes the layers of torch.nn as a whole: ours, too
+        if isinstance(input, torch.fx.Proxy):  # a symbolic trace keeps layers of torch.nn whole, and so ours
             tracer: Any = input.tracer
             given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
@@ -126,7 +128,7 @@ class _Layer(_Base):
             raise type(error)(self._explain(str(error), input)) from error
 
     def _explain(self, problem: str, x: Tensor) -> str:
-        """Say which layer has the problem, and with what."""
+        """Add the layer, and where it helps the shape, to the message."""
         if problem.startswith("expected ") and problem.endswith(" input)"):  # PyTorch's check of the rank
             problem += f" of shape {tuple(x.shape)}; the axes are (N, C, *spatial), one sample is x.unsqueeze(0)"
         return f"{type(self).__name__}({self.num_features}): {problem}"
@@ -137,7 +139,7 @@ class _Layer(_Base):
             self._check_input_dim(input)
         except ValueError:
             if source is not None:
-                source.fail(input.device)  # the others wait for this process
+                source.fail(input.device)  # the other processes wait for this one
             raise
         tracks = self.training and self.track_running_stats
         if tracks:
@@ -158,7 +160,7 @@ class _Layer(_Base):
         return y
 
     def extra_repr(self) -> str:
-        """PyTorch's, and what this layer adds where it adds something."""
+        """PyTorch's text, with the activation and the statistics if they are set."""
         text: str = super().extra_repr()
         if self.activation is not None:
             text += f", activation={self.activation!r}"
@@ -180,33 +182,33 @@ class BatchNorm3d(_Layer, nn.BatchNorm3d):
 
 
 class LazyBatchNorm1d(_Layer, nn.LazyBatchNorm1d):
-    """A `BatchNorm1d` that takes the number of channels from its first input."""
+    """A `BatchNorm1d` that gets its number of channels from its first input."""
 
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_Layer, nn.LazyBatchNorm2d):
-    """A `BatchNorm2d` that takes the number of channels from its first input."""
+    """A `BatchNorm2d` that gets its number of channels from its first input."""
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
-    """A `BatchNorm3d` that takes the number of channels from its first input."""
+    """A `BatchNorm3d` that gets its number of channels from its first input."""
 
     cls_to_become = BatchNorm3d
 
 
 class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
-    """Batch normalization by the statistics of all processes, on any device. See `torch.nn.SyncBatchNorm`.
+    """Batch normalization with the statistics of all processes, on any device. See `torch.nn.SyncBatchNorm`.
 
-    The same as another of these layers with `statistics=SyncStatistics(process_group)`, for inputs of any rank. It is
-    no subclass of PyTorch's, because `DistributedDataParallel` refuses these on the CPU.
+    It equals our other layers with `statistics=SyncStatistics(process_group)`, for inputs of any rank. It does not
+    subclass PyTorch's layer, because `DistributedDataParallel` rejects that one on the CPU.
 
     Differs from `torch.nn.SyncBatchNorm`:
         1. It works on the CPU, with gloo.
-        2. A process may have no samples, or another number of them than the others; second derivatives are right.
-        3. `convert_sync_batchnorm` gives the layers `SyncStatistics` and leaves them of their class.
+        2. Processes may have different numbers of samples, including none; second derivatives are right.
+        3. `convert_sync_batchnorm` gives the layers `SyncStatistics` and keeps their classes.
     """
 
     def __init__(
@@ -233,12 +235,12 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
 
     @property
     def process_group(self) -> Any:
-        """With which it was made."""
+        """The process group that the constructor got."""
         return self._group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self._group is not None:
-            memo[id(self._group)] = self._group  # it cannot be copied
+            memo[id(self._group)] = self._group  # a process group cannot be copied
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__dict__, memo))
@@ -250,8 +252,8 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Let all batch normalizations of a model take the statistics of all processes, in place."""
-        from batchnorm.torch.convert import adopt_layers  # it needs the classes of this file
+        """Give all batch normalizations of a model the statistics of all processes, in place."""
+        from batchnorm.torch.convert import adopt_layers  # here, because that module imports this one
 
         adopt_layers(module, SyncStatistics(process_group))
         return module

@@ -1,4 +1,4 @@
-"""How the output of PyTorch's batch normalization lies in memory."""
+"""The memory format of batch normalization's output, as in PyTorch."""
 
 import torch
 from torch import Tensor

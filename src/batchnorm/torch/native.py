@@ -11,7 +11,7 @@ __all__ = ["compute", "takes"]
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether PyTorch's operation computes the same."""
+    """Whether PyTorch's operation gives the same result."""
     x = call.x
     if call.counts is not None or plan.parts is not None or plan.group is not None or plan.adjust is not None:
         return False
@@ -21,16 +21,16 @@ def takes(call: Call, plan: Plan) -> bool:
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    # On the CPU, where the stride of an axis of length one hides that channels are last, the gradient is wrong (2.13).
+    # On the CPU, if the stride of an axis of length 1 hides a channels-last layout, the gradient is wrong (2.13).
     return not x.is_cpu or x.is_contiguous() or is_tracing() or 1 not in x.shape
 
 
 def compute(call: Call, plan: Plan, running: Running) -> Outcome:
-    """A call without a mask, by the statistics of the batch or by constants."""
+    """Compute a call without a mask, by the statistics of the batch or by constants."""
     if plan.constants is not None:
         mean, var = plan.constants
         if torch.is_grad_enabled() and (call.is_eager or not is_tracing()):
-            # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
+            # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
     if running.mean is None or running.var is None:
@@ -39,12 +39,12 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
     if x.is_cpu and call.is_eager and plan.unbiased and x.dtype is call.arithmetic and is_finite(x):
         rate = running.rate()
         assert isinstance(rate, float)
-        # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
+        # PyTorch changes them without telling autograd, and saves them although the backward pass does not need them.
         torch.autograd.graph.increment_version((running.mean, running.var))
         z = _batch_norm(call, running.mean.data, running.var.data, True, rate)
         running.note(True)
         return Outcome(_follow(call, z))
-    # PyTorch tells the statistics of a batch only by moving running ones: here they move all the way from 0.
+    # PyTorch returns a batch's statistics only by moving running ones: with momentum 1 these become the batch's.
     batch = Batch.of(x.new_zeros((2, x.shape[1]), dtype=call.arithmetic), plan.count, is_unbiased=True)
     return Outcome(_follow(call, _batch_norm(call, batch.mean, batch.var, True, 1.0)), batch)
 
@@ -53,14 +53,14 @@ def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: b
     x, weight, bias = call.x, call.weight, call.bias
     if x.dtype is not call.arithmetic:
         given = [weight, bias, mean, var]
-        if len({t.dtype for t in given if t is not None}) > 1:  # it wants them to be of one type
+        if len({t.dtype for t in given if t is not None}) > 1:  # they must have one type
             weight, bias, mean, var = (None if t is None else t.to(call.arithmetic) for t in given)
     cudnn = not x.is_cpu and torch.backends.cudnn.enabled
     return torch.batch_norm(x, weight, bias, mean, var, training, momentum, call.eps, cudnn)
 
 
 def _follow(call: Call, z: Tensor) -> Tensor:
-    """The residual and the activation; in place where nobody else has `z`."""
+    """Add the residual and apply the activation; in place where nothing else uses `z`."""
     name, parameter = call.activation
     if torch.is_grad_enabled() or not call.is_eager:
         z = z if call.residual is None else z + call.residual

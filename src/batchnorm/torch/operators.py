@@ -1,7 +1,7 @@
-"""The stages as operators of PyTorch, for graphs that `torch.compile` makes: what it cannot look into, it calls.
+"""The stages as registered operators, which the graphs of `torch.compile` can call.
 
 `batchnorm::forward` and `batchnorm::backward` normalize by the statistics of a batch, as `batch_norm` does in training
-on the CPU. Inductor would compose them of loops of its own, of which the sums over a channel are slow.
+on the CPU. Inductor would generate its own loops instead, whose sums over a channel are slow.
 """
 
 from typing import Any
@@ -27,13 +27,13 @@ LIBRARY.define(
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether the operators compute this: the statistics of the batch, on the CPU, in a type that the kernels know."""
+    """Whether the operators can compute this: statistics of the batch, on the CPU, in a type that the kernels know."""
     x, residual = call.x, call.residual
     return x.is_cpu and x.dtype in cpu.DTYPES and plan.is_simple and (residual is None or residual.dtype is x.dtype)
 
 
 def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) -> Outcome:
-    """A call by the statistics of the batch."""
+    """Compute a call by the statistics of the batch."""
     y, statistics = forward(*call[:6], *call.activation)
     mean, var, _ = statistics.unbind()
     return Outcome(y, Batch(statistics[:2], mean, var, plan.count))
@@ -43,7 +43,7 @@ def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) 
 
 
 def _asked(arguments: tuple[Any, ...]) -> tuple[Call, function.How]:
-    """The call behind the arguments of `forward`, and how it is computed."""
+    """The call that the arguments of `forward` describe, and how to compute it."""
     x, weight, bias, residual, counts, eps, name, parameter = arguments
     call = Call(x, weight, bias, residual, counts, eps, (name, parameter), arithmetic=arithmetic(x.dtype))
     count = float(call.total())
@@ -66,7 +66,7 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
         dx, d_weight, d_bias, d_residual = cpu.backward(
             dy, call, how, statistics[:, None], cpu.tables(call), (needs_x, needs_residual)
         )
-    # Outputs share no memory, not even where nothing is asked for.
+    # The outputs of an operator must not share memory, not even those that are not needed.
     return (
         call.x.new_empty(0) if dx is None else dx,
         call.x.new_empty(0) if call.weight is None else d_weight.to(call.weight.dtype, copy=True),
@@ -79,7 +79,7 @@ LIBRARY.impl("forward", _forward, "CPU")
 LIBRARY.impl("backward", _backward, "CPU")
 
 
-# --- What a graph knows of them before it runs -----------------------------------------------------------------------
+# --- Shapes and types, for graphs that have not run yet --------------------------------------------------------------
 
 
 def _like_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def _like_backward(
 
 
 def keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep what the gradients of `forward` need."""
+    """Save what the gradients of `forward` need."""
     x, weight, bias, residual, counts, eps, activation, parameter = inputs
     _, statistics = output
     ctx.has_residual = residual is not None
@@ -117,7 +117,7 @@ def keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def differentiate_forward(
     ctx: Any, dy: Tensor, *_: Any, backward: Any = torch.ops.batchnorm.backward
 ) -> tuple[Any, ...]:
-    """The gradients of all inputs, by `backward`."""
+    """The gradients of all inputs, computed by `backward`."""
     *asked, statistics = ctx.saved_tensors
     has_saved = asked[3] is not None
     needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
@@ -136,7 +136,7 @@ def keep_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """The gradients of the gradients; the statistics are taken as what they are, functions of `x`."""
+    """The gradients of the gradients, with the statistics as functions of `x`."""
     dy, x, weight, bias, residual, counts = ctx.saved_tensors
     eps, name, parameter = ctx.how
     needs_x, needs_residual = ctx.needs

@@ -1,11 +1,10 @@
-"""A class for a module that differs from its own only in calling layers together with what follows them.
+"""A module's class, rewritten to call its layers together with what follows them.
 
-The methods are parsed, changed as `source` says, and compiled again, on the same lines of the same file, so that errors
-and breakpoints are where one looks for them. Nothing is traced and nothing specialized: branches, loops and flags stay
-what they are.
+The methods are parsed, changed by `source`, and compiled again on the same lines of the same file, so that errors and
+breakpoints stay where one expects them. Nothing is traced or specialized: branches, loops and flags remain.
 
-The class is a subclass of the other, with the same name. Modules get it by assigning `__class__`, which takes nothing
-from them: not their parameters, not their hooks. They can be copied and pickled.
+The new class is a subclass of the original with the same name. A module gets it by assignment to `__class__`, and keeps
+its parameters and hooks. It can be copied and pickled.
 """
 
 import __future__
@@ -31,19 +30,19 @@ __all__ = ["NotRewritten", "at_several_places", "forward_sequence", "neighbors",
 
 
 class NotRewritten(Exception):
-    """Why a class has to stay as it is."""
+    """A class cannot be rewritten; the message is the reason."""
 
 
 # --- Classes ----------------------------------------------------------------------------------------------------------
 
 
 class Origin(NamedTuple):
-    """Where a rewritten class comes from.
+    """The origin of a rewritten class.
 
     Attributes:
-        original: The class that it was rewritten from, and whose subclass it is.
-        names: What the attributes of its instances are.
-        sites: What was rewritten.
+        original: The class that was rewritten, the base of the new one.
+        names: The attributes of its instances.
+        sites: The places that were rewritten.
     """
 
     original: type[nn.Module]
@@ -52,18 +51,18 @@ class Origin(NamedTuple):
 
 
 def origin(module: nn.Module) -> Origin | None:
-    """Where a module's class comes from, if it has been rewritten (and no one has put another class upon it)."""
+    """The origin of a module's class, if it was rewritten (and is not subclassed again)."""
     return vars(type(module)).get("_origin")
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was rewritten."""
+    """The class of a module before it was rewritten."""
     rewritten = origin(module)
     return type(module) if rewritten is None else rewritten.original
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle as a module of the original class, to be rewritten from what its source is where it is loaded."""
+    """Pickle as a module of the original class, which is rewritten again, from its source then, on loading."""
     reduced: Any = object.__reduce_ex__(self, max(2, protocol))
     return _restore, self._origin[:2], *reduced[2:]
 
@@ -71,23 +70,23 @@ def _reduce(self: Any, protocol: Any) -> Any:
 def _restore(original: type[nn.Module], names: Names) -> Any:
     try:
         kind = _rewritten(original, names)
-    except NotRewritten:  # the source is not here, or another one: then it runs as it is
+    except NotRewritten:  # the source is missing or has changed: the original class is used
         kind = original
     return kind.__new__(kind)
 
 
 def rewrite(module: nn.Module, shared: Container[nn.Module] = ()) -> type[nn.Module]:
-    """The class with which a module calls its layers together with what follows them.
+    """The class that makes a module call its layers together with what follows them.
 
     Args:
-        module: Any module; it is left as it is.
-        shared: Layers that something else calls, too.
+        module: Any module; it is not changed.
+        shared: Layers that other modules call as well.
 
     Returns:
         A subclass of its class, with the same name and an `Origin`.
 
     Raises:
-        NotRewritten: If there is nothing to call together, or its class cannot be exchanged unnoticed.
+        NotRewritten: If there is nothing to fuse, or if the class cannot be replaced unnoticed.
     """
     kind = original_class(module)
     if "forward" in vars(module):
@@ -101,7 +100,7 @@ def rewrite(module: nn.Module, shared: Container[nn.Module] = ()) -> type[nn.Mod
 
 
 def _names(module: nn.Module, shared: Container[nn.Module]) -> Names:
-    """What the module's own attributes are."""
+    """The module's attributes that are layers or activations."""
     layers, activations = set(), set()
     for name, child in module._modules.items():
         inside: Iterable[Any] = (
@@ -119,7 +118,7 @@ def _names(module: nn.Module, shared: Container[nn.Module]) -> Names:
 
 
 def at_several_places(model: nn.Module) -> set[nn.Module]:
-    """Layers whose calls a single module cannot put in order, because others may call them in between."""
+    """Layers that are at several places in a model, so that several modules may call them."""
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False) if fuse.is_ours(module))
     return {layer for layer, count in places.items() if count > 1}
 
@@ -137,7 +136,7 @@ def neighbors(modules: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module 
 
 
 def _rewritten(original: type[nn.Module], names: Names) -> type[nn.Module]:
-    """As for `rewrite`, for a class and what the attributes of its instances are."""
+    """As `rewrite`, for a class and the attributes of its instances."""
     key: Any = original
     kind: type[nn.Module] = _rewrite(key, names, tuple(_methods(original)))
     return kind
@@ -146,9 +145,9 @@ def _rewritten(original: type[nn.Module], names: Names) -> type[nn.Module]:
 @cache
 def _rewrite(original: Any, names: Names, methods: tuple[FunctionType, ...]) -> type[nn.Module]:
     if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
-        raise NotRewritten(f"{original.__name__} is pickled in a way of its own")
+        raise NotRewritten(f"{original.__name__} defines its own pickling")
     if inspect.getattr_static(original, "__init_subclass__") not in _HARMLESS:
-        raise NotRewritten(f"{original.__name__} takes note of its subclasses")
+        raise NotRewritten(f"{original.__name__} defines __init_subclass__")
     namespace: dict[str, Any] = {}
     sites: list[Site] = []
     for method in methods:
@@ -175,7 +174,7 @@ def forward_sequence(self: nn.Sequential, input: Any) -> Any:
 
 
 def _methods(original: type[nn.Module]) -> Iterator[FunctionType]:
-    """Those that are not PyTorch's own."""
+    """The methods that are not PyTorch's own."""
     for base in original.__mro__:
         if base.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"):
             for name, method in vars(base).items():
@@ -186,7 +185,7 @@ def _methods(original: type[nn.Module]) -> Iterator[FunctionType]:
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
 _INTROSPECTIVE = {"locals", "vars", "dir", "eval", "exec", "_getframe"}
-"""With these a method can look at its variables in a way that the source does not show."""
+"""With these, a method can see its variables in ways that its source does not show."""
 
 _FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
@@ -194,7 +193,7 @@ _FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.a
 def _rewrite_method(
     method: FunctionType, original: type[nn.Module], names: Names, sites: list[Site]
 ) -> dict[str, FunctionType]:
-    """The method, by its name, with its calls exchanged; nothing if there is none to exchange."""
+    """The method by its name, with its calls replaced; empty if there is nothing to replace."""
     code = method.__code__
     if not _mentions(method, names) or not _INTROSPECTIVE.isdisjoint(code.co_names):
         return {}
@@ -219,13 +218,13 @@ def _mentions(method: FunctionType, names: Names) -> bool:
 
 
 def _parse(method: FunctionType) -> ast.FunctionDef | None:
-    """The method's tree, on its lines and in its columns; None unless it is beyond doubt the source of what runs.
+    """The method's tree, with its lines and columns; None unless it certainly is the source of the running code.
 
-    It is not if the file has changed since it was loaded, or if a decorator put another function in the method's place.
+    It is not if the file has changed since it was loaded, or if a decorator replaced the method by another function.
     """
     try:
         lines, first = inspect.getsourcelines(method.__code__)
-        indented = lines[0][:1].isspace()  # then it needs something to stand under
+        indented = lines[0][:1].isspace()  # then it needs a block around it
         module = ast.parse("if True:\n" * indented + "".join(lines))
         ast.increment_lineno(module, first - 1 - indented)
         (tree,) = module.body[0].body if isinstance(module.body[0], ast.If) else module.body
@@ -238,10 +237,10 @@ def _parse(method: FunctionType) -> ast.FunctionDef | None:
 
 
 def _compile(tree: ast.FunctionDef, method: FunctionType, *more: str) -> CodeType:
-    """The method's code, compiled below its file's imports, in what it closes over, and in its class.
+    """The method's code, compiled inside its file's imports, its closure and its class.
 
-    The compiler minds them all: it calls what was imported in another way, and the class is for private names and
-    `super()`.
+    The compiler depends on all three: it compiles calls of imported names differently, and the class serves private
+    names and `super()`.
     """
     code = method.__code__
     kind = method.__qualname__.split(".")[-2:-1]
@@ -258,12 +257,12 @@ def _compile(tree: ast.FunctionDef, method: FunctionType, *more: str) -> CodeTyp
 
 @lru_cache(maxsize=8)
 def _imported(source: str) -> list[str]:
-    """The names that a file imports, at its top level."""
+    """The names that a file imports at its top level."""
     return [symbol.get_name() for symbol in symtable(source, "", "exec").get_symbols() if symbol.is_imported()]
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two codes, or constants in them, do the same, wherever they come from."""
+    """Whether two code objects, or two constants in them, do the same."""
     if not isinstance(a, CodeType) or not isinstance(b, CodeType):
         return type(a) is type(b) and repr(a) == repr(b)
     parts = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
@@ -275,5 +274,5 @@ def _reason(original: type[nn.Module], methods: Iterable[FunctionType]) -> str:
     """Why there was nothing to rewrite in a class."""
     unread = [method.__name__ for method in methods if _parse(method) is None]
     if "forward" in unread:
-        return f"the source of {original.__name__}.forward is not to be had"
+        return f"the source of {original.__name__}.forward is not available"
     return f"{original.__name__} does not call it and then, with nothing else in between, an activation"

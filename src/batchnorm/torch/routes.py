@@ -1,4 +1,4 @@
-"""The one table of the ways in which a normalization is computed: the first that takes a call computes it."""
+"""The table of routes, the ways to compute a normalization: the first route that takes a call computes it."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ class Route(NamedTuple):
     """One way to compute a call.
 
     Attributes:
-        name: What `route` and `explain` call it.
-        takes: Whether it can compute a plan of a call.
-        pays: Whether it should, where others can, too. Not asked inside of `with route(...)`.
-        compute: `y`, and the statistics of the batch.
+        name: Its name in `route` and `explain`.
+        takes: Whether it can compute this plan of this call.
+        pays: Whether it should, where later routes can as well. Not asked inside `with route(...)`.
+        compute: Computes the outcome.
     """
 
     name: str
@@ -31,18 +31,18 @@ class Route(NamedTuple):
 
 
 SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 17, 1 << 20, 1 << 15
-"""Values from which on the CPU's kernels pay: in training (twice as many where channels are last), in evaluation, and
-in training in a compiled graph.
+"""The numbers of values from which the CPU kernels pay: in training (twice as many for channels-last tensors), in
+evaluation, and in training in a compiled graph.
 
-An autograd function in Python takes about 30 us more, forward and backward, than PyTorch's operation in C++, and from
-cold caches several times that. From about these sizes on, on two cores, the kernels make up for it. In evaluation there
-is less to make up with: PyTorch's operation reads once and writes once, and the activation is applied in place. In a
-compiled graph an operator in Python takes some 100 us more than loops of its own, which are several times as slow.
+Forward and backward, an autograd function in Python takes about 30 us more than PyTorch's operation in C++, and several
+times that with cold caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain
+in evaluation: PyTorch's operation reads once and writes once, and the activation is applied in place. In a compiled
+graph, an operator in Python takes about 100 us more than the graph's own loops, which are several times slower.
 """
 
 
 def _native_pays(call: Call, plan: Plan) -> bool:
-    """Where the kernels would not make up for their calls; and wherever there are no kernels of ours."""
+    """On small CPU tensors, where calling our kernels costs more than they gain, and where we have no kernels."""
     if not call.x.is_cpu:
         return True
     if plan.constants is not None and not call.is_eager and is_tracing():
@@ -55,7 +55,7 @@ def _native_pays(call: Call, plan: Plan) -> bool:
 
 
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
-    """Whether the kernels of a device know what is in the call."""
+    """Whether the kernels of a device support everything in the call."""
     return (
         call.x.dtype in stages.DTYPES
         and (call.residual is None or call.residual.dtype is call.x.dtype)
@@ -104,15 +104,15 @@ ROUTES = (
     Route("functorch", _functorch_takes, _always, lambda call, plan, _: transforms.compute(call, plan)),
     Route("composed", _always, _always, lambda call, plan, _: composed.compute(call, plan)),
 )
-"""In this order.
+"""In order of preference.
 
-1. `triton`: the GPU's kernels in one autograd function. Called eagerly, with CUDA tensors of a known type.
-2. `native`: `torch.batch_norm` and the activation. The statistics of the batch or constants, without a mask: small
-   tensors on the CPU, and every size on devices for which there are no kernels of ours.
-3. `numba`: the CPU's kernels in the same function as the GPU's. Called eagerly, with ordinary tensors of a known type.
-4. `operator`: the CPU's kernels as registered operators. In a compiled graph on the CPU, from a size on.
-5. `functorch`: these operators inside `torch.func`'s `grad` and `vmap`, on the CPU.
-6. `composed`: the formula in PyTorch's elementary operations. Everything.
+1. `triton`: the GPU kernels, in one autograd function. For eager calls with CUDA tensors of a supported type.
+2. `native`: `torch.batch_norm` and the activation. For the statistics of the batch or constants, without a mask: small
+   tensors on the CPU, and all sizes on devices without kernels of ours.
+3. `numba`: the CPU kernels, in the same autograd function. For eager calls with ordinary tensors of a supported type.
+4. `operator`: the CPU kernels as registered operators. For compiled graphs on the CPU, from a minimum size.
+5. `functorch`: the same operators inside `grad` and `vmap` of `torch.func`, on the CPU.
+6. `composed`: the formula in PyTorch's elementary operations. For everything else.
 """
 
 _NAMES = tuple(route.name for route in ROUTES)
@@ -123,7 +123,7 @@ def choose(call: Call, plan: Plan) -> Route:
     """The first route that takes the call.
 
     Raises:
-        RuntimeError: If none of those that `with route(...)` allows can.
+        RuntimeError: If none of the routes that `with route(...)` allows can compute it.
     """
     for each in ROUTES:
         if _allowed is None:
@@ -139,7 +139,7 @@ def choose(call: Call, plan: Plan) -> Route:
 
 @contextmanager
 def route(*names: str) -> Iterator[None]:
-    """Let batch normalizations be computed only in these ways: for tests, benchmarks and bug reports.
+    """Restrict batch normalizations to these routes: for tests, benchmarks and bug reports.
 
     ```
     with batchnorm.torch.route("composed"):
@@ -154,7 +154,7 @@ def route(*names: str) -> Iterator[None]:
         names: Among `"triton"`, `"native"`, `"numba"`, `"operator"`, `"functorch"` and `"composed"`.
 
     Raises:
-        ValueError: If there is no such route.
+        ValueError: If a name is unknown, or if there is none.
         RuntimeError: In a call, if none of these routes can compute it.
     """
     global _allowed

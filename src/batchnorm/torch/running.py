@@ -1,4 +1,4 @@
-"""The running statistics of a layer, and the one way in which they move."""
+"""The running statistics of a layer, and the only code that moves them."""
 
 import math
 from typing import NamedTuple
@@ -12,14 +12,14 @@ __all__ = ["Running", "correction", "is_finite", "move", "update"]
 
 
 class Running(NamedTuple):
-    """The running statistics that go with a call.
+    """The running statistics that belong to a call.
 
     Attributes:
         mean, var: `(C,)`; None if there are none.
         momentum: The weight of the new batch; None for the average of all batches.
-        batches: How many batches have been counted; None if nobody counts.
-        skipped: How many batches have been left out; None if nobody counts.
-        is_recomputed: Whether the batch has been counted before: an activation checkpoint repeats a forward pass.
+        batches: The counter of batches; None if there is none.
+        skipped: The counter of skipped batches; None if there is none.
+        is_recomputed: Whether the batch was counted before, because an activation checkpoint repeats a forward pass.
     """
 
     mean: Tensor | None = None
@@ -30,11 +30,11 @@ class Running(NamedTuple):
     is_recomputed: bool = False
 
     def check(self, x: Tensor, needed: bool) -> None:
-        """See that the statistics fit `x`, and are there if they are needed.
+        """Check that the statistics fit `x`, and that they exist if they are needed.
 
         Raises:
-            RuntimeError: If they do not fit, or are missing.
-            ValueError: If only one of the two is there.
+            RuntimeError: If they do not fit, or are needed and missing.
+            ValueError: If only one of the two is given.
         """
         if needed and (self.mean is None or self.var is None):
             raise RuntimeError(
@@ -48,7 +48,7 @@ class Running(NamedTuple):
             check_channels("running_var", self.var, x)
 
     def rate(self, dtype: torch.dtype = torch.float64) -> float | Tensor:
-        """The weight of the next batch: a number, or a tensor of `dtype` where a number would have to be waited for."""
+        """The weight of the next batch: a number, or a tensor of `dtype` where a number would force a device sync."""
         if self.momentum is not None:
             return self.momentum
         if self.batches is None:
@@ -58,7 +58,7 @@ class Running(NamedTuple):
         return (self.batches + 1).to(dtype).reciprocal()
 
     def note(self, moved: bool | Tensor) -> None:
-        """Count a batch as one that has moved the running statistics, or as one that was skipped."""
+        """Count a batch as tracked if the running statistics moved, otherwise as skipped."""
         if isinstance(moved, bool):
             counter = self.batches if moved else self.skipped
             if counter is not None:
@@ -68,7 +68,7 @@ class Running(NamedTuple):
 
 
 def correction(count: float | Tensor) -> float | Tensor:
-    """What makes a biased variance unbiased: `count / (count - 1)`, and 1 where that is not defined."""
+    """The factor from the biased to the unbiased variance: `count / (count - 1)`, or 1 where that is undefined."""
     if isinstance(count, Tensor):
         return torch.where(count > 1, count / (count - 1), 1.0)
     return count / (count - 1) if count > 1 else 1.0
@@ -77,13 +77,13 @@ def correction(count: float | Tensor) -> float | Tensor:
 def update(running: Running, batch: Batch, unbiased: bool) -> None:
     """Move the running statistics towards those of a batch, in place, and count it: `definition.update_running`.
 
-    A batch that is empty, or whose statistics are not finite in the type of the running ones, leaves them as they are.
-    It is counted as skipped. Nothing waits for the device.
+    A batch that is empty, or whose statistics are not finite in the type of the running ones, does not change them and
+    is counted as skipped. Nothing waits for the device.
 
     Args:
-        running: Which.
-        batch: The batch; its statistics are at least float32.
-        unbiased: Whether the running variance moves towards the unbiased one.
+        running: The running statistics.
+        batch: The batch; its statistics are float32 or wider.
+        unbiased: Whether the running variance moves towards the unbiased variance of the batch.
     """
     with torch.no_grad():
         if running.mean is None or running.var is None:
@@ -102,13 +102,13 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
 
     Args:
         running_mean, running_var: `(..., C)`. Changed in place.
-        batch: Mean and variance are `(..., C)`; the sum is taken in their type.
+        batch: Mean and variance are `(..., C)`; the arithmetic has their type.
         rate: A number, or a tensor of that type that broadcasts.
 
     Returns:
-        Whether they are finite: a boolean where that is known at once, else a tensor `(...)`.
+        Whether the batch's statistics are finite: a boolean where that is known at once, otherwise a tensor `(...)`.
     """
-    # As the buffers will hold them: a variance above 65504 is finite, but not in the float16 of `model.half()`.
+    # In the type of the buffers: a variance above 65504 is finite, but not in the float16 of `model.half()`.
     stored = batch.moments if running_var.dtype is batch.var.dtype else batch.moments.to(running_var.dtype)
     if stored.numel() == 0:
         return True

@@ -1,4 +1,4 @@
-"""Where a method calls a layer and then its activation: found in its source, and written as one call there.
+"""Find where a method's source calls a layer and then its activation, and write it as one call.
 
 `self.relu(self.bn(x))` becomes `follow(self.bn, x, None, None, self.relu)`, and so do
 
@@ -10,10 +10,10 @@ x = F.relu(x)                 if self.downsample is not None:
                               return self.relu(out)
 ```
 
-The value between the calls may only be left out if nothing else can see it. That is read from the source, too: it has
-no name, or the statement that uses it assigns its name anew, or its name is used nowhere else. Where the layer has to
-wait for its residual, as on the right, nothing may change its input meanwhile. That depends on the modules, so both
-ways are written, and the choice is made when they are called.
+The value between the calls may be left out only if nothing else can see it. The source shows this: the value has no
+name, or the statement that uses it reassigns its name, or its name is used nowhere else. Where the layer must wait for
+its residual, as on the right, nothing may change its input in the meantime. That depends on the modules, so both
+versions are written, and each call chooses between them.
 """
 
 import ast
@@ -34,11 +34,11 @@ FUSE = "__batchnorm_fuse__"
 
 @dataclass(frozen=True)
 class Names:
-    """What a module's attributes are: `"bn"` is `self.bn`, `"bns[]"` one out of `self.bns`, `"[]"` one out of any such.
+    """A module's attributes: `"bn"` is `self.bn`, `"bns[]"` an item of `self.bns`, `"[]"` an item of any container.
 
     Attributes:
         layers: The batch normalizations.
-        activations: What could be fused with them.
+        activations: The attributes that could be fused with them.
     """
 
     layers: frozenset[str]
@@ -49,12 +49,12 @@ class Site(NamedTuple):
     """A place where a layer and what follows it are now called together.
 
     Attributes:
-        layer: What is called, as in `Names`; `"bns[]()"` where all of `self.bns` are called one after the other.
-        activation: What follows, in the source: something to call, or the name of a method; None if nothing does.
-        args, kwargs: Its further arguments.
-        residual: Whether one is added.
-        self: How the module calls itself there.
-        globals: What else is known there.
+        layer: The layer, as in `Names`; `"bns[]()"` where all of `self.bns` are called one after the other.
+        activation: The source of the activation: a callable, or the name of a method; None if nothing follows.
+        args, kwargs: Its other arguments.
+        residual: Whether a residual is added.
+        self: The name of the module in the method.
+        globals: The global names of the method.
     """
 
     layer: str
@@ -76,13 +76,13 @@ class Source(ast.NodeTransformer):
         self.self = tree.args.args[0].arg
         self.globals: dict[str, Any] = method.__globals__
         self.variables = _Variables(tree, method, self.self)
-        self.loop: ast.stmt | None = None  # the outermost of those around
-        self.group = _Group([], None)  # what is being rewritten
-        self.waits: list[ast.expr] = []  # what must be true for it to be right
+        self.loop: ast.stmt | None = None  # the outermost enclosing loop
+        self.group = _Group([], None)  # the statements that are being rewritten
+        self.waits: list[ast.expr] = []  # the conditions under which that is right
         self.sites: list[Site] = []
 
     def rewrite(self) -> bool:
-        """Rewrite the tree, in place; whether there was anything to rewrite."""
+        """Rewrite the tree in place, and return whether there was anything to rewrite."""
         self.tree.body = self._suite(self.tree.body)
         return bool(self.sites)
 
@@ -108,7 +108,7 @@ class Source(ast.NodeTransformer):
             return self._write_group(_Group([statement], before, deepcopy(statement))) or [statement]
         if isinstance(statement, ast.For) and (chain := self._chain(statement)) is not None:
             return [chain]
-        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # not `try`: it may see what is left out
+        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # `try` could see what is left out
             outer = self.loop
             if isinstance(statement, ast.For | ast.While):
                 self.loop = outer or statement
@@ -137,9 +137,9 @@ class Source(ast.NodeTransformer):
         return assign
 
     def _find_group(self, statements: list[ast.stmt], before: ast.stmt | None) -> "_Group | None":
-        """The statements at the front that call a layer, add a residual and activate.
+        """The first statements that call a layer, add a residual and apply an activation.
 
-        What stands between the layer and its residual goes in front of both: then the layer has to wait.
+        Statements between the layer and its residual move in front of both; then the layer has to wait.
         """
         match statements[0]:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in self.variables.own:
@@ -153,7 +153,7 @@ class Source(ast.NodeTransformer):
         while end < len(statements) and self._is_quiet(statements[end], fusion.call, name):
             end += 1
         between = statements[1:end]
-        if between and isinstance(x, ast.Call):  # the input is computed where it was; only the layer waits
+        if between and isinstance(x, ast.Call):  # the input is computed in its place; only the layer waits
             front.append(ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], x), statements[0]))
             fusion.call.args = [ast.copy_location(ast.Name(name, ast.Load()), x)]
             before = front[0]
@@ -187,17 +187,17 @@ class Source(ast.NodeTransformer):
         return None
 
     def _use(self, statements: list[ast.stmt], name: str) -> ast.Name | None:
-        """Where the first statement takes the value of a name, which is not needed afterwards."""
+        """Where the first statement uses the value of a name, if the value is not needed afterwards."""
         if not statements or not self.variables.are_used_up(name, statements[0]):
             return None
         value = statements[0].value if isinstance(statements[0], _SIMPLE) else None
         return None if value is None else _first_use(value, name)
 
     def _write_group(self, group: "_Group") -> list[ast.stmt] | None:
-        """The statements that do what the group does; None if that is no other way."""
+        """The rewritten statements of the group; None if there is nothing to rewrite."""
         self.group, self.waits, sites = group, [], len(self.sites)
         last = self.visit(group.last)
-        if any(node is group.call for node in ast.walk(last)):  # for it nothing was found
+        if any(node is group.call for node in ast.walk(last)):  # nothing was found for it
             del self.sites[sites:]
             return None
         new = [self.visit(statement) for statement in group.front]
@@ -211,11 +211,11 @@ class Source(ast.NodeTransformer):
     # --- Expressions ---
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Exchange `activation(layer(x) + residual)`, or a part of it."""
+        """Replace `activation(layer(x) + residual)`, or a part of it."""
         return self._visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        """Exchange `layer(x) + residual`."""
+        """Replace `layer(x) + residual`."""
         return self._visit(node)
 
     def _leave(self, node: ast.AST) -> ast.AST:
@@ -248,7 +248,7 @@ class Source(ast.NodeTransformer):
         return fusion and replace(fusion, activation=activation, args=args, kwargs=kwargs)
 
     def _pending(self, node: ast.expr) -> "_Fusion | None":
-        """`layer(x)`, or the sum of this and something."""
+        """`layer(x)`, or its sum with a residual."""
         match node:
             case ast.Call(func=layer, args=[x], keywords=[]) if self._name(layer) in self.names.layers:
                 return None if isinstance(x, ast.Starred) else _Fusion(node)
@@ -284,7 +284,7 @@ class Source(ast.NodeTransformer):
         return call
 
     def _name(self, node: ast.expr) -> str | None:
-        """What is called, as in `Names`."""
+        """The name of the callee, as in `Names`."""
         match node:
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == self.self:
                 return name
@@ -302,10 +302,10 @@ class Source(ast.NodeTransformer):
                 return name in _FUNCTIONS and not _calls(owner)
         return self._name(node) in self.names.activations
 
-    # --- What is right ---
+    # --- What is allowed ---
 
     def _allows(self, fusion: "_Fusion") -> bool:
-        """Whether the fused call does what the source says."""
+        """Whether the fused call does the same as the source."""
         residual = fusion.residual
         late = fusion.late and residual is not None and _calls(residual)
         if residual is None:
@@ -318,14 +318,14 @@ class Source(ast.NodeTransformer):
         return allowed and (not waits or self._may_wait(fusion))
 
     def _may_wait(self, fusion: "_Fusion") -> bool:
-        """Whether the layer may be called after its residual; what this takes of the modules is noted in `waits`."""
+        """Whether the layer may be called after its residual; the condition on the modules is added to `waits`."""
         (x,) = fusion.call.args
         hidden = ""
         match x, self.group.before:
             case ast.Call(func=producer), _:
                 pass
             case ast.Name(id=hidden), ast.Assign(targets=[ast.Name(id=target)], value=ast.Call(func=producer)):
-                # Nobody but the layer may take what was produced; in a group, only the first statement can do so.
+                # Only the layer may use the produced value; in a group, only the first statement can.
                 first = len(self.group.old) == 1 or fusion.call is self.group.call
                 if target != hidden or not first or not self.variables.is_secret(hidden, self.group.old[0]):
                     return False
@@ -340,7 +340,7 @@ class Source(ast.NodeTransformer):
         return True
 
     def _is_quiet(self, node: ast.AST, call: ast.Call, hidden: str) -> bool:
-        """Whether this can be computed before the layer is called instead of after: neither notices the other."""
+        """Whether this may be computed before the layer instead of after it: neither affects the other."""
         (x,) = call.args
         hidden_names = {hidden, "super", x.id if isinstance(x, ast.Name) else hidden}
         attributes: list[str] = []
@@ -356,16 +356,16 @@ class Source(ast.NodeTransformer):
                     attributes.append(name)
                 case _ if not isinstance(child, _QUIET):
                     return False
-        # A method of its own could do anything, and so could anyone to whom it hands itself.
+        # A method of the module could do anything, and so could any function that gets the module.
         selves = sum(isinstance(child, ast.Name) and child.id == self.self for child in ast.walk(node))
         plain = all(not hasattr(inspect.getattr_static(self.original, name, None), "__get__") for name in attributes)
         layer = (self._name(call.func) or "").partition("[")[0]
         return plain and selves == len(attributes) and layer not in attributes
 
     def _is_left_alone(self, residual: ast.expr) -> bool:
-        """Whether nothing in this method takes the residual afterwards, and so nothing can change it.
+        """Whether nothing in this method uses the residual afterwards, so that nothing can change it.
 
-        Fused with an activation it is kept for the backward pass, which PyTorch's own addition does not do.
+        Fused with an activation, the residual is kept for the backward pass; PyTorch's own addition does not keep it.
         """
         called = [child.func for child in ast.walk(residual) if isinstance(child, ast.Call)]
         own = [child for child in ast.walk(residual) if isinstance(child, ast.Attribute) and child not in called]
@@ -380,8 +380,8 @@ class _Fusion:
 
     Attributes:
         call: `layer(x)`.
-        residual: What is added, if anything.
-        add: How, as in `fuse.ADD`.
+        residual: The residual, if any.
+        add: How it is added, as in `fuse.ADD`.
         late: Whether the source computes the residual after `layer(x)`.
         activation, args, kwargs: As in `Site`.
     """
@@ -401,11 +401,11 @@ class _Group:
 
     Attributes:
         old: All of them.
-        before: The one in front of `call`.
-        last: The last one, in which the value of `call` stands in the place of its name.
+        before: The statement in front of `call`.
+        last: The last statement, with the value of `call` in place of its name.
         call: `layer(x)`, if its value had a name.
-        sums: Sums that were statements of their own, and how they added, as in `fuse.ADD`.
-        front: What is left of the first one: it computes `x`.
+        sums: Sums that were separate statements, and how they added, as in `fuse.ADD`.
+        front: The rest of the first statement, which computes `x`.
         between: Statements between the layer and its residual.
     """
 
@@ -418,11 +418,11 @@ class _Group:
     between: list[ast.stmt] = field(default_factory=list)
 
 
-# --- Who takes a value, and when --------------------------------------------------------------------------------------
+# --- Who uses a value, and when ---------------------------------------------------------------------------------------
 
 
 class _Variables:
-    """The names in a method. `own` are those that only its own statements can see."""
+    """The names in a method; `own` are the names that only its own statements can see."""
 
     def __init__(self, tree: ast.FunctionDef, method: FunctionType, me: str) -> None:
         nodes = list(ast.walk(tree))
@@ -437,11 +437,11 @@ class _Variables:
         return sum(read.id == name and (within is None or _is_in(read, [within])) for read in self.reads)
 
     def is_secret(self, name: str, statement: ast.stmt) -> bool:
-        """Whether the statement takes the value only once."""
+        """Whether only this method can see the value, and the statement uses it once."""
         return name in self.own and self.times_read(name, statement) == 1
 
     def are_used_up(self, name: str, statement: ast.stmt) -> bool:
-        """Whether the statement takes the value of a name once, and nothing can take it afterwards."""
+        """Whether the statement uses the value of a name once, and nothing can use it afterwards."""
         if self.times_read(name, statement) != 1:
             return False
         match statement:
@@ -454,7 +454,7 @@ class _Variables:
         return self.times_read(name) == 1
 
     def are_left_alone(self, names: set[str], old: list[ast.stmt], loop: ast.stmt | None) -> bool:
-        """Whether nothing takes what these names hold, or what others hold in common with them, after `old`."""
+        """Whether nothing uses the values of these names, or of names that may share them, after `old`."""
         last = old[-1]
         if isinstance(last, ast.Return):
             return True
@@ -489,7 +489,7 @@ _QUIET = (
     ast.Slice, ast.Tuple, ast.List, ast.IfExp, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.expr_context,
     ast.cmpop, ast.boolop, ast.unaryop, ast.operator,
 )  # fmt: skip
-"""What may stand between a layer and its residual: choices and assignments; no loops, no jumps, no new functions."""
+"""What may stand between a layer and its residual: conditions and assignments, but no loops, jumps or definitions."""
 
 _FUNCTIONS = {function.__name__ for function in fuse.FUNCTIONS}
 
@@ -507,7 +507,7 @@ def _calls(node: ast.AST) -> bool:
 
 
 def _is_plain(node: ast.expr) -> bool:
-    """Whether this is a constant or a name, so that it does not matter when it is computed."""
+    """Whether this is a constant or a name, so that it may be evaluated at any time."""
     plain = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.expr_context, ast.unaryop)
     return all(isinstance(child, plain) for child in ast.walk(node))
 
@@ -522,11 +522,11 @@ def _addends(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
 
 
 def _first_use(node: ast.AST, name: str) -> ast.Name | None:
-    """Where the value of a name is taken, if nothing is called before; in a choice it might not be taken at all."""
+    """Where the value of a name is used, if nothing is called before; a conditional might not use it at all."""
     if isinstance(node, ast.Name):
         return node if node.id == name else None
     if isinstance(node, ast.Call | ast.BinOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.keyword):
-        for child in ast.iter_child_nodes(node):  # for these in the order in which they are computed
+        for child in ast.iter_child_nodes(node):  # for these nodes, in the order of evaluation
             if name in _identifiers(child):
                 return _first_use(child, name)
             if _calls(child):

@@ -1,8 +1,8 @@
-"""Where the statistics of a normalization come from.
+"""Sources of statistics: where a normalization gets its mean and variance from.
 
-The stages of batch normalization are the same for every variant. An object of this module, given as `statistics=` to a
-layer or to `batch_norm`, says which statistics they work with in training: it turns a `Call` into a `Plan`. Evaluation
-always uses the running statistics.
+The stages of batch normalization are the same for every variant; only the statistics differ. A source, given as
+`statistics=` to a layer or to `batch_norm`, turns each training `Call` into a `Plan`. Evaluation always uses the
+running statistics. A subclass of `Statistics` with its own `plan` is a source, too.
 """
 
 from dataclasses import dataclass, field
@@ -27,40 +27,44 @@ __all__ = [
 
 
 class Statistics:
-    """What all sources of statistics have in common."""
+    """The base class of all sources of statistics."""
 
     needs_running = False
     """Whether a call needs running statistics."""
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """Say by which statistics a call is normalized.
+        """Plan the statistics by which a call is normalized.
 
         Args:
             call: The call.
-            running: The running statistics that go with it.
+            running: The running statistics that belong to it.
+
+        Returns:
+            The plan.
 
         Raises:
-            ValueError: If there are too few values.
+            ValueError: If the call has too few values.
             RuntimeError: If something else is missing.
         """
-        raise TypeError(f"{type(self).__name__} does not say where statistics come from: it needs a method `plan`")
+        raise TypeError(f"{type(self).__name__} is not a source of statistics: it needs a method `plan`")
 
     def fail(self, device: torch.device) -> None:
-        """Tell the other processes that wait for this one that it has failed before it could call them."""
+        """Tell the other processes, which wait for this one, that it failed before its collective."""
 
 
 @dataclass(frozen=True)
 class BatchStatistics(Statistics):
-    """The statistics of the batch itself, which also update the running ones: the default.
+    """The statistics of the batch, towards which the running statistics move: the default.
 
     Args:
-        unbiased: Whether the running variance moves towards the unbiased one, as in PyTorch. False is Keras' way.
+        unbiased: Whether the running variance moves towards the unbiased variance, as in PyTorch. Keras uses the
+            biased one.
     """
 
     unbiased: bool = True
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """The whole batch. The errors are those of `batch_norm`."""
+        """The whole batch, with the errors of `batch_norm`."""
         count = _count_two(call)
         if isinstance(count, Tensor) or count != 0:
             return Plan(count, None, None, None, None, self.unbiased)
@@ -70,12 +74,12 @@ class BatchStatistics(Statistics):
 
 @dataclass(frozen=True)
 class RunningStatistics(Statistics):
-    """The running statistics, in training too, and they stay as they are: a frozen layer. Weight and bias may learn."""
+    """The running statistics, in training too, unchanged: a frozen layer. Weight and bias may still learn."""
 
     needs_running = True
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """Constants."""
+        """The running statistics as constants."""
         mean, var = running.mean, running.var
         assert mean is not None
         assert var is not None
@@ -86,12 +90,12 @@ class RunningStatistics(Statistics):
 class GhostStatistics(Statistics):
     """The statistics of groups of samples: a large batch with the noise of a small one.
 
-    A batch of `N` samples is cut into `max(1, N // batch_size)` groups of consecutive samples, as equal as can be: no
-    group is smaller than `batch_size`, and the sizes differ by one at most. The running statistics are updated once,
-    with the statistics of the whole batch.
+    A batch of `N` samples is cut into `max(1, N // batch_size)` groups of consecutive samples. The sizes of the groups
+    differ by at most one, and none is smaller than `batch_size` unless the whole batch is. The running statistics are
+    updated once, with the statistics of the whole batch.
 
     Args:
-        batch_size: Samples per group.
+        batch_size: The smallest number of samples per group.
         unbiased: As in `BatchStatistics`.
 
     Raises:
@@ -109,15 +113,15 @@ class GhostStatistics(Statistics):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
 
     def sizes(self, samples: int) -> list[int]:
-        """How many samples each group has."""
-        samples = int(samples)  # a compiled graph has as many groups as its batch has
+        """The number of samples of each group."""
+        samples = int(samples)  # the number of groups is fixed in a compiled graph
         groups = max(1, samples // self.batch_size)
         small = samples // groups
         larger = samples - small * groups
         return [small + (group < larger) for group in range(groups)]
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """A part for each group; each must have two values per channel."""
+        """A part for each group, each with at least two values per channel."""
         count = _count_two(call)
         if call.x.numel() == 0:
             return BatchStatistics(self.unbiased).plan(call, running)
@@ -144,17 +148,18 @@ class GhostStatistics(Statistics):
 class SyncStatistics(Statistics):
     """The statistics of the batches of all processes together, however the samples are split among them.
 
-    A process may have no samples at all. Every process must call the layer, and its backward pass, as often as the
-    others. There is one collective in each pass, and one more when a layer is wider than 256 channels and than all
-    before it. Without `torch.distributed`, or in a group of one, these are the statistics of the batch.
+    A process may have no samples. All processes must call the layer, and its backward pass, equally often. Each pass
+    takes one collective. A layer of more than 256 channels that is wider than all layers before it takes one more.
+    Without `torch.distributed`, or in a group of one process, these are the statistics of the batch.
 
     Args:
-        process_group: Of `torch.distributed`; the default one if None.
+        process_group: A group of `torch.distributed`; the default group if None.
         unbiased: As in `BatchStatistics`.
 
     Raises:
-        RuntimeError: In a call, in all processes, if one of them fails, if their channels or types differ, or if `x`
-            needs a gradient in some only. If a process dies, the others fail immediately or after the group's timeout.
+        RuntimeError: In a call, in all processes: if one of them fails, if their channels or types differ, or if `x`
+            needs a gradient in only some of them. If a process dies, the others fail immediately or after the group's
+            timeout.
 
     Source: Peng et al. 2018, "MegDet", section 3.3. Merged as by Chan et al. 1983.
     """
@@ -164,24 +169,24 @@ class SyncStatistics(Statistics):
 
     @property
     def group(self) -> Group | None:
-        """The processes that there are now besides this one; None if it is alone."""
+        """The current group of processes; None if this one is alone."""
         return Group.of(self.process_group)
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """The whole batch of all processes; how many values there are is known only when they have met."""
+        """The batches of all processes; the total count is known only after the collective."""
         group = self.group
         if group is None:
             return BatchStatistics(self.unbiased).plan(call, running)
         return Plan(call.total(), group=group, unbiased=self.unbiased)
 
     def fail(self, device: torch.device) -> None:
-        """Make the other processes fail, too."""
+        """Make the other processes fail as well."""
         group = self.group
         if group is not None:
             group.fail(device)
 
     def __deepcopy__(self, memo: Any) -> "SyncStatistics":
-        return self  # a process group cannot be copied, and a copy of a layer works with the same processes
+        return self  # a process group cannot be copied; a copied layer keeps it
 
     def __reduce__(self) -> Any:
         if self.process_group is not None:
@@ -193,25 +198,26 @@ class SyncStatistics(Statistics):
 
 @dataclass(frozen=True)
 class Renorm(Statistics):
-    """Batch renormalization: batch statistics, corrected towards the running ones. For small or dependent batches.
+    """Batch renormalization: batch statistics corrected towards the running ones, for small or dependent batches.
 
     `y = xhat * r + d` before weight and bias, where
     `r = clip(std / running_std, 1/r_max, r_max)` and `d = clip((mean - running_mean) / running_std, -d_max, d_max)` are
-    constants of the backward pass. Without the clips `y` would be what evaluation gives.
+    constants in the backward pass. Without the clips, `y` would equal that of evaluation.
 
-    Both limits grow with the layer's `num_batches_tracked`, which is in its state dict: for `warmup_steps` batches
-    there is no correction (`r = 1, d = 0`), then `r_max` grows linearly until `8 * warmup_steps` and `d_max` until
-    `5 * warmup_steps`; the paper has 5,000, 40,000 and 25,000. `batch_norm`, which counts nothing, takes full limits.
+    Both limits grow with the layer's `num_batches_tracked`, which is in its state dict. For `warmup_steps` batches
+    there is no correction (`r = 1, d = 0`). Then `r_max` grows linearly until `8 * warmup_steps` and `d_max` until
+    `5 * warmup_steps`; in the paper these are 5,000, 40,000 and 25,000. `batch_norm` has no counter and uses the full
+    limits.
 
     Args:
-        r_max: At least 1.
-        d_max: At least 0, in standard deviations.
-        warmup_steps: Batches without correction; 0 for full limits from the first one on.
-        statistics: Those of the batch: `BatchStatistics()`, or `SyncStatistics()` for that of all processes.
+        r_max: The largest `r`, at least 1.
+        d_max: The largest `d`, at least 0, in standard deviations.
+        warmup_steps: The number of batches without correction; 0 for the full limits from the first batch.
+        statistics: The statistics to correct: `BatchStatistics()`, or `SyncStatistics()` for all processes.
 
     Raises:
         ValueError: If a limit is out of its range.
-        TypeError: If `statistics` are others.
+        TypeError: If `statistics` is neither `BatchStatistics` nor `SyncStatistics`.
 
     Source: Ioffe 2017, "Batch renormalization", algorithm 1 and section 4.
     """
@@ -228,15 +234,15 @@ class Renorm(Statistics):
             raise TypeError(f"statistics must be BatchStatistics() or SyncStatistics(), got {self.statistics!r}")
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """The plan of the statistics inside, and the correction."""
+        """The plan of the inner statistics, with the correction."""
         if running.is_recomputed:
             raise RuntimeError(
-                "Renorm() cannot be inside an activation checkpoint: the running statistics that it corrected towards "
-                "have moved on when the forward pass is repeated. Leave the layer out of the checkpoint"
+                "Renorm() cannot be inside an activation checkpoint: it corrects towards the running statistics, which "
+                "have moved when the forward pass is repeated. Leave the layer out of the checkpoint"
             )
         old_mean, old_var = running.mean, running.var
         if old_mean is None or old_var is None:
-            raise RuntimeError("Renorm() corrects towards running statistics: give running_mean and running_var")
+            raise RuntimeError("Renorm() corrects towards the running statistics: pass running_mean and running_var")
         plan = self.statistics.plan(call, running)
         if plan.constants is not None:
             return plan
@@ -253,16 +259,20 @@ class Renorm(Statistics):
         return plan._replace(adjust=adjust)
 
     def fail(self, device: torch.device) -> None:
-        """As the statistics inside."""
+        """As for the inner statistics."""
         self.statistics.fail(device)
 
     def limits(self, steps: Any) -> tuple[Any, Any]:
-        """`r_max` and `d_max` after so many batches, a tensor or a number; None for any number."""
+        """`r_max` and `d_max` after a number of batches; the full limits if `steps` is None.
+
+        Args:
+            steps: The number of batches so far: a number, a tensor, or None.
+        """
         if steps is None or self.warmup_steps == 0:
             return self.r_max, self.d_max
         past = steps / self.warmup_steps - 1
         r_share, d_share = past / 7, past / 4
-        if isinstance(past, Tensor):  # a limit may be infinite, and 0 * infinity is no limit
+        if isinstance(past, Tensor):  # a limit may be infinite, and 0 * infinity is NaN
             r_max, d_max = 1 + (self.r_max - 1) * r_share.clamp(0, 1), self.d_max * d_share.clamp(0, 1)
             return torch.where(past > 0, r_max, 1.0), torch.where(past > 0, d_max, 0.0)
         if past <= 0:
@@ -271,21 +281,21 @@ class Renorm(Statistics):
 
 
 def expect(statistics: Any) -> None:
-    """See that this is a source of statistics, or None.
+    """Check that this is a source of statistics or None.
 
     Raises:
-        TypeError: If not.
+        TypeError: If `statistics` is neither.
     """
     if statistics is not None and not isinstance(statistics, Statistics):
-        hint = ": an instance is wanted, with brackets" if isinstance(statistics, type) else ""
+        hint = "; pass an instance, with parentheses" if isinstance(statistics, type) else ""
         raise TypeError(
             "statistics must be BatchStatistics(), RunningStatistics(), GhostStatistics(...), SyncStatistics() or "
-            f"Renorm(), got {statistics!r}{hint}"
+            f"Renorm(), or another subclass of Statistics, got {statistics!r}{hint}"
         )
 
 
 def _count_two(call: Call) -> float | Tensor:
-    """How much the values of each channel count; there must be two at least, or none."""
+    """The total count of the values of each channel, of which there must be at least two, or none."""
     if call.counts is not None and is_symbolic():
         return call.total()  # what is the same for all values cannot depend on them
     values = call.positions()
@@ -294,7 +304,7 @@ def _count_two(call: Call) -> float | Tensor:
     size = call.x.size()
     if call.counts is not None and values == 0 and call.x.numel() > 0:
         raise ValueError(
-            f"mask leaves nothing of x of shape {tuple(size)}: skip this batch, or normalize with training=False"
+            f"mask leaves no position of x of shape {tuple(size)}: skip this batch, or normalize with training=False"
         )
     if values == 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the processes of a group tell each other about a normalization: one collective forward, one backward."""
+"""Communication between the processes of a group: one collective forward and one backward per normalization."""
 
 import weakref
 from typing import Any
@@ -11,18 +11,18 @@ __all__ = ["Group"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OK, FAILED, WIDER = range(3)
-"""What a row is about: the moments of a process, that it has failed, or that it needs longer rows."""
+"""The kind of a row: the moments of a process, its failure, or a request for longer rows."""
 HEADER = 6
-"""Numbers in front of the moments: what the row is about, channels, the type of `x`, whether `x` needs a gradient, how
-many positions the mask keeps, and how much they count."""
+"""The entries in front of the moments: the kind of the row, the number of channels, the type of `x`, whether `x` needs
+a gradient, the number of positions that the mask keeps, and their total count."""
 
 FIRST_WIDTH = 256
 _widths: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
-"""For how many channels the rows of each group have room: all rows are of one length, whatever a process has to say."""
+"""The number of channels for which the rows of each group have room: all rows of a group have the same length."""
 
 
 class Group:
-    """Two processes or more, of which this is one."""
+    """Two or more processes, of which this is one."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -31,7 +31,7 @@ class Group:
 
     @staticmethod
     def of(group: Any) -> "Group | None":
-        """The processes of a group of `torch.distributed`; None if this one is alone."""
+        """The processes of a `torch.distributed` group; None if this one is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise RuntimeError("a process group was given, but torch.distributed is not initialized")
@@ -45,18 +45,18 @@ class Group:
         """Count, mean and biased variance over all processes, differentiable, from those of this process.
 
         Args:
-            x: Whose moments they are; its channels, its type and whether it needs a gradient must be the same
-                everywhere.
-            positions: How many of its positions count; 0 for a process without samples.
-            count: How much they count, a number or a tensor.
+            x: The tensor of these moments. Its channels, its type and whether it needs a gradient must be the same in
+                all processes.
+            positions: The number of its positions that count; 0 for a process without samples.
+            count: Their total count, a number or a tensor.
             mean, var: `(C,)`; zeros where nothing counts.
 
         Returns:
             Tensors of float64.
 
         Raises:
-            ValueError: If there are fewer than two positions in all processes together.
-            RuntimeError: If a process failed, or is gone, or does not fit the others.
+            ValueError: If all processes together have fewer than two positions.
+            RuntimeError: If a process failed, died, or does not match the others.
         """
         channels = len(mean)
         self._make_room(channels, mean.device)
@@ -80,12 +80,12 @@ class Group:
         return total, center, (counts * (variances + (means - center) ** 2)).sum(0) / total
 
     def reduce(self, sums: Tensor) -> Tensor:
-        """Their sum over all processes, in place."""
+        """The sum of `sums` over all processes, in place."""
         self._call(dist.all_reduce, sums)
         return sums
 
     def fail(self, device: torch.device) -> None:
-        """Tell the others, which wait in `pool`, that this process has failed before it could call it."""
+        """Tell the other processes, which wait in `pool`, that this one failed before it could call `pool`."""
         self._gather(self._row([FAILED], device))
 
     def _row(self, header: list[int], device: torch.device) -> Tensor:
@@ -94,33 +94,33 @@ class Group:
         return row.to(device)
 
     def _make_room(self, channels: int, device: torch.device) -> None:
-        """Agree on longer rows, which takes a collective of its own, once."""
+        """Agree on longer rows, with one more collective."""
         if channels > _widths.setdefault(self.group, FIRST_WIDTH):
             self._require(self._gather(self._row([WIDER, channels], device)), WIDER)
             _widths[self.group] = channels
 
     def _require(self, rows: Tensor, kind: int) -> Tensor:
-        """The headers, if all fit together."""
+        """The headers of the rows, if they match."""
         about = rows[:, :HEADER].cpu()
         failed = [rank for rank, flag in enumerate(about[:, 0].tolist()) if flag == FAILED]
         if failed:
             raise RuntimeError(
                 f"synchronized batch normalization: process {', '.join(map(str, failed))} of {self.size} failed; "
-                "its own error says why"
+                "see the error of that process"
             )
         channels = about[:, 1].int().tolist()
         if len(set(channels)) > 1:
-            raise RuntimeError(f"x does not have the same channels in all processes: {self._each(channels)}")
+            raise RuntimeError(f"x has different numbers of channels in the processes: {self._each(channels)}")
         dtypes = [str(DTYPES[int(code)]).removeprefix("torch.") for code in about[:, 2].tolist()]
         if len(set(dtypes)) > 1:
-            raise RuntimeError(f"x does not have the same type in all processes: {self._each(dtypes)}")
+            raise RuntimeError(f"x has different types in the processes: {self._each(dtypes)}")
         needs = [bool(flag) for flag in about[:, 3].tolist()]
         if len(set(needs)) > 1:
             raise RuntimeError(
-                f"x needs a gradient in some processes only: {self._each(needs)}; the backward pass of the others "
-                "would wait for ever"
+                f"x needs a gradient in only some of the processes: {self._each(needs)}; their backward pass would "
+                "wait forever for the others"
             )
-        assert set(about[:, 0].tolist()) == {kind}, "processes with the same channels have the same room for them"
+        assert set(about[:, 0].tolist()) == {kind}, "equal numbers of channels need rows of equal length"
         return about
 
     @staticmethod
@@ -138,13 +138,13 @@ class Group:
         except RuntimeError as error:
             raise RuntimeError(
                 f"synchronized batch normalization: process {self.rank} of {self.size} waited for the others in vain. "
-                "One has ended, or has called another number of synchronized layers, or of their backward passes. "
-                f"({error})"
+                "One of them has ended, or the processes called different numbers of synchronized layers or of their "
+                f"backward passes. ({error})"
             ) from error
 
 
 class _Gather(torch.autograd.Function):
-    """One row of each process, on all of them."""
+    """The rows of all processes, in every process."""
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, group: Group) -> Tensor:
@@ -157,7 +157,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The sum of the row that belongs to this process: the reverse of `_Gather`, as it is of this."""
+    """The sum over all processes of this process's row: the adjoint of `_Gather`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:

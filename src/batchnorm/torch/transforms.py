@@ -1,8 +1,8 @@
-"""Batch normalization inside `torch.func`: an ensemble under `vmap` is one batch normalization of more channels.
+"""Batch normalization inside `torch.func`: an ensemble under `vmap` is one batch normalization with more channels.
 
-`grad`, `vjp` and `vmap`, in any order, reach the kernels; `jvp` and `functionalize` know only elementary operations.
-Running statistics are changed as if there were no transform: those of an ensemble each by its own batch, and one that
-`vmap` sees but once by all the batches together, as if they had been one.
+`grad`, `vjp` and `vmap`, nested in any order, reach the kernels; `jvp` and `functionalize` need elementary operations.
+Running statistics move as they would without a transform. If `vmap` maps over them, each moves by its own batch; if it
+does not, they move by all the batches together, as if these were one batch.
 """
 
 from typing import Any
@@ -20,12 +20,12 @@ __all__ = ["active", "compute", "takes", "update"]
 
 
 def active() -> bool:
-    """Whether this runs inside a transform."""
+    """Whether the code runs inside a transform."""
     return torch._C._are_functorch_transforms_active()
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether the operators compute this, and the transforms that are active leave plain tensors in the end."""
+    """Whether the operators can compute this, and the active transforms end in plain tensors."""
     known = _functorch.TransformType.Vmap, _functorch.TransformType.Grad
     return (
         active()
@@ -38,7 +38,7 @@ def takes(call: Call, plan: Plan) -> bool:
 
 
 def compute(call: Call, plan: Plan) -> Outcome:
-    """A call by the statistics of the batch."""
+    """Compute a call by the statistics of the batch."""
     return operators.compute(call, plan, forward=_Forward.apply)
 
 
@@ -46,7 +46,7 @@ def compute(call: Call, plan: Plan) -> Outcome:
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """`(N, B*C, *spatial)` of a tensor that has an axis of the ensemble at `dim`, or none; `(B*C,)` of `(C,)`."""
+    """Fold the ensemble's axis `dim`, if there is one, into the channels: `(N, B*C, *spatial)`, or `(B*C,)`."""
     if t is None:
         return None
     channels = 1 if t.dim() - (dim is not None) > 1 else 0
@@ -59,7 +59,7 @@ def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _unfold(t: Tensor, size: int) -> tuple[Tensor, int | None]:
-    """The reverse, and where the axis of the ensemble is then; what was not asked for is empty, and has none."""
+    """The inverse of `_fold`, and the ensemble's axis; an output that was not needed is empty and has none."""
     if t.shape == (0,):
         return t, None
     channels = min(t.dim() - 1, 1)
@@ -69,7 +69,7 @@ def _unfold(t: Tensor, size: int) -> tuple[Tensor, int | None]:
 def _map(
     function: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...], mask: int
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The rule of `vmap` for an operator: more channels; one after the other where each has a mask of its own."""
+    """The `vmap` rule of an operator: more channels; if each member has its own mask, one member after the other."""
     size = info.batch_size
     if in_dims[mask] is None:
         folded = (
@@ -128,9 +128,9 @@ class _Backward(torch.autograd.Function):
 
 
 def _unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[int]]:
-    """The plain tensor under all wrappers, the axes that `vmap` maps first; and these axes' levels, from within.
+    """The plain tensor under all wrappers, with the axes that `vmap` maps in front, and the levels of these axes.
 
-    To be called outside of the transforms. With `levels`, all of these have an axis, of length one where there is none.
+    Call it outside the transforms. With `levels`, each of these levels gets an axis, of length 1 where it has none.
     """
     dims = []
     while _functorch.is_functorch_wrapped_tensor(t):
@@ -149,7 +149,7 @@ def _unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[in
 
 
 def update(running: Running, batch: Batch, unbiased: bool) -> None:
-    """`running.update`, for statistics and batches that may each be many: `vmap` makes ensembles of both."""
+    """`running.update`, where `vmap` may have made ensembles of the statistics, of the batch, or of both."""
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         if running.mean is None or running.var is None:
             return _count(running, True)
@@ -187,7 +187,7 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _count(running: Running, moved: bool | Tensor) -> None:
-    """Add to the counters of a layer, which may be of an ensemble, too."""
+    """Add to the counters of a layer, which may be those of an ensemble."""
     if running.batches is None or running.skipped is None:
         return
     told = torch.as_tensor(moved, device=running.batches.device)

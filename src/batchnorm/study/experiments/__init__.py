@@ -1,7 +1,7 @@
 """The experiments of the study, and with them the claims, in the order in which they are reported.
 
-Each file trains what a claim or a few need, says how they are measured, and draws it. To add one, write such a file and
-put it into `EXPERIMENTS`. Rules and margins stood here before anything was trained.
+Each file defines what one or several claims need: the training, the measurement, and the plots. To add an experiment,
+write such a file and add it to `EXPERIMENTS`. Rules and margins were fixed before anything was trained.
 """
 
 from batchnorm.errors import InputError
@@ -39,10 +39,10 @@ CLAIMS: tuple[Claim, ...] = tuple(claim for experiment in EXPERIMENTS for claim 
 
 
 def chosen(names: list[str]) -> tuple[list[Experiment], list[Claim]]:
-    """The experiments and claims that names of either stand for, in their order; all if there are no names.
+    """The experiments and claims with these names, in order; all if there are no names.
 
     Raises:
-        InputError: If there is no such claim or experiment.
+        InputError: If a name is unknown.
     """
     known = {claim.id for claim in CLAIMS} | {experiment.id for experiment in EXPERIMENTS}
     if unknown := [name for name in names if name not in known]:

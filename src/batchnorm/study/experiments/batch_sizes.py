@@ -1,4 +1,4 @@
-"""Small batches: accuracy against batch size, for batch normalization and what is meant to mend it."""
+"""Small batches: accuracy against batch size, for batch normalization and its remedies."""
 
 import math
 
@@ -16,7 +16,7 @@ ALL = ("batch_norm", "renorm", "group_norm", "ghost")
 
 
 def _task(setup: Setup, variant: str, batch_size: int) -> Task:
-    """All see as many images; the rate goes with the square root of the batch size, as for Adam it should."""
+    """All see equally many images; the rate scales with the square root of the batch size, as it should for Adam."""
     epochs = 1 if setup.settings.level != "full" else 3
     rate = round(SAME_RATE * math.sqrt(batch_size / USUAL) * 2, 6)
     return setup.task(variant, rate, steps=setup.steps(batch_size, epochs), batch_size=batch_size)

@@ -23,7 +23,7 @@ def _tasks(setup: Setup) -> list[Task]:
 
 
 def _accuracies(records: Records) -> tuple[Numbers, Numbers]:
-    """The mean over the moments after the first step, where a moving average has hardly begun to move."""
+    """The mean over the moments except the first, where a moving average has hardly begun to move."""
     runs = records.of(_task(records.setup))
     return (
         [_mean(run.values["ema"]) if run.finite else None for run in runs],
@@ -32,7 +32,7 @@ def _accuracies(records: Records) -> tuple[Numbers, Numbers]:
 
 
 def _mean(curve: list[float | None]) -> float | None:
-    """Over the moments after the first, if there are such."""
+    """The mean over the moments after the first, if there are any."""
     numbers = [value for value in curve[1:] or curve if value is not None]
     return fmean(numbers) if numbers else None
 

@@ -1,4 +1,4 @@
-"""What an experiment is."""
+"""The definition of an experiment."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ SIDES = {"plain": "without", "batch_norm": "with batch normalization"}
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained to check one claim or a few that belong together.
+    """The training that checks one or several related claims.
 
     Attributes:
-        id: A short name that stays the same.
+        id: A short, stable name.
         title: The heading of its section.
         ran: What was run, in a sentence or two; it may contain the `facts`.
-        tasks: What to do, for one seed.
-        claims: What is judged by it.
-        plots: What is drawn of it.
+        tasks: The tasks of one seed.
+        claims: The claims that it judges.
+        plots: The plots of its results.
     """
 
     id: str

@@ -23,7 +23,7 @@ def _tasks(setup: Setup) -> list[Task]:
 
 
 def _bands(records: Records) -> tuple[Numbers, Numbers]:
-    """For every seed, the width in decades of the widest band of gains that train, one next to the other."""
+    """For every seed, the width in decades of the widest band of adjacent gains that train."""
     chance = records.setup.dataset.chance
 
     def widest(runs: tuple[Run, ...]) -> float:

@@ -35,7 +35,7 @@ def _changes(records: Records) -> tuple[Numbers, Numbers]:
 
 
 def _steps(records: Records) -> tuple[Numbers, Numbers]:
-    """Where batch normalization saves no steps there is no help to be explained: such a seed is left out."""
+    """Steps to the target; seeds for which batch normalization saves no steps are left out: they explain nothing."""
     steps = {
         variant: [
             steps_to_target(run, records.settings.target) or math.inf
