@@ -10,12 +10,12 @@ from batchnorm.kernels.gpu.ahead import Compiled, compile_ahead
 def compiled(direction: str, shape: tuple[int, int, int]) -> Compiled:
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     channel, number = torch.empty(shape[1], device="meta"), torch.empty((), dtype=torch.int64, device="meta")
-    variant = stages.Variant(True, True, "relu", 1, None, None, False, direction == "forward")
+    variant = stages.Variant(True, True, "relu", shape, 1, None, None, False, direction == "forward")
     if direction == "forward":
-        tensors = (x, x, None, x, *(channel,) * 5, None, channel, channel, number, number)
+        tensors = (x, x, None, x, *(channel,) * 6, None, channel, channel, number, number)
         launch, _ = stages.forward_launch(variant, tensors, aligned=True)
         return compile_ahead(launch, tensors, 3)
-    tensors = (x, x, x, None, x, x, *(channel,) * 6, None)
+    tensors = (x, x, x, None, x, x, *(channel,) * 7, None)
     launch, _ = stages.backward_launch(variant, tensors, aligned=True)
     return compile_ahead(launch, tensors, 2)
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from check_stages import DEVICE, SMALL, assert_backward, assert_forward, layer
+from check_stages import ALONE, DEVICE, SMALL, assert_backward, assert_forward, layer
 
 from batchnorm.kernels import gpu
 from batchnorm.kernels.gpu import launch
-from batchnorm.kernels.gpu.tiling import TUNING, tiling
+from batchnorm.kernels.gpu.tiling import TUNING, factor_of, tiling
 
 
 def outputs(shape: tuple[int, int, int], tuning: gpu.Tuning) -> list[torch.Tensor]:
@@ -26,11 +26,17 @@ def test_the_same_bits_every_time_and_with_wide_offsets(shape: tuple[int, int, i
             assert torch.equal(one, other)
 
 
+def clean(scratch: gpu.Scratch) -> bool:
+    """No ticket drawn, no unit settled, no part arrived; how many launches there were, and what flags say, stays."""
+    tickets, settled, *units = scratch.state.tolist()
+    return tickets % (1 << 32) == 0 and settled == 0 and not any(units[::2])
+
+
 def test_counters_are_left_zero() -> None:
     outputs((9, 20, 1), SMALL)
     assert launch._scratch
     for scratch in launch._scratch.values():
-        assert not scratch.state.any()
+        assert clean(scratch)
 
 
 def test_scratch_of_ones_own_grows() -> None:
@@ -40,7 +46,7 @@ def test_scratch_of_ones_own_grows() -> None:
     assert_forward(drawn)
     assert scratch.state.numel() > 1
     assert scratch.parts.numel() > 1
-    assert not scratch.state.any()
+    assert clean(scratch)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 64), (9, 5, 8), (9, 20, 1)])
@@ -71,7 +77,7 @@ def test_vectors_are_whole_wherever_they_can_be(shape: tuple[int, int, int], ite
         cut = tiling(shape, itemsize, 1, direction, True)
         assert cut.vec * itemsize == 16
         assert cut.blocks * cut.width >= shape[1]
-        assert cut.rows * cut.columns <= max(tuning.block for tuning in TUNING.values())
+        assert cut.rows * cut.columns * itemsize <= max(tuning.tile_bytes for tuning in TUNING.values())
 
 
 def test_every_value_is_in_one_tile() -> None:
@@ -84,6 +90,47 @@ def test_every_value_is_in_one_tile() -> None:
             rows = (cut.small + (cut.extra if cut.larger else 0)) * (1 if cut.positions else cut.row_vectors)
             assert cut.part_count * cut.part_tiles * cut.rows >= rows
             assert cut.waves * cut.wave_units >= cut.units
+
+
+def test_addresses_are_those_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started with addresses alone gets the same ones as what is started with tensors."""
+    started: list[tuple[int | None, ...]] = []
+
+    def with_tensors(self: launch.Launch, tensors: tuple[torch.Tensor | None, ...], *_arguments: object) -> None:
+        started.append(tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+        self._fast = lambda *_arguments: None
+
+    monkeypatch.setattr(launch.Launch, "__call__", with_tensors)
+    monkeypatch.setattr(launch.Launch, "start", lambda _launch, _device, addresses, *_rest: started.append(addresses))
+    drawn = layer((9, 20, 1), residual=True, mask=True, groups=3, tuning=ALONE)  # for keys of its own
+    statistics, sums = torch.empty(4, 3, 20, device=DEVICE), torch.empty(2, 3, 20, device=DEVICE)
+    number = torch.tensor(0, device=DEVICE)
+    for running in (None, gpu.Running(statistics[0, 0], statistics[1, 0], 0.1, True, number, None)):
+        for full in (True, False):
+            for _ in range(2):
+                gpu.forward_packed(
+                    drawn.x, drawn.residual if full else None, drawn.counts, *drawn.affine, 1e-3, "relu", drawn.y,
+                    statistics, drawn.count if full else None, shape=(9, 20, 1), running=running, groups=3,
+                    tuning=ALONE,
+                )  # fmt: skip
+                gpu.backward_packed(
+                    drawn.dy, drawn.x, drawn.residual if full else None, drawn.counts, drawn.weight, statistics,
+                    drawn.count if full else None, "relu", sums, drawn.dx, drawn.d_residual if full else None,
+                    shape=(9, 20, 1), tuning=ALONE,
+                )  # fmt: skip
+    assert len(started) == 16
+    for first in range(0, 16, 4):
+        assert started[first : first + 2] == started[first + 2 : first + 4]
+
+
+def test_products_divide() -> None:
+    for divisor in (1, 2, 3, 5, 7, 49, 392, 1000, 65536, (1 << 30) + 3, (1 << 31) - 1):
+        factor = factor_of(divisor)
+        assert factor >= 1 << 32  # or the compiler would take it for a number of 32 bits
+        for k in (0, 1, 2, (1 << 31) // divisor):
+            for number in (k * divisor - 1, k * divisor, k * divisor + 1):
+                if 0 <= number < 1 << 31:
+                    assert number * (factor % (1 << 32)) >> (factor >> 32) == number // divisor
 
 
 def test_errors() -> None:

@@ -28,8 +28,8 @@ INTERPRETED = DEVICE == "cpu"
 EPS = 1e-5
 
 SMALL = gpu.Tuning(
-    block=64, columns=16, warps=1, stages=1, part_tiles=2, tasks=1, wave_bytes=1, alone_bytes=0, alone_units=0,
-    stream_bytes=1 << 30, merge=8,
+    tile_bytes=256, columns=16, warps=1, slices=2, part_tiles=2, tasks=1, wave_bytes=1, alone_bytes=0, alone_units=0,
+    stream_bytes=1 << 30, merge=32,
 )  # fmt: skip
 """Tiles so small that small tensors have several parts, and waves of one unit."""
 
@@ -303,6 +303,52 @@ def test_without_weight_and_bias() -> None:
     assert_forward(drawn)
     drawn.backward()
     assert_backward(drawn)
+
+
+# --- Statistics and sums in one tensor each, and tensors of other shapes ----------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(7, 2, 64), (7, 5, 7), (25, 20, 1)])
+def test_packed(shape: tuple[int, int, int], affine: bool, groups: int) -> None:
+    drawn = layer(shape, residual=True, mask=True, affine=affine, groups=groups)
+    channels = shape[1]
+    statistics = torch.full((4, groups, channels), math.nan, device=DEVICE)
+    sums = torch.full((2, groups, channels), math.nan, device=DEVICE)
+    running = gpu.Running(torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE), 0.25)
+    flat = {name: getattr(drawn, name).flatten() for name in ("x", "dy", "residual", "counts", "y", "dx", "d_residual")}
+    for _ in range(2):  # the second time, what the first has compiled is started with addresses
+        gpu.forward_packed(
+            flat["x"], flat["residual"], flat["counts"], *drawn.affine, EPS, drawn.activation, flat["y"], statistics,
+            drawn.count, shape=shape, running=running, groups=groups, tuning=SMALL,
+        )  # fmt: skip
+        drawn.mean, drawn.var, drawn.rstd = (row if groups > 1 else row[0] for row in statistics[:3])
+        assert_forward(drawn)
+        kept = torch.zeros(channels, device=DEVICE) if drawn.bias is None else drawn.bias.clone()
+        assert torch.equal(statistics[3], kept.expand(groups, channels))
+        if drawn.bias is not None:
+            drawn.bias.fill_(math.nan)  # which backward does not read again
+        gpu.backward_packed(
+            flat["dy"], flat["x"], flat["residual"], flat["counts"], drawn.weight, statistics, drawn.count,
+            drawn.activation, sums, flat["dx"], flat["d_residual"], shape=shape, tuning=SMALL,
+        )  # fmt: skip
+        if drawn.bias is not None:
+            drawn.bias.copy_(kept)
+        drawn.sum_dz, drawn.sum_dz_xhat = (row if groups > 1 else row[0] for row in sums)
+        assert_backward(drawn)
+    whole = definition.moments(array(drawn.x), array(drawn.counts))
+    mean, var = np.zeros(channels), np.ones(channels)
+    for _ in range(2):
+        mean, var = definition.update_running(mean, var, whole, 0.25)
+    assert_near(running.mean, mean, int(whole.count))
+    assert_near(running.var, var, int(whole.count))
+
+
+def test_a_shape_of_other_size() -> None:
+    x = torch.ones(4, 3, 5, device=DEVICE)
+    with pytest.raises(ValueError, match=r"x of shape \(4, 3, 5\) cannot be seen as \(4, 3, 6\)"):
+        gpu.moments(x, None, torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE), shape=(4, 3, 6))
 
 
 # --- What backward may leave out --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from batchnorm.kernels.gpu.tiling import Tiling
+from batchnorm.kernels.gpu.tiling import RESIDUAL_REGISTERS, Tiling
 
 # These functions take 0.1 microseconds each; the public ones around them take 1 to 2.
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
@@ -86,6 +86,7 @@ class Launch:
         integers: The kernel's.
         constants: The kernel's.
         counters, numbers: Sizes of the scratch memory that it needs.
+        residual: Whether there is one.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Launch:
         constants: dict[str, Any],
         counters: int,
         numbers: int,
+        residual: bool,
     ) -> None:
         self.kernel = kernel
         self.programs = cut.programs(passes)
@@ -104,7 +106,7 @@ class Launch:
         self.constants = constants
         self.options: dict[str, Any] = {"num_warps": cut.warps, "num_stages": 1, "enable_fp_fusion": True}
         if cut.registers:
-            self.options["maxnreg"] = cut.registers
+            self.options["maxnreg"] = cut.registers + RESIDUAL_REGISTERS * residual
         self.counters = counters
         self.numbers = numbers
         self._fast: Callable[..., None] | None = None

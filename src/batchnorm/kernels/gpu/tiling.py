@@ -27,7 +27,7 @@ class Tuning(NamedTuple):
         merge: Numbers of each kind that are merged at once.
         vector_bytes: That a thread loads at once, at most.
         wide: Whether to take offsets of 64 bits where 32 would do.
-        registers: Per thread, at most; 0 for as many as the compiler likes.
+        registers: Per thread, at most, and a few more with a residual; 0 for as many as the compiler likes.
     """
 
     tile_bytes: int
@@ -40,28 +40,37 @@ class Tuning(NamedTuple):
     alone_bytes: int
     alone_units: int
     stream_bytes: int
-    merge: int = 2048
+    merge: int = 1024
     vector_bytes: int = 16
     wide: bool = False
-    registers: int = 0
+    registers: int = 80
 
 
 KB, MB = 1 << 10, 1 << 20
 
 TUNING = {
     # walk, direction: tile, columns, warps, slices, part_tiles, tasks, wave, alone, alone units, stream
-    ("channel", "forward"): Tuning(16 * KB, 0, 8, 4, 2, 1024, 8 * MB, 64 * KB, 128, 32 * MB, registers=64),
-    ("channel", "backward"): Tuning(8 * KB, 0, 8, 2, 4, 1024, 12 * MB, 128 * KB, 128, 32 * MB, registers=64),
-    ("row", "forward"): Tuning(16 * KB, 512, 8, 4, 2, 512, 8 * MB, 64 * KB, 128, 32 * MB, registers=64),
-    ("row", "backward"): Tuning(8 * KB, 512, 8, 2, 4, 512, 12 * MB, 128 * KB, 128, 32 * MB, registers=80),
-    ("last", "forward"): Tuning(16 * KB, 64, 8, 4, 1 << 20, 528, 0, 32 * KB, 128, 32 * MB, registers=64),
-    ("last", "backward"): Tuning(8 * KB, 64, 8, 2, 1 << 20, 396, 0, 64 * KB, 128, 32 * MB, registers=80),
+    ("channel", "forward"): Tuning(16 * KB, 0, 8, 4, 2, 792, 6 * MB, 64 * KB, 128, 32 * MB),
+    ("channel", "backward"): Tuning(8 * KB, 0, 8, 2, 2, 792, 6 * MB, 128 * KB, 128, 32 * MB),
+    ("row", "forward"): Tuning(16 * KB, 512, 8, 4, 2, 396, 6 * MB, 64 * KB, 128, 32 * MB),
+    ("row", "backward"): Tuning(8 * KB, 512, 8, 2, 2, 396, 6 * MB, 128 * KB, 128, 32 * MB),
+    ("last", "forward"): Tuning(16 * KB, 64, 8, 4, 1 << 20, 396, 0, 32 * KB, 128, 32 * MB),
+    ("last", "backward"): Tuning(8 * KB, 64, 8, 2, 1 << 20, 396, 0, 64 * KB, 128, 32 * MB),
 }
-"""For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100, which has
-132 processors for 4 programs of 8 warps each, if a thread has at most 64 registers."""
+"""For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100.
 
-FEW = 264
-"""Where there are at most so many units for one program each, a program has twice the warps."""
+It has 132 processors for 3 programs of 8 warps each, if a thread has at most 80 registers; each thread has 4 vectors in
+flight. A program's start, reductions and meetings take as long as 2 tiles. A wave is half of all programs at least, or
+its writers would wait."""
+
+RESIDUAL_REGISTERS = 16
+"""How many more a thread may have if there is a residual."""
+
+FEW_BLOCKS = 8
+"""Channels-last, blocks are made narrower, down to `NARROW` bytes, until there are so many: a block's parts are merged
+by one program."""
+
+NARROW = 64
 
 MOST_VALUES = (1 << 31) - (1 << 16)
 """Of a channel, or of a sample, for which numbers of 32 bits suffice, the last tile included."""
@@ -142,7 +151,10 @@ def tiling(
     full = max(1, vector // itemsize) if aligned else 1
     by_channel_vec = math.gcd(length, full)
     table = tuning or TUNING["last" if length <= 1 else "row", direction]
-    width, by_row_vec = _row_block(c, length, full, table.columns) if table.columns else (0, 0)
+    columns = table.columns
+    while length <= 1 and groups * c < FEW_BLOCKS * columns and columns * itemsize > NARROW:
+        columns //= 2
+    width, by_row_vec = _row_block(c, length, full, columns) if columns else (0, 0)
     by_row = width > 0 and (
         length <= 1 or by_row_vec > by_channel_vec or (length * itemsize < SHORT_RUN and by_row_vec == by_channel_vec)
     )
@@ -157,7 +169,6 @@ def tiling(
     units = groups * blocks
     unit_bytes = largest * width * length * itemsize * tensors
     alone = unit_bytes <= table.alone_bytes and units >= table.alone_units
-    double = 2 if alone and units <= FEW and table.warps < 16 else 1
     if by_row:
         vec, columns, whole_columns = by_row_vec, _power_of_two(width * length), width * length
         row_vectors, width_vectors, unit_rows = c * length // vec, width * length // vec, largest
@@ -167,7 +178,7 @@ def tiling(
         vec = columns = whole_columns = by_channel_vec
         row_vectors, width_vectors, unit_rows = length // vec, 0, largest * (length // vec)
         positions, channels = 0, 1
-    rows = max(1, min(double * table.tile_bytes // (itemsize * columns), _power_of_two(unit_rows)))
+    rows = max(1, min(table.tile_bytes // (itemsize * columns), _power_of_two(unit_rows)))
     tiles = max(1, -(-unit_rows // rows))
     alone = alone or tiles == 1
     part_tiles = tiles if alone else min(table.part_tiles, -(-units * tiles // table.tasks))
@@ -180,7 +191,7 @@ def tiling(
         rows, columns, min(table.slices, rows), vec, channels, positions,
         whole_columns == columns and c % width == 0,
         max(1, min(table.merge // channels, _power_of_two(part_count))),
-        table.wide or n * c * length >= 1 << 31, double * table.warps, table.registers,
+        table.wide or n * c * length >= 1 << 31, table.warps, table.registers,
     )  # fmt: skip
 
 
