@@ -14,6 +14,7 @@ import batchnorm.torch as bt
 from batchnorm.bench.clock import Record
 from batchnorm.torch import functional
 from benchmarks.gpu.cases import Layer
+from benchmarks.gpu.layers import use_once
 from benchmarks.gpu.session import Session, columns
 from benchmarks.models import efficientnet_b0, mobilenet_v2, resnet50
 
@@ -121,7 +122,7 @@ def _busy(step: Callable[[], None]) -> tuple[float, float]:
 
 def warm_compiled(network: Network, device: torch.device, converted: bool) -> None:
     """One compiled step, for the caches on disk."""
-    torch.backends.cudnn.benchmark = True
+    use_once()
     stepper(torch.compile(network.build(device, converted)), *network.data(device))()
 
 
@@ -129,9 +130,9 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     """The median step."""
     device = session.device
     torch.backends.cudnn.benchmark = True
+    use_once()
     if session.on_gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model = network.build(device, candidate.startswith("converted"))
     if candidate.endswith("compiled"):
         torch._dynamo.reset()
@@ -143,6 +144,8 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     first = time.perf_counter() - before
     for _ in range(1 if session.quick else 3):
         step()
+    if session.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(2 if session.quick else 8):
         _wait(device)
@@ -155,8 +158,9 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     record |= {"step_ms": round(median(times), 3), "fastest_ms": round(min(times), 3), "first_s": round(first, 1)}
     if session.on_gpu:
         record["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-        busy, named = _busy(step)
-        record |= {"busy_ms": round(busy, 3), "normalization_ms": round(named, 3)}
+        with session.attempt("profiler"):
+            busy, named = _busy(step)
+            record |= {"busy_ms": round(busy, 3), "normalization_ms": round(named, 3)}
     return record
 
 
