@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FLOORS := .venv-floors
 
-.PHONY: study test lint bench browser clean
+.PHONY: study test floors lint bench browser clean
 
 study: $(VENV)/study.stamp  ## train on real digits, write study-report/report.html
 	$(BIN)/batchnorm study $(ARGS)
@@ -13,7 +14,11 @@ test: $(VENV)/test.stamp browser  ## everything that must hold
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Kernels of the old Numba are kept apart: they would replace those of the new one.
+floors: $(FLOORS)/floors.stamp  ## a little of everything with the oldest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 NUMBA_CACHE_DIR=$(FLOORS)/numba $(FLOORS)/bin/python tests/floors.py
 
 lint: $(VENV)/test.stamp  ## what `test` checks without running anything, and pyright
 	$(BIN)/ruff check .
@@ -33,7 +38,7 @@ browser:
 	  >/dev/null 2>&1; } || echo "No Chromium here: the report is not tested in a browser."
 
 clean:
-	rm -rf $(VENV) study-report
+	rm -rf $(VENV) $(FLOORS) study-report
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,3 +54,10 @@ $(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[test,lint]"
 	touch $@ $(VENV)/study.stamp $(VENV)/bench.stamp
+
+# From nothing, so that nothing newer is left in it.
+$(FLOORS)/floors.stamp: pyproject.toml floors.txt
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint floors.txt \
+		--editable ".[torch,keras,jax,onnx,study,bench]"
+	touch $@

@@ -26,8 +26,11 @@ ACTIVATIONS: list[ActivationSpec] = [
 
 DTYPES = [np.float32, np.float64]
 
-ROUTES = ("native", "numba", "triton", "operator", "functorch", "composed")
+ROUTES = ("triton", "native", "numba", "operator", "functorch", "composed")
 """In the order of the table; all of them, whatever the size of a tensor, with `route(*ROUTES)`."""
+
+KERNEL_ROUTES = tuple(name for name in ROUTES if name != "native")
+"""All but PyTorch's own operation, which small tensors would take."""
 
 KERNEL_SHAPES = [
     (1, 1, 3),
@@ -43,6 +46,22 @@ KERNEL_SHAPES = [
     (3, 2500, 1),  # more channels than a table is wide
 ]
 """`(N, C, L)`, on either side of every limit in the kernels."""
+
+
+GPU_SHAPES = [
+    (3, 2, 64),  # by channel
+    (2, 3, 20),  # by channel: a sample of one channel is wider than a row of a small tile
+    (3, 2, 67),  # by channel: no two adjacent values may be loaded at once
+    (9, 5, 7),  # by row: the last block of channels is narrower
+    (5, 4, 2),  # by row: a whole sample is narrower than a tile
+    (9, 20, 1),  # channels last, or a matrix
+    (9, 3, 1),
+    (1, 1, 3),
+]
+"""`(N, C, L)` for every walk of the GPU kernels, with `SMALL` tiles: several parts and blocks of each."""
+
+GPU_SHAPES_OF_DEFAULT_TILES = [(2, 2, 5000), (17, 10, 49), (130, 70, 1)]
+"""The same for the tiles that the kernels choose."""
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,10 @@ def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_results(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     if kind == signal.SIGKILL:  # nobody is left to end the workers
-        process.wait(timeout=300)
+        process.wait(timeout=900)
         os.killpg(process.pid, signal.SIGKILL)
     # The pipes are closed, and `communicate` returns, only when the last worker is gone.
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=900)
     assert stdout == ""
     if kind != signal.SIGKILL:
         said = "batchnorm: interrupted; 7 of 26 runs are kept, and the same command with --resume goes on.\n"
@@ -246,10 +246,20 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(missing: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_the_benchmark_misses() -> None:
+    code = "import sys; sys.modules['torch'] = None; from batchnorm.cli import main; main()"
+    result = python(code, "bench")
+    said = 'batchnorm: the benchmark needs torch, which is not installed; pip install "batchnorm[bench]" brings it.\n'
+    assert (result.returncode, result.stderr, result.stdout) == (2, said, "")
+
+
 def test_without_typer() -> None:
     result = python("import sys; sys.modules['typer'] = None; from batchnorm.cli import main; main()", "--help")
-    assert result.returncode != 0
-    assert result.stderr == 'batchnorm: the command line needs typer; pip install "batchnorm[study]" brings it.\n'
+    assert result.returncode == 1
+    assert result.stderr == (
+        "batchnorm: the command line needs typer, which comes with the extra of each command: "
+        'pip install "batchnorm[study]", "batchnorm[bench]" or, to fold, "batchnorm[onnx]".\n'
+    )
 
 
 # --- The rest ---------------------------------------------------------------------------------------------------------

@@ -12,24 +12,29 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(next(iter(importlib.util.find_spec("batchnorm").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
-FRAMEWORKS = ("torch", "keras", "jax", "tensorflow", "sklearn", "plotly", "onnxruntime", "onnx")
+FRAMEWORKS = ("torch", "triton", "keras", "jax", "tensorflow", "sklearn", "plotly", "onnxruntime", "onnx")
 
 ORDER = [
     "batchnorm",
     "batchnorm.definition",
     "batchnorm.errors",
-    "batchnorm.folded",
     "batchnorm.whole",  # its tools know no framework
     "batchnorm.onnx",
     "batchnorm.kernels",
+    "batchnorm.kernels.gpu",
     "batchnorm.torch.sync",
+    "batchnorm.torch.layout",
+    "batchnorm.torch.call",
+    "batchnorm.torch.running",
     "batchnorm.torch.sources",
-    "batchnorm.torch.arrays",
     "batchnorm.torch.composed",
-    "batchnorm.torch.autograd",
+    "batchnorm.torch.native",
+    "batchnorm.torch.function",
+    "batchnorm.torch.cpu",
+    "batchnorm.torch.gpu",
     "batchnorm.torch.operators",
     "batchnorm.torch.transforms",
-    "batchnorm.torch.variants",
+    "batchnorm.torch.routes",
     "batchnorm.torch.functional",
     "batchnorm.torch.layers",
     "batchnorm.torch.*",  # tools on whole models
@@ -46,6 +51,7 @@ ORDER = [
 TOGETHER = [
     "batchnorm.whole",
     "batchnorm.kernels",
+    "batchnorm.kernels.gpu",
     "batchnorm.torch.*",
     "batchnorm.keras.*",
     "batchnorm.study",
@@ -58,6 +64,7 @@ LATE = {("batchnorm.torch.layers", "batchnorm.torch.convert")}
 """What a function imports of what imports it: `SyncBatchNorm` has a tool for whole models, because PyTorch's has it."""
 
 ALLOWED = {
+    "batchnorm.kernels.gpu": {"torch", "triton"},
     "batchnorm.torch": {"torch"},
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},
@@ -69,7 +76,7 @@ ALLOWED = {
 
 def in_new_process(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -201,5 +208,7 @@ def test_frameworks_are_imported_only_where_they_belong() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        home = ".".join(module.split(".")[:2])
-        assert {name.split(".")[0] for name in names} & set(FRAMEWORKS) <= ALLOWED.get(home, set()), module
+        parts = module.split(".")
+        homes = (".".join(parts[:3]), ".".join(parts[:2]))
+        allowed = next((ALLOWED[home] for home in homes if home in ALLOWED), set())
+        assert {name.split(".")[0] for name in names} & set(FRAMEWORKS) <= allowed, module

@@ -243,7 +243,7 @@ def test_the_same_bits_for_any_number_of_threads(shape: Any) -> None:
 def in_new_process(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, env=os.environ | environment, timeout=300, check=False,
+        capture_output=True, text=True, env=os.environ | environment, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -400,7 +400,8 @@ def test_without_compilation_kernels_are_plain_python() -> None:
         "import numpy as np\n"
         "from cases import ACTIVATIONS, DTYPES, problem\n"
         "from test_kernels import FLAGS, assert_bfloat16_exact, assert_exact, launch\n"
-        "assert type(launch.update_running_kernel()) is type(problem)  # not compiled\n"
+        "kernel = launch.moments_kernel(launch.by_row, 0, False, False, False)\n"
+        "assert type(kernel) is type(problem)  # not compiled\n"
         "for shape in [(9, 3, 4), (2, 3, 70), (70, 2, 1)]:\n"
         "    assert_bfloat16_exact(shape)\n"
         "    for dtype, offset in zip(DTYPES, (1e3, 0)):  # float64 statistics hold a distant mean for float32 data\n"

@@ -254,7 +254,7 @@ def opened(mixed: Findings, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             tab.on("pageerror", lambda error: said.append(str(error)))
             tab.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
             tab.goto(path.as_uri())
-            tab.wait_for_selector("html[data-drawn]", state="attached", timeout=120_000)
+            tab.wait_for_selector("html[data-drawn]", state="attached", timeout=600_000)
             return tab, [words for words in said if not words.startswith("data:")]
 
         yield open_at

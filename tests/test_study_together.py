@@ -1,7 +1,6 @@
 """Processes that `torchrun` started train together and give one report; and studies of planted networks."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -23,7 +22,7 @@ def start(
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.run(
         [sys.executable, *run, "-m", "batchnorm", "study", *arguments, "--out", str(folder)],
-        capture_output=True, text=True, check=False, timeout=600, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=900, cwd=cwd,
     )  # fmt: skip
 
 

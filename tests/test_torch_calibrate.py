@@ -305,12 +305,12 @@ def test_threads_leave_compilation_as_it_was() -> None:
     inside, outside = threading.Barrier(2), threading.Barrier(2)
 
     def forward(model: nn.Module, batch: Tensor) -> None:
-        inside.wait(10)
+        inside.wait(300)
         model(batch)
 
     def work() -> None:
         calibrate(network(), [data()], forward=forward)
-        outside.wait(10)
+        outside.wait(300)
 
     torch._dynamo.reset()
     threads = [threading.Thread(target=work) for _ in range(2)]

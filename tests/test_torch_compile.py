@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ROUTES, relative_error, tolerance
+from cases import KERNEL_ROUTES, ROUTES, relative_error, tolerance
 from torch import Tensor, nn
 
 import batchnorm.torch as bn
@@ -90,7 +90,7 @@ def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
 @pytest.mark.parametrize("small", [True, False])
 @BACKENDS
 def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(backend: str, small: bool, training: bool) -> None:
-    with route(*(ROUTES if small else ROUTES[1:])):
+    with route(*(ROUTES if small else KERNEL_ROUTES)):
         check_a_compiled_block(backend, training)
 
 
@@ -219,7 +219,7 @@ def test_in_onnx_there_are_only_standard_operators(activation: Any) -> None:
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")
 @pytest.mark.parametrize("small", [True, False])
 def test_traced_in_evaluation_it_takes_other_sizes(small: bool) -> None:
-    with route(*(ROUTES if small else ROUTES[1:])):
+    with route(*(ROUTES if small else KERNEL_ROUTES)):
         check_a_trace()
 
 
@@ -237,7 +237,7 @@ def check_a_trace() -> None:
 
 
 def test_tracing_warns_of_nothing() -> None:
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, route(*ROUTES):
         warnings.simplefilter("always")
         torch.jit.trace(block(False), draw())
     assert [w.category for w in caught if w.category is torch.jit.TracerWarning] == []

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
-from batchnorm.folded import Folded
-from batchnorm.torch import BatchNorm1d, BatchNorm2d, RunningStatistics, convert, linear
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, RunningStatistics, convert
 from batchnorm.torch.fold import Rest, fold
 from batchnorm.torch.rewrite import origin
+from batchnorm.whole.fold import Folded
+from batchnorm.whole.linear import LinearMap
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +138,7 @@ def test_subclasses() -> None:
     assert assert_folds(nn.Sequential(Same(4, 5, 3), Named(5)), x(*IMAGES)).folded == {"1": "0"}
     assert "training" in fold(nn.Sequential(nn.Conv2d(4, 5, 3), Named(5))).skipped["1"]
     skipped = assert_folds(nn.Sequential(nn.Conv2d(4, 5, 3), Shifted(5)), x(*IMAGES)).skipped
-    assert skipped == {"1": "is a Shifted, which has a forward of its own"}
+    assert skipped == {"1": "has a forward of its own, Shifted.forward"}
     skipped = assert_folds(nn.Sequential(Doubled(4, 5, 3), nn.BatchNorm2d(5)), x(*IMAGES)).skipped
     assert skipped == {"1": "what comes before it is mul, and what comes after it is the output of Sequential"}
 
@@ -478,9 +479,9 @@ def test_numbers_that_do_not_fit() -> None:
     model.half()
     model[1].float()
     model[1].weight.data.fill_(1e4)
-    assert "Conv2d before it would have weights that are not finite" in fold(model).skipped["1"]
+    assert "Conv2d before it would have weights that are not finite in float16" in fold(model).skipped["1"]
     model = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(6)).eval()  # it raises when it is called
-    assert "Conv2d before it has 5 channels, and it has 6" in fold(model).skipped["1"]
+    assert "Conv2d before it has 5 channels, not 6" in fold(model).skipped["1"]
 
 
 def test_layers_without_numbers() -> None:
@@ -497,7 +498,7 @@ def test_layers_without_numbers() -> None:
 def test_forwards_that_were_replaced() -> None:
     for index, reason in (
         (0, "what comes before it is Conv2d, with another forward"),
-        (1, "has a forward that has been replaced"),
+        (1, "has had its forward replaced"),
     ):
         model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
         model[index].forward = lambda x: x * 2
@@ -739,15 +740,15 @@ def test_each_type_has_its_rounding(dtype: torch.dtype) -> None:
 
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)))
-    then = linear.LinearMap.then
+    then = LinearMap.then
 
-    def wrong(self: Any, layer: Any) -> Any:
-        map = then(self, layer)
+    def wrong(self: Any, normalization: Any) -> Any:
+        map = then(self, normalization)
         map.offset[1] += 1e-6
         return map
 
-    monkeypatch.setattr(linear.LinearMap, "then", wrong)
-    with pytest.raises(RuntimeError, match=r"outputs on the example inputs differ by .*e-07 of the largest"):
+    monkeypatch.setattr(LinearMap, "then", wrong)
+    with pytest.raises(RuntimeError, match=r"the folded model's outputs differ by .*e-07 of the largest"):
         fold(model, x(*IMAGES))
     assert fold(model).folded
 

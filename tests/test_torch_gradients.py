@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from batchnorm import definition
-from batchnorm.torch import RunningStatistics, batch_norm, cpu
+from batchnorm.kernels import launch
+from batchnorm.torch import RunningStatistics, batch_norm
 
 # Forward mode loads decompositions that PyTorch itself still compiles in the deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -111,7 +112,7 @@ def test_without_inputs_to_differentiate_there_is_no_graph() -> None:
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_sums_alone_need_no_gradient_of_x(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(cpu, "backward")
+    monkeypatch.delattr(launch, "backward")
     arguments = given(MATRIX, "training", "silu")
     batch_norm(**arguments | {name: arguments[name].requires_grad_()}).sum().backward()
     assert arguments[name].grad is not None

@@ -240,6 +240,9 @@ def test_statistics_that_are_given_after_a_freeze_stay() -> None:
     layer.statistics = bn.GhostStatistics(2)
     assert bn.unfreeze(layer).statistics == bn.GhostStatistics(2)
     assert bn.unfreeze(bn.freeze(layer)).statistics == bn.GhostStatistics(2)
+    theirs: Any = bn.freeze(nn.BatchNorm2d(3))
+    theirs.statistics = None
+    assert vars(bn.revert(theirs)).keys() == vars(nn.BatchNorm2d(3)).keys()
 
 
 def test_a_parametrized_weight_learns_again() -> None:

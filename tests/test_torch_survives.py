@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from cases import LAYOUTS, ROUTES, Layout, channels_last, relative_error, tolerance
+from cases import KERNEL_ROUTES, LAYOUTS, Layout, channels_last, relative_error, tolerance
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +33,7 @@ STATISTICS = ["running_mean", "running_var", "num_batches_tracked"]
 @pytest.fixture(params=["numba", "native"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels, and what small tensors take if nobody says otherwise."""
-    with route(request.param, *ROUTES[1:]):
+    with route(request.param, *KERNEL_ROUTES):
         yield request.param
 
 
@@ -307,6 +307,7 @@ def test_initialization_can_be_skipped() -> None:
 # --- Threads and processes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_eight_threads_on_one_layer_in_evaluation_give_the_same_bits(path: str) -> None:
     layer = ours(activation="silu").eval()
     batches = [draw((8, 3, 32, 32), seed) for seed in range(8)]
@@ -336,18 +337,19 @@ class Evaluated(Dataset[Tensor]):
         return 4
 
     def __getitem__(self, i: int) -> Tensor:
-        y: Tensor = self.layer(draw((2, 3, 32, 32), i)).detach()
+        y: Tensor = self.layer(draw((4, 3, 64, 64), i)).detach()  # large enough for threads
         return y
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_workers_of_a_loader_evaluate_after_their_parent_has_trained(path: str) -> None:
     layer = ours(activation="relu")
     layer(draw((8, 3, 64, 64)).requires_grad_()).sum().backward()
     data = Evaluated(layer.eval())
     want = [data[i] for i in range(4)]
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=300)
     assert all(torch.equal(y, expected) for y, expected in zip(loader, want, strict=True))
 
 

@@ -108,6 +108,24 @@ def test_in_parallel_each_batch_is_normalized_by_itself(cuts: set[int]) -> None:
         ]
 
 
+def test_layers_that_start_a_batch_are_complete_together() -> None:
+    class Branching(Chain):
+        def run(self, batch: Any, names: Collection[str], see: See) -> None:
+            taken = {name: self.statistics[name] for name in (("a", "c") if batch.sum() > 0 else ("b", "c"))}
+            others, self.statistics = self.statistics, taken
+            try:
+                super().run(batch, names, see)
+            finally:
+                self.statistics = others | taken
+
+    x, model = draw(), Branching()
+    parts = [x + 9, -x - 9, 2 * x + 9]
+    assert run(model, parts, "sequential").layers == ("a", "b", "c")
+    assert model.ran == 2 * 3
+    assert_statistics(model, "a", np.concatenate(parts[::2]))
+    assert_statistics(model, "b", parts[1])
+
+
 def test_a_first_value_alone_is_centered() -> None:
     parts, model = [draw()[:1], draw()[1:]], Chain("ab")
     run(model, parts)
@@ -195,7 +213,8 @@ def test_layers_that_few_values_reach(method: Method) -> None:
             def run(self, batch: Any, names: Collection[str], see: See, samples: int = samples) -> None:
                 super().run(batch, [name for name in names if name == "a"], see)
                 if "b" in names and samples:
-                    see("b", definition.moments(batch[:samples]))
+                    given = see("b", definition.moments(batch[:samples]))
+                    self.statistics["b"] = given or self.statistics["b"]
 
         model = Gated("ab")
         done = run(model, [draw()], method)

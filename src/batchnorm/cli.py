@@ -11,14 +11,15 @@ from typing import Annotated
 import batchnorm
 from batchnorm.errors import InputError
 
-EXTRA = 'pip install "batchnorm[study]"'
-
 try:
     import typer
 except ModuleNotFoundError as error:
     if error.name != "typer":
         raise
-    sys.exit(f"batchnorm: the command line needs typer; {EXTRA} brings it.")
+    sys.exit(
+        "batchnorm: the command line needs typer, which comes with the extra of each command: "
+        'pip install "batchnorm[study]", "batchnorm[bench]" or, to fold, "batchnorm[onnx]".'
+    )
 
 __all__ = ["app", "main"]
 
@@ -30,7 +31,7 @@ app = typer.Typer(
 
 
 @contextmanager
-def _one_sentence(what: str, extra: str = EXTRA) -> Iterator[None]:
+def _one_sentence(what: str, extra: str) -> Iterator[None]:
     """Say what the user can mend in one sentence on stderr. Anything else is a bug, and its traceback belongs to it."""
     try:
         yield
@@ -39,7 +40,7 @@ def _one_sentence(what: str, extra: str = EXTRA) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
-        _stop(f"{what} needs {error.name}, which is not installed; {extra} brings it.", 2)
+        _stop(f'{what} needs {error.name}, which is not installed; pip install "batchnorm[{extra}]" brings it.', 2)
     except KeyboardInterrupt as error:
         _stop(str(error) or "interrupted.", 130)
 
@@ -117,7 +118,7 @@ def study(
     The study prints what came of it, claim by claim, and writes a report to look at and the numbers behind it. The
     default takes about a minute and a half. Several processes, started by torchrun, train together.
     """
-    with _one_sentence("the study"):
+    with _one_sentence("the study", "study"):
         if quick and full:
             raise InputError("--quick and --full exclude each other.")
         from batchnorm.study.settings import Settings
@@ -155,7 +156,7 @@ def bench(
     candidates take turns: this package's layer, PyTorch's, and a plain copy of the tensor, which is the unit. The
     default takes about three minutes.
     """
-    with _one_sentence("the benchmark"):
+    with _one_sentence("the benchmark", "bench"):
         from batchnorm.bench import terminal
 
         terminal.bench(only, seconds, compile, jax, out)
@@ -177,8 +178,8 @@ def fold(
     Prints what each went into, or why it stays. The new model is written only if its outputs are those of the old one
     but for rounding; running both takes onnxruntime.
     """
-    with _one_sentence("folding", 'pip install "batchnorm[onnx]"'):
-        from batchnorm.onnx.fold import fold_file
+    with _one_sentence("folding", "onnx"):
+        from batchnorm.onnx.command import fold_file
 
         fold_file(source, target, not no_check, quiet)
 

@@ -11,8 +11,8 @@ from check_layer import draw, randomize
 from check_tools import Own, Subclassed, normalizations, subclassed
 from keras import layers, ops
 
-from batchnorm.folded import Folded
 from batchnorm.keras import BatchNormalization, fold
+from batchnorm.whole.fold import Folded
 
 
 def network(shape: tuple[int | None, ...], *rest: Any) -> Any:
@@ -77,6 +77,8 @@ def test_into_the_layer_before(shape: tuple[int, ...], make: Any, kind: Any) -> 
         ((5,), lambda: [BN(), layers.Dense(3)]),
         ((6, 5), lambda: [BN(), layers.Dropout(0.2), layers.Dense(3, activation="relu", use_bias=False)]),
         (IMAGES, lambda: [BN(), layers.Conv2D(6, 3, groups=2, use_bias=False)]),
+        (IMAGES, lambda: [BN(), layers.DepthwiseConv2D(3, depth_multiplier=2, use_bias=False)]),
+        ((9, 4), lambda: [BN(), layers.DepthwiseConv1D(3, strides=2)]),
         (IMAGES, lambda: [BN(), layers.Flatten(), layers.Dense(3)]),
         (IMAGES, lambda: [BN(axis=1), layers.Flatten(), layers.Dense(3)]),
         (IMAGES, lambda: [BN(axis=2), layers.Flatten(), layers.Dense(3)]),
@@ -127,7 +129,7 @@ def test_a_network_with_branches() -> None:
     result = fold(model, x)
     assert result.folded == {"first": "conv_1", "second": "conv_2", "nested/fifth": "nested/inside"}
     assert "before it is an Add" in result.skipped["third"]
-    assert result.skipped["fourth"].startswith("what comes before it is used elsewhere, too")
+    assert result.skipped["fourth"].startswith("what comes before it is also used elsewhere")
     assert result.max_error is not None
     assert result.max_error < 1e-5
     assert fold(model).folded == result.folded  # the graph is known without examples
@@ -170,8 +172,11 @@ def test_variables_that_are_read_elsewhere() -> None:
     [
         (lambda: [layers.Dense(4, activation="relu"), BN()], "before it has an activation of its own"),
         (lambda: [layers.LayerNormalization(), BN(), layers.Conv2D(3, 3, padding="same")], "pads with zeros"),
-        (lambda: [layers.Conv2D(4, 3), Own()], "is a Own with a call of its own"),
-        (lambda: [layers.Conv2D(4, 3), BN(axis=1), layers.ReLU()], "before it has its 4 channels elsewhere"),
+        (lambda: [layers.Conv2D(4, 3), Own()], "is an Own with a call of its own"),
+        (lambda: [layers.Conv2D(4, 3), BN(axis=1), layers.ReLU()], "before it has its channels on another axis"),
+        (lambda: [BN(), layers.SeparableConv2D(4, 3)], "adds a different part of the shift to each output"),
+        (lambda: [BN(), layers.Conv2DTranspose(4, 3)], "adds a different part of the shift to each output"),
+        (lambda: [BN(), layers.DepthwiseConv2D(3, padding="same")], "pads with zeros, which the shift does not reach"),
         (lambda: [BN(activation="relu"), layers.Dense(3)], "what comes after it is its own activation"),
         (lambda: [layers.ReLU(), BN(), layers.ReLU()], "after it is a ReLU, which it cannot go into"),
     ],
@@ -202,10 +207,10 @@ def test_statistics_that_cannot_be_folded() -> None:
 
 
 def test_a_difference_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.keras.linear import LinearMap
+    from batchnorm.whole.linear import LinearMap
 
     then = LinearMap.then
-    monkeypatch.setattr(LinearMap, "then", lambda self, scale, shift: then(self, scale * 1.01, shift))
+    monkeypatch.setattr(LinearMap, "then", lambda self, n: then(self, n._replace(weight=n.weight * 1.01)))
     with pytest.raises(RuntimeError, match=r"where rounding explains 1\.0e-04"):
         fold(filled(network((5,), layers.Dense(3), BN())), draw((4, 5)))
 

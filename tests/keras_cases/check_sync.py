@@ -164,7 +164,7 @@ def test_torch(tmp_path: Path) -> None:
         processes = [
             subprocess.Popen([*command, str(rank)], stdout=said, stderr=said, env=os.environ) for rank in (0, 1)
         ]
-        codes = [process.wait(timeout=300) for process in processes]
+        codes = [process.wait(timeout=900) for process in processes]
     assert codes == [0, 0], (tmp_path / "said").read_text()
 
 

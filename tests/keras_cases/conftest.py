@@ -1,6 +1,7 @@
 """For one backend of Keras, which the environment names: two devices, the same numbers every time, kernels."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,10 +22,12 @@ def the_same_numbers_every_time() -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_for_small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_for_small_tensors_too() -> Iterator[None]:
     """Tests are of small tensors, and most are of the kernels."""
     if BACKEND == "torch":
-        from batchnorm.torch import functional
+        from batchnorm.torch import route
 
-        monkeypatch.setattr(functional, "SMALL", 0)
-        monkeypatch.setattr(functional, "SMALL_EVALUATION", 0)
+        with route("numba", "operator", "functorch", "composed"):
+            yield
+    else:
+        yield

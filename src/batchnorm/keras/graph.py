@@ -1,4 +1,4 @@
-"""What runs after what in a model, as its graph of calls says: for whatever has one, or can be called symbolically."""
+"""The order of calls in a model, from its own graph or from a symbolic call."""
 
 from collections import Counter
 from typing import Any
@@ -7,18 +7,16 @@ import keras
 from keras import layers, tree
 from keras.src.models.functional import Functional  # which has no public name
 
-__all__ = ["Graph", "Unproven", "graphs"]
+from batchnorm.whole.fold import Stays
 
-
-class Unproven(Exception):
-    """Why something is not certain."""
+__all__ = ["Graph", "graphs"]
 
 
 class Graph:
     """The calls between the inputs and the outputs of a model, or of a layer that is made of layers.
 
     Args:
-        inputs, outputs: Symbolic tensors, in any nest.
+        inputs, outputs: Symbolic tensors, nested in any way.
     """
 
     def __init__(self, inputs: Any, outputs: Any) -> None:
@@ -40,30 +38,38 @@ class Graph:
         return next((node for node in self.nodes if node.operation is layer), None)
 
     def before(self, node: Any) -> Any:
-        """The call whose output is what this one gets, and which nothing else gets; None for an input."""
+        """The call whose output this one takes; None for an input of the model.
+
+        Raises:
+            Stays: If this call takes several tensors, or something else takes the same one.
+        """
         tensors = node.arguments.keras_tensors
         if len(tensors) != 1:
-            raise Unproven("it gets more than one tensor")
+            raise Stays("it takes more than one tensor")
         maker = self.makers.get(id(tensors[0]))
         if maker is not None and not self._alone(tensors[0]):
-            raise Unproven("what comes before it is used elsewhere, too")
+            raise Stays("what comes before it is also used elsewhere")
         return maker
 
     def after(self, node: Any) -> Any:
-        """The call that alone gets what this one gives."""
+        """The only call that takes the output of this one.
+
+        Raises:
+            Stays: If there is not exactly one, or if it takes other tensors too.
+        """
         (tensor,) = node.outputs
         if not self._alone(tensor):
-            raise Unproven("what it gives is used in several places, or by the caller")
+            raise Stays("its output is used in several places, or by the caller")
         user = self.users[id(tensor)][0]
         if len(user.arguments.keras_tensors) != 1:
-            raise Unproven("what comes after it gets more than one tensor")
+            raise Stays("what comes after it takes more than one tensor")
         return user
 
     def _alone(self, tensor: Any) -> bool:
         return id(tensor) not in self.outputs and len(self.users.get(id(tensor), ())) == 1
 
     def variables(self) -> set[int]:
-        """Those that are given to operations, by id: someone reads them besides their layer."""
+        """The ids of the variables that are arguments of operations: not only their own layer reads them."""
         found = set()
         for node in self.nodes:
             for leaf in tree.flatten((node.arguments.args, node.arguments.kwargs)):
@@ -73,14 +79,16 @@ class Graph:
 
 
 def graphs(model: Any, examples: Any) -> tuple[list[Graph], dict[int, str]]:
-    """The graphs of a model and of the models in it; and by id, why some of them have none.
+    """The graphs of a model and of the models inside it.
 
-    A model that is written as a function, subclassed, has a graph of the calls that it makes symbolically for inputs
-    like the examples.
+    The graph of a subclassed model is that of a symbolic call with inputs like the examples.
 
     Args:
         model: A model.
-        examples: What it is called with, tensors in any nest; None if nothing is known.
+        examples: The inputs of a call, tensors nested in any way; None if they are not known.
+
+    Returns:
+        The graphs; and for each layer inside a model without one, by its id, the reason.
     """
     found: list[Graph] = []
     closed: dict[int, str] = {}
@@ -92,7 +100,7 @@ def graphs(model: Any, examples: Any) -> tuple[list[Graph], dict[int, str]]:
         seen.add(id(layer))
         try:
             graph = _graph(layer, call)
-        except Unproven as reason:
+        except Stays as reason:
             for inner in layer._flatten_layers(include_self=False):
                 closed.setdefault(id(inner), str(reason))
             return
@@ -111,14 +119,14 @@ def graphs(model: Any, examples: Any) -> tuple[list[Graph], dict[int, str]]:
 def _graph(layer: Any, call: Any) -> Graph:
     if isinstance(layer, keras.Sequential):
         if not layer.built or layer._functional is None:
-            raise Unproven(f"{layer.name} has not seen an input yet")
+            raise Stays(f"{layer.name} has not seen an input yet")
         layer = layer._functional
     if isinstance(layer, Functional):
         if type(layer).call is not Functional.call:
-            raise Unproven(f"{layer.name} has a call of its own besides its graph")
+            raise Stays(f"{layer.name} has a call of its own besides its graph")
         return Graph(layer._inputs_struct, layer._outputs_struct)
     if call is None:
-        raise Unproven(f"{layer.name} is a program, of which only a call shows what it does: give example inputs")
+        raise Stays(f"{layer.name} is a subclassed model, and only a call shows what it does: give example inputs")
     args, kwargs = call
     inputs = [leaf for leaf in tree.flatten(call) if isinstance(leaf, keras.KerasTensor)]
     try:
@@ -127,7 +135,7 @@ def _graph(layer: Any, call: Any) -> Graph:
         return Graph(inputs, [t for t in tree.flatten(outputs) if isinstance(t, keras.KerasTensor)])
     except Exception as error:
         text = str(error).strip().splitlines()
-        raise Unproven(
+        raise Stays(
             f"{layer.name} cannot be called symbolically ({type(error).__name__}{': ' + text[0] if text else ''})"
         ) from error
 

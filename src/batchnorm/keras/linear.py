@@ -1,143 +1,117 @@
-"""The linear maps of Keras as matrices with one axis of inputs and one of outputs, for folding."""
+"""The convolutions and dense layers of Keras as linear maps for folding, and back."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
 from keras import layers
 from numpy.typing import NDArray
 
 from batchnorm.keras.models import numbers
+from batchnorm.whole.linear import LinearMap
 
-__all__ = ["LinearMap", "Place", "is_linear"]
+__all__ = ["channel_axis", "is_linear", "read_map", "shift_problem", "write_map"]
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the channels are in a layer's kernel and in its outputs and inputs.
+class Layout:
+    """Where a layer's kernel has the channels.
 
     Attributes:
         kernel: The name of the kernel that makes the outputs.
-        out: The axes of it that are the outputs' channels, together.
-        into: Its axis of the inputs' channels; None where a normalization before the layer cannot be folded.
+        outputs: The axes of the kernel that together are the channels of the output.
+        inputs: The axis of the kernel that is the channels of the input; None if each output sees one of them.
+        shift: Whether a constant added to the input is a constant added to the output, by way of this kernel alone.
     """
 
     kernel: str
-    out: tuple[int, ...] = (-1,)
-    into: int | None = -2
+    outputs: tuple[int, ...] = (-1,)
+    inputs: int | None = -2
+    shift: bool = True
 
 
-PLACES: dict[Any, Place] = {
-    layers.Dense: Place("kernel"),
-    layers.Conv1D: Place("kernel"),
-    layers.Conv2D: Place("kernel"),
-    layers.Conv3D: Place("kernel"),
-    layers.Conv1DTranspose: Place("kernel", (-2,), None),
-    layers.Conv2DTranspose: Place("kernel", (-2,), None),
-    layers.Conv3DTranspose: Place("kernel", (-2,), None),
-    layers.DepthwiseConv1D: Place("kernel", (-2, -1), None),
-    layers.DepthwiseConv2D: Place("kernel", (-2, -1), None),
-    layers.SeparableConv1D: Place("pointwise_kernel", (-1,), None),
-    layers.SeparableConv2D: Place("pointwise_kernel", (-1,), None),
+_PLAIN = Layout("kernel")
+_TRANSPOSED = Layout("kernel", (-2,), -1, shift=False)
+_DEPTHWISE = Layout("kernel", (-2, -1), None)
+_SEPARABLE = Layout("pointwise_kernel", shift=False)
+
+LAYOUTS: dict[Any, Layout] = {
+    layers.Dense: _PLAIN,
+    layers.Conv1D: _PLAIN,
+    layers.Conv2D: _PLAIN,
+    layers.Conv3D: _PLAIN,
+    layers.Conv1DTranspose: _TRANSPOSED,
+    layers.Conv2DTranspose: _TRANSPOSED,
+    layers.Conv3DTranspose: _TRANSPOSED,
+    layers.DepthwiseConv1D: _DEPTHWISE,
+    layers.DepthwiseConv2D: _DEPTHWISE,
+    layers.SeparableConv1D: _SEPARABLE,
+    layers.SeparableConv2D: _SEPARABLE,
 }
-"""Of exactly these classes: a subclass may compute something else. A transposed convolution sums up a changing number
-of inputs at its border, so what a normalization before it adds is no constant."""
+"""For exactly these classes: a subclass may compute something else. A transposed convolution sums fewer inputs at its
+border, so a shift of the input is not a constant there; a separable one has a second kernel before this one."""
 
 
 def is_linear(layer: Any) -> bool:
     """Whether this is one of the layers that a normalization can go into."""
-    return type(layer) in PLACES
+    return type(layer) in LAYOUTS
 
 
-class LinearMap:
-    """A layer's kernel and bias in float64, while normalizations go into them; the layer changes with `write`.
+def shift_problem(layer: Any) -> str | None:
+    """Why a normalization before the layer cannot go into it; None if it can."""
+    if not LAYOUTS[type(layer)].shift:
+        return "adds a different part of the shift to each output"
+    if getattr(layer, "padding", "valid") != "valid":
+        return "pads with zeros, which the shift does not reach"
+    return None
 
-    Args:
-        layer: One for which `is_linear` holds.
-    """
 
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.place = layer, PLACES[type(layer)]
-        kernel = numbers(getattr(layer, self.place.kernel))
-        self.shape = kernel.shape
-        self.kernel = kernel
-        self.bias = numbers(layer.bias) if layer.use_bias else np.zeros(self.channels)
+def channel_axis(layer: Any) -> int:
+    """The axis of the channels in the layer's inputs and outputs: 1 or -1."""
+    return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
 
-    @property
-    def channels(self) -> int:
-        """How many the outputs have."""
-        return int(np.prod([self.shape[axis] for axis in self.place.out]))
 
-    @property
-    def axis(self) -> int:
-        """The channels of the outputs."""
-        return 1 if getattr(self.layer, "data_format", None) == "channels_first" else -1
+def read_map(layer: Any) -> LinearMap:
+    """The linear map of a layer for which `is_linear` holds."""
+    layout = LAYOUTS[type(layer)]
+    kernel = getattr(layer, layout.kernel)
+    matrix = _matrix(numbers(kernel), layout)
+    offset = numbers(layer.bias) if layer.use_bias else np.zeros(len(matrix))
+    groups = kernel.shape[-2] if layout.inputs is None else getattr(layer, "groups", 1)
+    return LinearMap(matrix, offset, groups, kernel.dtype)
 
-    @property
-    def bare(self) -> bool:
-        """Whether nothing follows the linear map inside of the layer."""
-        return self.layer.activation is keras.activations.linear
 
-    @property
-    def plain(self) -> bool:
-        """Whether kernel and bias are just that."""
-        lora = getattr(self.layer, "lora_enabled", False)
-        return self.layer.built and self.layer.quantization_mode is None and not lora
+def write_map(layer: Any, map: LinearMap) -> None:
+    """Give a layer the numbers of a map, rounded once; it has a bias from then on."""
+    layout = LAYOUTS[type(layer)]
+    variable = getattr(layer, layout.kernel)
+    variable.assign(_kernel(map.matrix, layout, tuple(variable.shape)))
+    if not layer.use_bias:
+        layer.use_bias = True
+        layer._tracker.unlock()
+        layer.bias = layer.add_weight(
+            shape=map.offset.shape, name="bias", initializer="zeros", regularizer=layer.bias_regularizer,
+            constraint=layer.bias_constraint,
+        )  # fmt: skip
+        layer._tracker.lock()
+    layer.bias.assign(map.offset)
 
-    def then(self, scale: Array, shift: Array) -> None:
-        """Follow it by `y -> scale*y + shift`: `(scale*A) v + (scale*b + shift)`."""
-        outputs = [1] * len(self.shape)
-        for axis in self.place.out:
-            outputs[axis] = self.shape[axis]
-        self.kernel = self.kernel * scale.reshape(outputs)
-        self.bias = self.bias * scale + shift
 
-    def after(self, scale: Array, shift: Array) -> None:
-        """Precede it by `x -> scale*x + shift`: `(A*scale) x + (b + A shift)`."""
-        assert self.place.into is not None
-        inputs = self.shape[self.place.into]
-        groups = len(scale) // inputs if type(self.layer) is not layers.Dense else 1
-        outputs = self.shape[-1]
-        along = [1] * len(self.shape)
-        along[self.place.into] = inputs
-        kernel = self.kernel.copy()
-        for group in range(groups):  # outputs of one group see inputs of one group
-            mine = slice(group * outputs // groups, (group + 1) * outputs // groups)
-            theirs = slice(group * inputs, (group + 1) * inputs)
-            part = kernel[..., mine]
-            constant = (part * shift[theirs].reshape(along)).sum(tuple(range(part.ndim - 1)))
-            self.bias[mine] = self.bias[mine] + constant
-            kernel[..., mine] = part * scale[theirs].reshape(along)
-        self.kernel = kernel
+def _ends(layout: Layout) -> tuple[int, ...]:
+    return layout.outputs if layout.inputs is None else (*layout.outputs, layout.inputs)
 
-    def takes(self, channels: int) -> bool:
-        """Whether a normalization of so many channels can come before it."""
-        if self.place.into is None:
-            return False
-        inputs = int(self.shape[self.place.into])
-        if type(self.layer) is layers.Dense:
-            return channels == inputs
-        return bool(channels == inputs * self.layer.groups and self.layer.padding == "valid")
 
-    def fits(self) -> bool:
-        """Whether it can be written down: nothing overflows."""
-        dtype = getattr(self.layer, self.place.kernel).dtype
-        largest = float(np.finfo(np.float32 if dtype == "bfloat16" else dtype).max)
-        return all(bool((np.abs(values) <= largest).all()) for values in (self.kernel, self.bias))
+def _matrix(kernel: Array, layout: Layout) -> Array:
+    """`(outputs, inputs of a group, *positions)`, from the kernel with its positions first."""
+    ends = _ends(layout)
+    turned = np.moveaxis(kernel, ends, range(len(ends)))
+    return turned.reshape(-1, 1, *turned.shape[2:]) if layout.inputs is None else turned
 
-    def write(self) -> None:
-        """Change the layer, which has a bias from then on."""
-        layer = self.layer
-        getattr(layer, self.place.kernel).assign(self.kernel)
-        if not layer.use_bias:
-            layer.use_bias = True
-            layer._tracker.unlock()
-            layer.bias = layer.add_weight(
-                shape=(self.channels,), name="bias", initializer="zeros", regularizer=layer.bias_regularizer,
-                constraint=layer.bias_constraint,
-            )  # fmt: skip
-            layer._tracker.lock()
-        layer.bias.assign(self.bias)
+
+def _kernel(matrix: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
+    """The kernel of a shape from its matrix."""
+    ends = _ends(layout)
+    turned = tuple(shape[axis] for axis in ends) + shape[: -len(ends)]
+    return np.moveaxis(matrix.reshape(turned), range(len(ends)), ends)

@@ -19,7 +19,6 @@ Nothing is compiled at import.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -36,13 +35,13 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "update_running"]
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
 
 Array = NDArray[Any]
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------
 # A factory's arguments are constants of the kernel that it makes: the stages in one of the two walking orders, the
-# activation's code, whether there are a residual and counts. All kernels but the last begin with the same arguments:
+# activation's code, whether there are a residual and counts. All kernels begin with the same arguments:
 # x, residual, counts, weight, bias, parameter, rows, width.
 
 Factory = Callable[[ModuleType, int, bool, bool, bool], Kernel]
@@ -189,26 +188,6 @@ def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool,
                 ACT, RESIDUAL, COUNTED, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count,
                 parameter, n0, n1, c0, c1, dx, d_residual,
             )  # fmt: skip
-
-    return body
-
-
-@functools.cache
-def update_running_kernel() -> Kernel:
-    """The running update, unless a statistic is not finite."""
-
-    @kernel(parallel=False)
-    def body(
-        mean: Any, var: Any, correction: float, update_rate: float, running_mean: Any, running_var: Any, updated: Any
-    ) -> None:
-        updated[0] = True
-        for c in range(mean.size):
-            if not (math.isfinite(mean[c]) and math.isfinite(var[c])):
-                updated[0] = False
-        if updated[0]:
-            for c in range(mean.size):
-                running_mean[c] += update_rate * (mean[c] - running_mean[c])
-                running_var[c] += update_rate * (correction * var[c] - running_var[c])
 
     return body
 
@@ -446,19 +425,3 @@ def backward(
         dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual,
         cache=cache,
     )  # fmt: skip
-
-
-def update_running(
-    mean: Array, var: Array, count: float, update_rate: float, running_mean: Array, running_var: Array, updated: Array
-) -> None:
-    """Move the running statistics towards those of a batch, unless one of the batch's is not finite.
-
-    Args:
-        mean, var: `(C,)`, float64; the variance is biased.
-        count: Values per channel; the running variance moves towards `var * count / (count - 1)`.
-        update_rate: The weight of the new batch.
-        running_mean, running_var: `(C,)`. Changed in place.
-        updated: `(1,)`, boolean: whether the running statistics were moved. Written.
-    """
-    correction = count / (count - 1) if count > 1 else 1.0
-    threads.run(update_running_kernel(), False, mean, var, correction, update_rate, running_mean, running_var, updated)

@@ -1,4 +1,4 @@
-"""Batches as data loaders give them, of any structure: how many samples, to which device, and how to call a model."""
+"""Batches of any structure, as data loaders give them: count their samples, move them, call a model with them."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ def _is_named_tuple(batch: Any) -> bool:
 
 
 def _named(batch: Any) -> dict[str, Any] | None:
-    """The parts of a batch by name, if they have names."""
+    """The parts of a batch by name; None if they have no names."""
     if isinstance(batch, PackedSequence):
         return None
     if isinstance(batch, Mapping):
@@ -35,7 +35,7 @@ def _named(batch: Any) -> dict[str, Any] | None:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the device, of the same structure; itself if they are there."""
+    """The batch with its tensors on the device, in the same structure; the batch itself if they are already there."""
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -62,7 +62,7 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def size(batch: Any) -> int | None:
-    """How many samples: the length of the first tensor; None without a tensor."""
+    """The number of samples: the length of the first tensor; None without a tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
     named = _named(batch)
@@ -71,15 +71,15 @@ def size(batch: Any) -> int | None:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model with what of the batch it takes.
+    """Call a model with those parts of the batch that it takes.
 
-    1. Parts with names become the arguments of these names.
-    2. A sequence gives as many of its items as the forward must have: labels are left out. Where its first item is a
-       batch itself, a mapping or a sequence of just so many items, that one is taken in its place.
-    3. Anything else is the one argument.
+    1. Parts with names become the arguments with these names.
+    2. Of a sequence, the forward gets as many items as it requires: labels are left out. If the first item is a batch
+       itself (a mapping, or a sequence of as many items as are required), it replaces the sequence.
+    3. Anything else is the only argument.
 
     Raises:
-        TypeError: If the forward needs what the batch does not have.
+        TypeError: If the forward requires something that the batch does not have.
     """
     parameters = list(inspect.signature(_inner(model).forward).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -108,13 +108,12 @@ def call(model: nn.Module, batch: Any) -> Any:
     names = "" if named is None else f" of {', '.join(map(str, named))}"
     raise TypeError(
         f"it is not clear how to call {type(_inner(model)).__name__}.forward{inspect.signature(_inner(model).forward)} "
-        "with a batch of "
-        f"type {type(batch).__name__}{names}; say it with forward=lambda model, batch: ..."
+        f"with a batch of type {type(batch).__name__}{names}; say it with forward=lambda model, batch: ..."
     )
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The module whose forward says what it takes: wrappers' take anything."""
+    """The module inside wrappers, whose forwards take anything: its forward says what it takes."""
     while all(
         p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inspect.signature(model.forward).parameters.values()
     ):

@@ -14,7 +14,19 @@ from torch import Tensor
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch.sync import Group
 
-__all__ = ["Batch", "Call", "Outcome", "Part", "Plan", "check_channels", "is_eager", "is_plain", "is_symbolic"]
+__all__ = [
+    "Batch",
+    "Call",
+    "Outcome",
+    "Part",
+    "Plan",
+    "arithmetic",
+    "check_channels",
+    "is_eager",
+    "is_plain",
+    "is_symbolic",
+    "is_tracing",
+]
 
 _parse = functools.lru_cache(maxsize=256)(parse_activation)
 
@@ -29,6 +41,8 @@ class Call(NamedTuple):
         counts: `(N, *spatial)`: how much each position counts in the statistics; 1 if None.
         eps: Added to the variance.
         activation: A name and its parameter.
+        is_eager: `is_eager()` when the call was made.
+        arithmetic: The type in which the call is computed: that of `x`, and float32 for half precision.
     """
 
     x: Tensor
@@ -38,6 +52,8 @@ class Call(NamedTuple):
     counts: Tensor | None = None
     eps: float = 1e-5
     activation: tuple[str, float] = ("none", 0.0)
+    is_eager: bool = False
+    arithmetic: torch.dtype = torch.float32
 
     @staticmethod
     def of(
@@ -50,26 +66,14 @@ class Call(NamedTuple):
         activation: ActivationSpec,
     ) -> "Call":
         """Check the arguments of `batch_norm` and put them together; the errors are those of `batch_norm`."""
-        parsed = parse_activation(activation) if torch.compiler.is_compiling() else _parse(activation)
+        eager = is_eager()
+        parsed = _parse(activation) if eager else parse_activation(activation)
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
-        if x.dim() < 2:
-            raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise NotImplementedError(
-                f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()"
-            )
-        check_channels("weight", weight, x)
-        check_channels("bias", bias, x)
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-        return Call(x, weight, bias, residual, None if mask is None else _expand(mask, x), eps, parsed)
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        """The type in which the call is computed: that of `x`, and float32 for half precision."""
-        dtype = self.x.dtype
-        return dtype if dtype is torch.float32 or dtype is torch.float64 else torch.float32
+        if eager or not is_tracing():
+            _check(x, weight, bias, residual)
+        counts = None if mask is None else _expand(mask, x)
+        return Call(x, weight, bias, residual, counts, eps, parsed, eager, arithmetic(x.dtype))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -90,7 +94,7 @@ class Call(NamedTuple):
             return self.x.numel() // max(1, self.x.shape[1])
         return int((self.counts > 0).sum())
 
-    def count(self) -> float | Tensor:
+    def total(self) -> float | Tensor:
         """How much the values of each channel count together; a tensor where code must not depend on values."""
         if self.counts is None:
             return torch.sym_float(self.x.numel() // max(1, self.x.shape[1]))  # type: ignore[no-any-return]
@@ -117,7 +121,7 @@ class Plan(NamedTuple):
         unbiased: Whether the running variance moves towards the unbiased one.
     """
 
-    count: float | Tensor
+    count: float | Tensor  # type: ignore[assignment]  # hides tuple.count
     constants: tuple[Tensor, Tensor] | None = None
     parts: list[Part] | None = None
     group: Group | None = None
@@ -143,7 +147,7 @@ class Batch(NamedTuple):
     moments: Tensor
     mean: Tensor
     var: Tensor
-    count: float | Tensor
+    count: float | Tensor  # type: ignore[assignment]  # hides tuple.count
     is_unbiased: bool = False
 
     @staticmethod
@@ -163,9 +167,19 @@ class Outcome(NamedTuple):
 # --- Where a call comes from -----------------------------------------------------------------------------------------
 
 
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The type in which data of a type are computed: float32 for half precision."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def is_symbolic() -> bool:
     """Whether code that depends on the values of tensors would be wrong: in compiled graphs and under `torch.func`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` looks on: sizes are tensors then, and nothing may depend on them."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def is_eager() -> bool:
@@ -195,13 +209,24 @@ def is_plain(*tensors: Tensor | None) -> bool:
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
 
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise NotImplementedError(f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()")
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
 def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:
     """See that `values` has one number per channel of `x`, in a type that fits.
 
     Raises:
         RuntimeError: If not.
     """
-    if values is None:
+    if values is None or (values.dtype is x.dtype and values.shape == x.shape[1:2]):
         return
     if values.dim() != 1 or values.shape[0] != x.shape[1]:
         raise RuntimeError(
@@ -227,7 +252,7 @@ def _expand(mask: Tensor, x: Tensor) -> Tensor:
             f"mask of shape {tuple(mask.shape)} does not fit x of shape {tuple(x.shape)}: "
             f"it must have the shape {positions}, without channels, or its first axes"
         )
-    counts = mask.detach().to(x.device, x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32)
+    counts = mask.detach().to(x.device, arithmetic(x.dtype))
     if not is_symbolic() and not bool(((counts >= 0) & counts.isfinite()).all()):
         raise ValueError("mask must hold booleans, or weights that are finite and not negative")
     return counts.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)

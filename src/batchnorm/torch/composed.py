@@ -79,7 +79,7 @@ def together(found: list[tuple[Any, Tensor, Tensor]]) -> tuple[Any, Tensor, Tens
     total = sum(count for count, _, _ in found)
     mean = sum(count / total * mean for count, mean, _ in found)
     var = sum(count / total * (var + (mean_part - mean) ** 2) for count, mean_part, var in found)
-    return total, mean, var  # type: ignore[return-value]
+    return total, mean, var
 
 
 def _moments(call: Call) -> tuple[Tensor, Tensor]:

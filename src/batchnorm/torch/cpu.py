@@ -2,25 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import launch, threads
-from batchnorm.torch.call import Call
+from batchnorm.torch.call import Call, Part
+from batchnorm.torch.function import Gradients, How
+from batchnorm.torch.layout import memory_format
 
-__all__ = [
-    "DTYPES",
-    "MOVES_RUNNING",
-    "STATISTICS",
-    "TAKES_GROUPS",
-    "backward",
-    "forward",
-    "grad_input",
-    "grad_sums",
-    "moments",
-    "normalize",
-    "tables",
-]
+__all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "moments", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """The types that the kernels know."""
@@ -28,71 +19,128 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
 
-TAKES_GROUPS = False
-"""Whether one call does all groups of samples."""
-
 MOVES_RUNNING = False
 """Whether `forward` moves the running statistics."""
 
 threads.follow(torch.get_num_threads)
 
-
-def _on_tensors(kernel: Any) -> Any:
-    """A kernel that takes tensors where the one given takes arrays."""
-
-    def on_tensors(*arguments: Any) -> None:
-        kernel(*(_array(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
-
-    on_tensors.__doc__ = f"`kernels.launch.{kernel.__name__}` of tensors."
-    return on_tensors
+Tables = tuple[Any, Any]
+"""Weight and bias, arrays in the type of the arithmetic."""
 
 
-def _array(t: Tensor) -> Any:
-    """The tensor's memory as kernels take it."""
-    return t.view(torch.uint16).numpy() if t.dtype is torch.bfloat16 else t.numpy()
+def moments(call: Call) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel; zeros of nothing."""
+    mean, var = torch.zeros((2, call.x.shape[1]), dtype=STATISTICS)
+    if call.x.numel() > 0:
+        laid = memory_format(call.x)
+        with torch.no_grad():
+            launch.moments(_array(call.x, laid), _counts(call, laid), mean.numpy(), var.numpy())
+    return mean, var
 
 
-def tables(call: Call, kept: bool) -> tuple[Tensor | None, Tensor | None]:
+def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
+    """`y`, the statistics as in `How`, and the tables."""
+    x, laid, numbers = call.x, memory_format(call.x), tables(call)
+    y = torch.empty_like(x, memory_format=laid)
+    statistics = how.statistics
+    if statistics is None:
+        statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS)
+    if x.numel() == 0:
+        return y, statistics, numbers
+    arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid), _counts(call, laid)
+    for part, mean, var, rstd in zip(how.parts, *statistics.numpy(), strict=True):
+        y_, x_, residual, counts = _of_part(part, x, arrays)
+        if how.statistics is None:
+            launch.forward(x_, residual, counts, *numbers, call.eps, call.activation, y_, mean, var, rstd)
+        else:
+            launch.normalize(x_, residual, mean, rstd, *numbers, call.activation, y_)
+    return y, statistics, numbers
+
+
+def backward(
+    dy: Tensor, call: Call, how: How, statistics: Tensor, numbers: Tables, needs: tuple[bool, bool]
+) -> Gradients:
+    """The gradients.
+
+    Args:
+        dy: The gradient of `y`.
+        call, how: As in `forward`.
+        statistics, numbers: From `forward`.
+        needs: Whether `dx` and `d_residual` are needed.
+    """
+    x, laid = call.x, memory_format(call.x)
+    dx = torch.empty_like(x, memory_format=laid) if needs[0] else None
+    d_residual = torch.empty_like(x, memory_format=laid) if needs[1] and call.residual is not None else None
+    group = how.plan.group if needs[0] else None
+    sums = torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS)
+    if x.numel() == 0:
+        if group is not None:
+            group.reduce(sums.clone())
+        return dx, sums[1, 0], sums[0, 0], d_residual
+    inputs = _array(x, laid), _array(call.residual, laid)
+    written = _array(dx, laid), _array(d_residual, laid)
+    if dx is not None or d_residual is not None:  # kernels write all or nothing
+        written = tuple(
+            np.empty_like(of) if out is None and of is not None else out
+            for of, out in zip(inputs, written, strict=True)
+        )
+    arrays = _array(dy, laid), *inputs, _counts(call, laid), *written
+    for part, mean, _, rstd, *own in zip(how.parts, *statistics.numpy(), *sums.numpy(), strict=True):
+        dy_, x_, residual, counts, *outputs = _of_part(part, x, arrays)
+        given = mean, rstd, *numbers
+        if outputs[0] is not None and group is None:
+            launch.backward(dy_, x_, residual, counts, *given, part.count, call.activation, *own, *outputs)
+            continue
+        launch.grad_sums(dy_, x_, residual, *given, call.activation, *own)
+        if group is not None:
+            all_dz, all_dz_xhat = group.reduce(sums.clone())[:, 0].numpy()
+            launch.grad_input(
+                dy_, x_, residual, counts, *given, all_dz, all_dz_xhat, part.count, call.activation, *outputs
+            )
+    d_bias, d_weight = sums[:, 0] if len(how.parts) == 1 else sums.sum(1)
+    return dx, d_weight, d_bias, d_residual
+
+
+# --- Tensors as arrays -----------------------------------------------------------------------------------------------
+
+
+def _array(t: Tensor | None, laid: torch.memory_format) -> Any:
+    """The tensor as kernels see it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last. Copied if it must be."""
+    if t is None:
+        return None
+    t = t.contiguous(memory_format=laid)
+    if t.dtype is torch.bfloat16:
+        t = t.detach().view(torch.uint16)
+    if laid is torch.contiguous_format:
+        return t.numpy(force=True).reshape(t.shape[0], t.shape[1], t.shape[2:].numel())
+    return t.movedim(1, -1).numpy(force=True).reshape(-1, t.shape[1], 1)
+
+
+def _counts(call: Call, laid: torch.memory_format) -> Any:
+    """The counts beside such an array: `(N, L)` or `(N*L, 1)`."""
+    if call.counts is None:
+        return None
+    rows = call.counts.shape[0] if laid is torch.contiguous_format else call.counts.numel()
+    return call.counts.contiguous().numpy(force=True).reshape(rows, call.counts.numel() // rows)
+
+
+def tables(call: Call) -> Tables:
     """Weight and bias as kernels take them.
 
     They are copies. So a later change of the bias, which PyTorch allows before the backward pass, does no harm; and
     nothing holds on to the memory of a parameter, which sharding wants to free.
     """
-    weight, bias = call.weight, call.bias
-    return (
-        None if weight is None else weight.detach().to(call.arithmetic, copy=True),
-        None if bias is None else bias.detach().to(call.arithmetic, copy=True),
+    weight, bias = (
+        None if values is None else values.detach().to(call.arithmetic, copy=True).numpy()
+        for values in (call.weight, call.bias)
     )
+    return weight, bias
 
 
-moments = _on_tensors(launch.moments)
-normalize = _on_tensors(launch.normalize)
-forward = _on_tensors(launch.forward)
-grad_sums = _on_tensors(launch.grad_sums)
-_grad_input = _on_tensors(launch.grad_input)
-_backward = _on_tensors(launch.backward)
-
-
-def grad_input(*arguments: Any) -> None:
-    """`kernels.launch.grad_input` of tensors; the last two, `dx` and `d_residual`, may be None."""
-    *given, dx, d_residual = arguments
-    _grad_input(*given, *_all_written(given, dx, d_residual))
-
-
-def backward(*arguments: Any) -> None:
-    """`kernels.launch.backward` of tensors; the last two, `dx` and `d_residual`, may be None."""
-    *given, dx, d_residual = arguments
-    if dx is None and d_residual is None:
-        dy, x, residual, _, *numbers, _, activation, sum_dz, sum_dz_xhat = given
-        grad_sums(dy, x, residual, *numbers, activation, sum_dz, sum_dz_xhat)
-    else:
-        _backward(*given, *_all_written(given, dx, d_residual))
-
-
-def _all_written(given: list[Any], dx: Tensor | None, d_residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Memory for both gradients where there is a residual: kernels write all or nothing."""
-    x, residual = given[1:3]
-    return (
-        torch.empty_like(x) if dx is None else dx,
-        torch.empty_like(x) if d_residual is None and residual is not None else d_residual,
-    )
+def _of_part(part: Part, x: Tensor, arrays: tuple[Any, ...]) -> list[Any]:
+    """What each array has of some of the samples."""
+    if part.samples.stop is None:
+        return list(arrays)
+    length = len(arrays[1]) // len(x)
+    rows = slice(part.samples.start * length, part.samples.stop * length)
+    return [None if array is None else array[rows] for array in arrays]

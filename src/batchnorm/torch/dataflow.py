@@ -1,4 +1,8 @@
-"""Which linear map computes what a normalization takes, or takes what it computes, and whether nothing else does."""
+"""The linear map before or after a normalization in a traced module, and whether nothing else sees the value between.
+
+A `Flow` is one way to run a module. Its `source` and `target` follow the normalization's input and output through what
+hands values on, until they reach a linear map, or something that does not allow folding.
+"""
 
 import dataclasses
 import itertools
@@ -7,6 +11,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -16,26 +21,21 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.torch import fuse
+from batchnorm.whole.fold import Place, Stays
 
-__all__ = ["TRANSPOSED", "Flow", "Link", "Unproven", "is_linear_map", "is_watched", "join"]
-
-
-class Unproven(Exception):
-    """Why something is not certain."""
+__all__ = ["TRANSPOSED", "Flow", "Link", "is_linear_map", "is_watched", "join"]
 
 
 @dataclass(frozen=True)
-class Link:
+class Link(Place):
     """A layer beside a normalization.
 
     Attributes:
-        layer: Its name.
         changed: What happens to the value on the way: nothing, `"transposed"` or `"flattened"`.
-        axes: With how many axes of the normalization's input its channels are those of the layer; None if that is
-            certain.
+        axes: The number of axes that the normalization's input must have for its channels to be those of the layer;
+            None if it certainly has them.
     """
 
-    layer: str
     changed: str = ""
     axes: int | None = None
 
@@ -49,7 +49,7 @@ _DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_
 
 
 def is_linear_map(module: Any) -> bool:
-    """Whether a module is a convolution or a linear layer, and computes what PyTorch's does."""
+    """Whether a module is a convolution or a linear layer, and computes what PyTorch's own does."""
     for kind in (nn.Linear, *_CONVOLUTIONS, *TRANSPOSED):
         if isinstance(module, kind):
             methods = ["forward", *(["_conv_forward"] if kind in _CONVOLUTIONS else [])]
@@ -59,7 +59,7 @@ def is_linear_map(module: Any) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks take part when a module is called, other than one that only makes its weight."""
+    """Whether hooks run when a module is called, other than one that only makes its weight."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return bool(_has_any_global_hook()) or any(
         not isinstance(hook, WeightNorm) for hooks in own for hook in hooks.values()
@@ -67,7 +67,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def join(path: str, name: str) -> str:
-    """The name in the whole model of what has a name in the module at `path`."""
+    """The full name in the model of something inside the module at `path`."""
     return f"{path}.{name}" if path and name else path or name
 
 
@@ -78,22 +78,22 @@ _CHECKED_AXES: dict[Any, tuple[int, float]] = {
     nn.BatchNorm2d._check_input_dim: (4, 4),
     nn.BatchNorm3d._check_input_dim: (5, 5),
 }
-"""How many axes the input of a normalization has, at least and at most, when it raises no error."""
+"""The least and the largest number of axes of an input that the normalization does not reject."""
 
 
 @dataclass
 class Flow:
-    """The values in a module, when it is called in one way.
+    """The values in a module that is called in a certain way.
 
     Attributes:
-        model: What the module belongs to.
-        path: Its name there.
-        graph: What it computes.
-        kept: Values that something outside of the graph sees, and what.
-        read: The names of the layers whose parameters or buffers are looked at without calling them.
+        model: The model that the module belongs to.
+        path: The module's name in the model.
+        graph: What the module computes.
+        kept: For each value that something outside of the graph sees, what sees it.
+        read: The names of layers whose parameters or buffers are used other than by calling the layer.
         calls: The calls of each layer, by its name.
-        gone: Normalizations that have been folded, with nothing left of them: they hand on what they get.
-        axes: How many axes the inputs of normalizations have, where that has been seen or is checked.
+        gone: The normalizations that have been folded and left nothing behind: they hand on their input.
+        axes: The number of axes of each normalization's input, where it has been seen or is checked.
     """
 
     model: nn.Module
@@ -106,12 +106,12 @@ class Flow:
     axes: dict[str, int] = field(default_factory=dict)
 
     def is_read(self, name: str) -> bool:
-        """Whether something looks into a layer in another way than by calling it."""
+        """Whether something uses the parameters or buffers of a layer other than by calling the layer."""
         outside = any(read == name or read.startswith(f"{name}.") for read in self.read)
         return outside or any(path in self.calls for path in itertools.accumulate(name.split(".")[:-1], join))
 
     def source(self, name: str) -> Link:
-        """The linear map whose output a normalization takes, if nothing else does.
+        """The linear map whose output the normalization takes, if nothing else takes it.
 
         Args:
             name: A normalization that is called once.
@@ -120,7 +120,7 @@ class Flow:
             The layer before it.
 
         Raises:
-            Unproven: If there is none, if something else sees its output, or if its channels are on another axis.
+            Stays: If there is none, if something else sees its output, or if its channels are on another axis.
         """
         user, changed = self.calls[name][0], ""
         value = self._only_input(user)
@@ -133,11 +133,11 @@ class Flow:
                 break
         layer = self._module(value)
         if not is_linear_map(layer) or (changed and not isinstance(layer, nn.Linear)):
-            raise Unproven(f"what comes before it is {self._describe(value)}{changed and ', transposed'}")
-        return self._link(name, value, changed)
+            raise Stays(f"what comes before it is {self._describe(value)}{changed and ', transposed'}")
+        return self._link(name, value, changed, "before")
 
     def target(self, name: str) -> Link:
-        """The linear map that takes a normalization's output, if nothing else does, and all of it.
+        """The linear map that takes the normalization's output, if nothing else takes it.
 
         Args:
             name: A normalization that is called once.
@@ -146,19 +146,19 @@ class Flow:
             The layer after it.
 
         Raises:
-            Unproven: If there is none, if something else sees the output, if there are values that it does not come to,
-                or if the layer's channels are on another axis.
+            Stays: If there is none, if something else sees the output, if the layer pads it with zeros, or if its
+                channels are on another axis.
         """
         value, changed = self.calls[name][0], ""
         while True:
             if value in self.kept:
-                raise Unproven(f"its output is also seen by {self.kept[value]}")
+                raise Stays(f"its output is also seen by {self.kept[value]}")
             users = list(value.users)
             if len(users) != 1:
-                raise Unproven(f"its output is used by {' and '.join(map(self._describe, users)) or 'nothing'}")
+                raise Stays(f"its output is used by {' and '.join(map(self._describe, users)) or 'nothing'}")
             user = users[0]
             if _input(user) is not value or _uses(user, value) != 1:
-                raise Unproven(f"what comes after it is {self._describe(user)}")
+                raise Stays(f"what comes after it is {self._describe(user)}")
             if self._flattens(user) and not changed:
                 changed = "flattened"
             elif not self._hands_on(user):
@@ -166,39 +166,42 @@ class Flow:
             value = user
         layer = self._module(user)
         if not is_linear_map(layer) or (changed and not isinstance(layer, nn.Linear)):
-            raise Unproven(f"what comes after it is {'flatten, and then ' * bool(changed)}{self._describe(user)}")
+            raise Stays(f"what comes after it is {'flatten, and then ' * bool(changed)}{self._describe(user)}")
         _require_that_shift_reaches_all(layer)
         node = self.calls[name][0]
         while node is not user:
             node = node.next
             if node is not user and self._may_write(node):  # so it must read the values that are there before
-                raise Unproven(f"{self._describe(node)} may change its input before {self._describe(user)} reads it")
-        return self._link(name, user, changed)
+                raise Stays(f"{self._describe(node)} may change its input before {self._describe(user)} reads it")
+        return self._link(name, user, changed, "after")
 
-    def _link(self, name: str, node: fx.Node, changed: str) -> Link:
+    def _link(self, name: str, node: fx.Node, changed: str, where: str) -> Link:
         """The link to a layer, if the normalization's input can have the axes with which the channels are the same."""
         layer: Any = self._module(node)
-        link = Link(join(self.path, str(node.target)), changed)
+        link = Link(join(self.path, str(node.target)), f"{type(layer).__name__} {where} it", changed=changed)
         if changed == "flattened":
-            return link
+            normalization: Any = self.model.get_submodule(name)
+            channels = normalization.running_mean.numel()
+            positions = layer.in_features // channels
+            return dataclasses.replace(link, channels=np.repeat(np.arange(channels), positions))
         axes = (3 if changed else 2) if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
         least, most = self._axes(name)
         if not least <= axes <= most:
             number = str(least) if least == most else f"{least} or more" if most == math.inf else f"{least} or {most}"
-            raise Unproven(f"with {number} axes its channels are not those of {type(layer).__name__}")
+            raise Stays(f"with {number} axes its channels are not those of {type(layer).__name__}")
         return link if least == most and not changed else dataclasses.replace(link, axes=axes)
 
     # --- Axes -----------------------------------------------------------------------------------------------------
 
     def _axes(self, name: str) -> tuple[int, float]:
-        """How many axes a normalization's input has, at least and at most."""
+        """The least and the largest number of axes that a normalization's input may have."""
         if name in self.axes:
             return self.axes[name], self.axes[name]
         least, most = _CHECKED_AXES.get(_check_of(self.model.get_submodule(name)), (2, math.inf))
         return least, min(most, self._most_axes(_input(self.calls[name][0])))
 
     def _most_axes(self, node: fx.Node | None) -> float:
-        """How many axes a value has, at most, from what it has been through."""
+        """The largest number of axes that a value may have, judging by what it has been through."""
         most, fewer = math.inf, 0
         while node is not None:
             layer: Any = self._module(node)
@@ -238,17 +241,17 @@ class Flow:
                 return _operation(node) or str(getattr(name, "__name__", name))
 
     def _only_input(self, user: fx.Node) -> fx.Node:
-        """What a node takes, if nothing else does."""
+        """The input of a node, if nothing else takes it."""
         value = _input(user)
         if value is None:
-            raise Unproven("what comes before it is not known")
+            raise Stays("what comes before it is not known")
         if value in self.kept:
-            raise Unproven(f"its input is also seen by {self.kept[value]}")
+            raise Stays(f"its input is also seen by {self.kept[value]}")
         others = [self._describe(other) for other in value.users if other is not user]
         if others:
-            raise Unproven(f"its input is also used by {' and '.join(others)}")
+            raise Stays(f"its input is also used by {' and '.join(others)}")
         if _uses(user, value) != 1:
-            raise Unproven(f"{self._describe(user)} uses its input twice")
+            raise Stays(f"{self._describe(user)} uses its input twice")
         return value
 
     def _hands_on(self, node: fx.Node) -> bool:
@@ -263,7 +266,7 @@ class Flow:
         return plain and not is_watched(layer) and "forward" not in vars(layer)
 
     def _flattens(self, node: fx.Node) -> bool:
-        """Whether the first axis stays, and the others become one, with the channels outermost."""
+        """Whether a node keeps the first axis and merges the others, with the channels outermost."""
         layer: Any = self._module(node)
         if layer is not None:
             plain = type(layer) is nn.Flatten and not is_watched(layer) and "forward" not in vars(layer)
@@ -272,13 +275,13 @@ class Flow:
         return _operation(node) == "flatten" and arguments in ((1,), (1, -1), (("start_dim", 1),))
 
     def _is_activation(self, node: fx.Node) -> bool:
-        """Whether it is one that works value by value."""
+        """Whether a node is an activation, which works value by value."""
         if node.op == "call_module":
             return fuse.recognize(self._module(node)) is not None
         return node.op[:4] == "call" and fuse.recognize(node.target, node.args[1:], node.kwargs) is not None
 
     def _may_write(self, node: fx.Node) -> bool:
-        """Whether it could change a tensor that was there before it."""
+        """Whether a node could change a tensor that already exists."""
         if node.op == "call_module":
             return bool(getattr(self._module(node), "inplace", False))
         if node.op not in ("call_method", "call_function"):
@@ -294,17 +297,17 @@ def _check_of(layer: nn.Module) -> Any:
 
 
 def _require_that_shift_reaches_all(layer: Any) -> None:
-    """Raise unless every output of a layer sees all of its kernel upon values of its input."""
+    """Raise unless every output of a layer is the whole kernel applied to values of its input."""
     name = type(layer).__name__
     if isinstance(layer, TRANSPOSED):
-        raise Unproven(f"{name} after it brings the shift to each output in another way")
+        raise Stays(f"{name} after it adds a different part of the shift to each output")
     if (
         isinstance(layer, _CONVOLUTIONS)
         and layer.padding_mode == "zeros"
         and any(layer._reversed_padding_repeated_twice)
     ):
         padding = layer.padding[0] if len(set(layer.padding)) == 1 else layer.padding
-        raise Unproven(f"{name}(..., padding={padding!r}) pads with zeros, which the shift does not reach")
+        raise Stays(f"{name}(..., padding={padding!r}) pads with zeros, which the shift does not reach")
 
 
 def _input(node: fx.Node) -> fx.Node | None:
@@ -313,14 +316,14 @@ def _input(node: fx.Node) -> fx.Node | None:
 
 
 def _uses(user: fx.Node, value: fx.Node) -> int:
-    """How often a value is among the arguments."""
+    """How often a value is among the arguments of a node."""
     nodes: list[fx.Node] = []
     map_arg((user.args, user.kwargs), nodes.append)
     return sum(node is value for node in nodes)
 
 
 def _operation(node: fx.Node) -> str:
-    """The name of an operation on tensors, called as a function or as a method, or of an attribute; else empty."""
+    """The name of an operation on tensors (a function, a method or an attribute), or an empty string."""
     if node.op == "call_method":
         return str(node.target)
     if node.target is getattr:
@@ -330,7 +333,7 @@ def _operation(node: fx.Node) -> str:
 
 
 def _transposes(node: fx.Node) -> bool:
-    """Whether of a value with three axes the last two change places."""
+    """Whether a node exchanges the last two axes of a value that has three."""
     name, dims = _operation(node), node.args[1:]
     if len(dims) == 1 and isinstance(dims[0], tuple | list):
         dims = tuple(dims[0])
@@ -347,7 +350,7 @@ def _transposes(node: fx.Node) -> bool:
 
 
 def _reduced_axes(node: fx.Node) -> int:
-    """How many axes the mean over some of them takes away."""
+    """The number of axes that a mean over some of them removes."""
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
     keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
     if keeps is not False or dims is None:

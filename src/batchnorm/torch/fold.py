@@ -1,14 +1,16 @@
-"""Take the batch normalizations out of a model that is only evaluated: they go into the layers beside them.
+"""Fold the batch normalizations of a model in evaluation into the layers beside them.
 
 ```
 result = fold(model.eval(), example_inputs=x)
-print(result)              # which normalization went where, and why others stay; how far the outputs differ
+print(result)              # what went where, what stays and why, and how far the outputs differ
 model = result.model
 ```
+
+What is decided, in which order and why not, is in `batchnorm.whole.fold`; here is what it needs to know of a module.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,16 +20,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.definition import ActivationSpec, parse_activation
-from batchnorm.folded import Folded
 from batchnorm.torch import fuse
-from batchnorm.torch.adopt import FORWARDS
-from batchnorm.torch.compare import compare, run
 from batchnorm.torch.composed import ACTIVATIONS
-from batchnorm.torch.dataflow import Flow, Link, Unproven, is_watched
-from batchnorm.torch.linear import LinearMap, make_plain
+from batchnorm.torch.dataflow import Flow, Link, is_watched
+from batchnorm.torch.linear import read_map, read_normalization, write_map
+from batchnorm.torch.outputs import arrays, dtypes, run
 from batchnorm.torch.rewrite import original_class
-from batchnorm.torch.sources import RunningStatistics
+from batchnorm.torch.survey import deviation, is_frozen
 from batchnorm.torch.tracing import duplicate, trace
+from batchnorm.whole.comparison import Outputs
+from batchnorm.whole.fold import Folded, Stays, fold_network
+from batchnorm.whole.linear import LinearMap, Normalization
 
 __all__ = ["Rest", "fold"]
 
@@ -35,22 +38,23 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fold(model: M, example_inputs: Any = None) -> Folded[M]:
-    """A copy of a model in which batch normalizations have gone into the convolutions and linear layers beside them.
+    """A copy of a model whose batch normalizations are folded into the convolutions and linear layers beside them.
 
     In evaluation a normalization is one multiplication and one addition per channel, `y = s*x + t` with
     `s = weight / sqrt(running_var + eps)` and `t = bias - running_mean*s`. With a linear map `A v + b` before it, that
     is `(s*A) v + (s*b + t)`, and with one after it `(A*s) x + (b + A t)`: one linear map either way. Its weights are
     computed in float64 and rounded once.
 
-    This is done wherever it is certain to be right, whatever the input: the value between the two is used by nothing
-    else, each is called once, and nothing else reads their parameters or sees what they do. A normalization goes into
-    the layer before it if it can (convolutions, transposed convolutions, linear layers), otherwise into the layer after
-    it (linear layers, convolutions that do not pad with zeros). All others stay, and the result says why.
+    A normalization is folded only where this is right for every input: nothing else uses the value between the two
+    layers, each is called once, and nothing else reads their parameters or sees what they do. It goes into the layer
+    before it if it can (convolutions, transposed convolutions, linear layers), otherwise into the layer after it
+    (linear layers, convolutions that do not pad with zeros). All others stay, and the result says why.
 
-    The copy is a model of the same class with the same modules. A normalization that is gone is an `nn.Identity`; where
-    it had an activation or gets a residual it is a `Rest`, and also where the number of axes, on which the channels
-    depend, is not certain: then another number of axes is an error. A linear layer's `weight_norm` or other
-    parametrization ends in a plain weight. A model from `convert` comes back with its original classes.
+    The copy is a model of the same class with the same modules. An `nn.Identity` takes the place of each folded
+    normalization. A `Rest` does so where the normalization had an activation or gets a residual, and where its channels
+    depend on the number of axes, and that is not certain: any other number of axes is then an error. `weight_norm` and
+    other parametrizations of a layer that changes become a plain weight. A model from `convert` gets its original
+    classes back.
 
     Args:
         model: Any module, in evaluation; it is left as it is. Layers with `RunningStatistics()` may be in training.
@@ -58,7 +62,7 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
             of them by name. They also show how many axes the normalizations' inputs have.
 
     Returns:
-        The new model, which normalization went into which layer, and why others did not.
+        The new model, the layer that each normalization went into, and the reason why others did not.
 
     Raises:
         TypeError: If `model` is not a module.
@@ -67,37 +71,27 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
             parameter or an output counts); or if they have other shapes or another structure.
 
     Differs from `torch.nn.utils.fuse_conv_bn_eval` and `torch.fx.experimental.optimization.fuse`:
-        1. Whole models, of any class, that need not be traceable as a whole.
-        2. Normalizations before a linear map, transposed and grouped convolutions, linear layers on sequences.
-        3. What is not certain to be right stays, with a reason.
+        1. It takes whole models of any class, also those that cannot be traced as a whole.
+        2. It folds normalizations before a linear map, transposed and grouped convolutions, and linear layers on
+           sequences.
+        3. A normalization that cannot be folded with certainty stays, with a reason.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    axes: dict[str, int] = {}
-    expected = None if example_inputs is None else run(model, example_inputs, axes)
-    copy = duplicate(model)
-    for module in copy.modules():
-        module.__class__ = original_class(module)
-    folding = _Folding(copy, axes)
-    folding.find()
-    folding.apply()
-    folded = {name: folding.links[name].layer for name in folding.names if name in folding.links}
-    skipped = {name: folding.reasons[name] for name in folding.names if name not in folding.links}
-    error = None if example_inputs is None else compare(model, expected, run(copy, example_inputs))
-    return Folded(copy, folded, skipped, error)
+    return fold_network(_Network(model, example_inputs))
 
 
 # --- What is left of a normalization ----------------------------------------------------------------------------------
 
 
 class Rest(nn.Module):
-    """What a normalization did besides normalizing, in its place: `act(x + residual)`.
+    """What remains of a folded normalization, in its place: `act(x + residual)`.
 
     Attributes:
-        axes: How many axes the input must have for the folding to be right; None if any number.
+        axes: The number of axes that the input must have for the folding to be right; None if any number will do.
         activation: As in our layers.
     """
 
@@ -108,9 +102,9 @@ class Rest(nn.Module):
         """Add the residual and activate.
 
         Args:
-            input: What the normalization would have made of its own input.
+            input: The normalized values, which the layer beside it now computes.
             residual: Like `input`.
-            mask: Without effect, as in every evaluation.
+            mask: Ignored, as always in evaluation.
 
         Returns:
             `act(input + residual)`.
@@ -121,91 +115,114 @@ class Rest(nn.Module):
         if self.axes is not None:
             if input.dim() != self.axes:
                 raise ValueError(
-                    f"the batch normalization that was here went into the layer beside it, which is right only for "
-                    f"inputs with {self.axes} axes; this one has the shape {tuple(input.shape)}. "
+                    f"the batch normalization that was here was folded into the layer beside it, which is right only "
+                    f"for inputs with {self.axes} axes; this one has the shape {tuple(input.shape)}. "
                     f"Fold the model again, with such an input as example_inputs"
                 )
             if self.axes < 4:
-                input = input.contiguous()  # as it came from the normalization: the next operation may need it
+                input = input.contiguous()  # as the normalization's output was: the next operation may need it
         z = input if residual is None else input + residual
         name, parameter = parse_activation(self.activation)
         y: Tensor = ACTIVATIONS[name](z, parameter)
         return y
 
     def extra_repr(self) -> str:
-        """What there is."""
+        """The attributes that are not None."""
         parts = (f"{name}={value!r}" for name in ("axes", "activation") if (value := getattr(self, name)) is not None)
         return ", ".join(parts)
 
 
-# --- What goes where --------------------------------------------------------------------------------------------------
+# --- What folding needs to know ---------------------------------------------------------------------------------------
 
 
-class _Folding:
-    """Which normalizations of a model go where.
+class _Network:
+    """A copy of a module, for `fold_network`.
 
     Attributes:
-        model: The model, which `apply` changes.
-        flows: The ways to call the part of the model that calls a layer, by the layer's name.
-        names: All normalizations, in the order in which they run; those that do not are the last.
-        links: The layer into which each goes.
-        reasons: Why others do not.
-        maps: What becomes of the layers into which they go.
-        places: In how many places each module is.
-        owners: How many modules have each parameter.
+        model: The copy.
+        flows: By a layer's name, the ways to call the part of the model that calls it.
+        unreached: Why a normalization is in no flow.
+        gone: The place of each normalization that has been folded.
+        places: The number of places in the model where each module is.
+        owners: The number of modules that have each parameter.
     """
 
-    def __init__(self, model: nn.Module, axes: dict[str, int]) -> None:
-        self.model = model
-        parts, self.reasons = trace(model)
+    constants = ("running_mean", "running_var", "weight", "bias", "eps")
+
+    def __init__(self, original: nn.Module, example_inputs: Any) -> None:
+        self.original, self.example_inputs = original, example_inputs
+        axes: dict[str, int] = {}
+        self.expected = None if example_inputs is None else run(original, example_inputs, axes)
+        self.model: Any = duplicate(original)
+        for module in self.model.modules():
+            module.__class__ = original_class(module)
+        parts, self.unreached = trace(self.model)
         self.flows: dict[str, tuple[Flow, ...]] = {}
         for flows in parts:
             for flow in flows:
                 flow.axes = axes
                 self.flows |= dict.fromkeys(flow.calls, flows)
-        layers = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-        self.names = list(dict.fromkeys([*(name for name in self.flows if name in layers), *layers]))
-        self.links: dict[str, Link] = {}
-        self.maps: dict[str, LinearMap] = {}
-        self.places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-        self.owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+        self.gone: dict[str, Link] = {}
+        self.places = Counter(module for _, module in self.model.named_modules(remove_duplicate=False))
+        parameters = (p for module in self.model.modules() for p in module._parameters.values())
+        self.owners = Counter(p for p in parameters if p is not None)
 
-    def find(self) -> None:
-        """Find for each the layer before it, or else the layer after it."""
-        for name in self.names:
-            reason = self.reasons.get(name) or self._problem(name) or _problem(self.model.get_submodule(name))
-            if reason is not None:
-                self.reasons[name] = reason
-        left: dict[str, str] = {}
-        for name in self.names:
-            if name not in self.reasons:
-                try:
-                    self._link(name, _common(flow.source(name) for flow in self.flows[name]))
-                except Unproven as reason:
-                    left[name] = str(reason)
-        for name in reversed(left):  # of two before the same layer, the second has to go first
-            try:
-                if self._keeps(name):
-                    raise Unproven("what comes after it is its own activation or residual")
-                self._link(name, _common(flow.target(name) for flow in self.flows[name]), after=True)
-            except Unproven as reason:
-                self.reasons[name] = f"{left[name]}, and {reason}"
+    def names(self) -> list[str]:
+        """In the order in which they run; those that do not are the last."""
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
+        return list(dict.fromkeys([*(name for name in self.flows if name in layers), *layers]))
 
-    def apply(self) -> None:
-        """Change the weights, and take out the normalizations."""
-        for name, map in self.maps.items():
-            map.write(self.model.get_submodule(name))
-        for name, link in self.links.items():
-            layer: Any = self.model.get_submodule(name)
+    def normalization(self, name: str) -> Normalization:
+        layer = self.model.get_submodule(name)
+        problem = self.unreached.get(name) or self._problem(name) or _problem_of_normalization(layer)
+        if problem is not None:
+            raise Stays(problem)
+        return read_normalization(layer)
+
+    def before(self, name: str) -> Link:
+        return _common(flow.source(name) for flow in self.flows[name])
+
+    def after(self, name: str) -> Link:
+        if self._keeps(name):
+            raise Stays("what comes after it is its own activation or residual")
+        return _common(flow.target(name) for flow in self.flows[name])
+
+    def linear_map(self, place: Link) -> LinearMap:
+        layer = self.model.get_submodule(place.layer)
+        problem = self._problem(place.layer) or _problem_of_map(layer, self.owners)
+        if problem is not None:
+            raise Stays(f"{place.said} {problem}")
+        return read_map(layer)
+
+    def take_out(self, name: str, place: Link) -> None:
+        self.gone[name] = place
+        for flow in self.flows[name]:
+            if not self._keeps(name):
+                flow.gone.add(name)
+            if place.axes is not None:
+                flow.axes[name] = place.axes
+
+    def finish(self, maps: Mapping[str, LinearMap]) -> Any:
+        for name, map in maps.items():
+            write_map(self.model.get_submodule(name), map)
+        for name, link in self.gone.items():
+            layer = self.model.get_submodule(name)
             named = any(set(node.kwargs) - {"input"} for node in self._calls(name))
             rest = named or self._keeps(name) or link.axes is not None
             activation = _activation(layer)
             for held in (layer._parameters, layer._buffers, layer._modules, layer._non_persistent_buffers_set):
                 held.clear()
-            # The same object with another class, as someone else may hold it, too.
+            # The object stays and changes its class: something else in the model may hold it too.
             layer.__class__ = Rest if rest else nn.Identity
             if rest:
                 layer.axes, layer.activation = link.axes, activation
+        return self.model
+
+    def outputs(self) -> Outputs | None:
+        if self.example_inputs is None:
+            return None
+        found = run(self.model, self.example_inputs)
+        return Outputs(arrays(self.expected), arrays(found), dtypes(self.original, self.expected))
 
     def _calls(self, name: str) -> list[Any]:
         return [node for flow in self.flows[name] for node in flow.calls.get(name, ())]
@@ -214,29 +231,6 @@ class _Folding:
         """Whether a normalization does more than normalize."""
         added = any(node.kwargs.get("residual") is not None for node in self._calls(name))
         return added or parse_activation(_activation(self.model.get_submodule(name)))[0] != "none"
-
-    def _link(self, name: str, link: Link, after: bool = False) -> None:
-        """Let a normalization go into the layer before it, or after it."""
-        layer: Any = self.model.get_submodule(name)
-        beside: Any = self.model.get_submodule(link.layer)
-        where = f"{type(beside).__name__} {'after' if after else 'before'} it"
-        problem = self._problem(link.layer) or _problem_of_map(beside, self.owners)
-        if problem is not None:
-            raise Unproven(f"{where} {problem}")
-        make_plain(beside)
-        map = self.maps.get(link.layer) or LinearMap.of(beside)
-        channels, of_map = layer.running_mean.numel(), map.matrix.shape[1] * map.groups if after else len(map.matrix)
-        if of_map % channels if link.changed == "flattened" else of_map != channels:
-            raise Unproven(f"{where} has {of_map} channels, and it has {channels}")
-        map = map.after(layer) if after else map.then(layer)
-        if not map.fits(beside.weight.dtype):
-            raise Unproven(f"{where} would have weights that are not finite")
-        self.maps[link.layer], self.links[name] = map, link
-        for flow in self.flows[name]:
-            if not self._keeps(name):
-                flow.gone.add(name)
-            if link.axes is not None:
-                flow.axes[name] = link.axes
 
     def _problem(self, name: str) -> str | None:
         """Why a layer must stay as it is, whatever it computes."""
@@ -265,34 +259,26 @@ def _activation(layer: Any) -> ActivationSpec:
 
 
 def _common(links: Iterable[Link]) -> Link:
-    """The link that there is in whatever way the model is called."""
+    """The link that holds in whatever way the model is called."""
     first, *others = links
     if any((link.layer, link.changed) != (first.layer, first.changed) for link in others):
-        raise Unproven("what is beside it depends on the arguments")
+        raise Stays("what is beside it depends on the arguments")
     return max(first, *others, key=lambda link: link.axes or 0) if others else first
 
 
-def _problem(layer: Any) -> str | None:
-    """Why a normalization must stay, by itself."""
-    if type(layer).forward not in FORWARDS:
-        return f"is a {type(layer).__name__}, which has a forward of its own"
-    if "forward" in vars(layer):
-        return "has a forward that has been replaced"
+def _problem_of_normalization(layer: Any) -> str | None:
+    """Why a normalization must stay, whatever its numbers are."""
+    if deviation(layer):
+        return deviation(layer)
     if layer.running_mean is None or layer.running_var is None:
         return "has no running statistics"
-    if layer.training and not (fuse.is_ours(layer) and isinstance(layer.statistics, RunningStatistics)):
+    if layer.training and not is_frozen(layer):
         return "is in training mode: call model.eval() first"
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        tensor = getattr(layer, name)
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            return f"has a {name} that is not finite"
-    if not layer.eps >= 0 or not bool((layer.running_var.double() + layer.eps > 0).all()):
-        return "has a running_var that, with eps, is not positive"
     return None
 
 
 def _problem_of_map(layer: Any, owners: Counter[nn.Parameter]) -> str | None:
-    """Why a linear map must stay as it is, by itself."""
+    """Why a linear map must stay as it is, whatever calls it."""
     if any(owners[parameter] > 1 for parameter in layer.parameters()):
         return "shares a parameter with another layer"
     made = {hook.name for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}

@@ -1,14 +1,14 @@
 """`batch_norm`: what is asked for, where its statistics come from, which route computes it, and what moves after it."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchnorm.definition import ActivationSpec, Moments
-from batchnorm.torch import composed, cpu, function, transforms
-from batchnorm.torch.call import Call, Plan, is_eager, is_plain
+from batchnorm.torch import composed, cpu, transforms
+from batchnorm.torch.call import Call, Plan, is_plain
 from batchnorm.torch.routes import choose
 from batchnorm.torch.running import Running
 from batchnorm.torch.running import update as running_update
@@ -16,7 +16,7 @@ from batchnorm.torch.sources import BatchStatistics, RunningStatistics, Statisti
 
 __all__ = ["batch_norm", "moments", "normalize"]
 
-BATCH = BatchStatistics()
+BATCH, RUNNING = BatchStatistics(), RunningStatistics()
 
 
 def batch_norm(
@@ -80,7 +80,7 @@ def batch_norm(
     expect(statistics)
     running = Running(running_mean, running_var, momentum)
     asked = x, weight, bias, residual, mask if training else None, eps, activation
-    return normalize(asked, running, statistics if training else RunningStatistics()).y
+    return normalize(asked, running, statistics if training else RUNNING)[0]
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
@@ -98,11 +98,11 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         NotImplementedError: If `x` is not of a floating-point type.
     """
     call = Call.of(x.detach(), None, None, None, mask, 0.0, None)
-    count = float(call.count())
+    count = float(call.total())
     if count == 0:
         return Moments(0.0, *np.zeros((2, x.shape[1])))
-    if x.is_cpu and x.dtype in cpu.DTYPES and is_eager() and is_plain(x):
-        mean, var = function.moments(cpu, call)
+    if x.is_cpu and x.dtype in cpu.DTYPES and call.is_eager and is_plain(x):
+        mean, var = cpu.moments(call)
     else:
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         counts = None if call.counts is None else call.counts.to(exact)
@@ -110,45 +110,47 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     return Moments(count, mean.cpu().double().numpy(), var.cpu().double().numpy())
 
 
-class Normalized(NamedTuple):
-    """`y`, and the name of the route that computed it."""
-
-    y: Tensor
-    route: str
-
-
-def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | None) -> Normalized:
+def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | None) -> tuple[Tensor, str]:
     """What `batch_norm` does, for layers, which count batches.
 
     Args:
         asked: The arguments of `Call.of`.
-        running: The running statistics. They move, unless `source` takes them as constants.
+        running: The running statistics. They move, unless the source has constants.
         source: Where the statistics come from; the batch if None.
+
+    Returns:
+        `y`, and the name of the route that computed it.
     """
     source = BATCH if source is None else source
     try:
         call = Call.of(*asked)
         running.check(call.x, source.needs_running)
-        if not source.needs_running and _is_recomputed():
+        if not source.needs_running and _is_recomputed(call):
             running = running._replace(is_recomputed=True)
         plan = source.plan(call, running)
     except Exception:
         source.fail(asked[0].device)  # the others wait for this process
         raise
-    if running.is_recomputed or source.needs_running:
+    if plan.constants is not None and plan.count != 0:
+        running = Running()  # nothing moves them: the batch has not been looked at
+    elif running.is_recomputed and running.mean is not None and running.var is not None:
+        # Copies: everything is as it was when the batch was counted, but moves nothing.
+        running = Running(running.mean.clone(), running.var.clone(), running.momentum)
+    elif running.is_recomputed:
         running = Running()
     if plan.constants is not None:
         call = call._replace(counts=None)
     chosen = choose(call, plan)
     y, batch = chosen.compute(call, plan, running)
     if batch is not None:
-        update = transforms.update if transforms.active() and not torch.compiler.is_compiling() else running_update
+        mapped = not call.is_eager and transforms.active() and not torch.compiler.is_compiling()
+        update = transforms.update if mapped else running_update
         update(running, batch, plan.unbiased)
     elif running.mean is None:
-        running.count(True)
-    return Normalized(y, chosen.name)
+        running.note(True)
+    return y, chosen.name
 
 
-def _is_recomputed() -> bool:
+def _is_recomputed(call: Call) -> bool:
     """Whether a backward pass is under way: a checkpoint then repeats a forward pass that has been counted."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return (call.is_eager or not torch.compiler.is_compiling()) and torch._C._current_graph_task_id() != -1

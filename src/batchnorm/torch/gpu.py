@@ -1,37 +1,23 @@
 """The stages on GPU tensors: Triton's kernels, imported when they are first needed."""
 
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm.torch.call import Call
-from batchnorm.torch.running import Running
+from batchnorm.torch.function import Gradients, How
+from batchnorm.torch.layout import memory_format
 
-__all__ = [
-    "DTYPES",
-    "MOVES_RUNNING",
-    "STATISTICS",
-    "TAKES_GROUPS",
-    "backward",
-    "forward",
-    "grad_input",
-    "grad_sums",
-    "is_available",
-    "moments",
-    "normalize",
-    "tables",
-]
+__all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "is_available", "moments"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that the kernels know."""
 
 STATISTICS = torch.float32
 """The type of means, variances and sums."""
-
-TAKES_GROUPS = True
-"""Whether one call does all groups of samples."""
 
 MOVES_RUNNING = True
 """Whether `forward` moves the running statistics."""
@@ -59,47 +45,110 @@ def _kernels() -> Any:
     return gpu
 
 
-def tables(call: Call, kept: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias as kernels take them.
+def moments(call: Call) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel; zeros of nothing."""
+    x = call.x.detach()
+    mean, var = x.new_zeros((2, x.shape[1]), dtype=STATISTICS)
+    if x.numel() > 0:
+        laid = memory_format(x)
+        _kernels().moments(_dense(x, laid), _counts(call), mean, var, shape=_shape(x, laid))
+    return mean, var
 
-    A bias that is kept for the backward pass is copied, since PyTorch allows it to change before that.
+
+def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
+    """`y`, and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
+    kernels, laid = _kernels(), memory_format(call.x)
+    x = _dense(call.x, laid)
+    y = torch.empty_like(x)
+    shape, groups = _shape(x, laid), 1 if how.plan.parts is None else len(how.plan.parts)
+    residual = None if call.residual is None else _dense(call.residual, laid)
+    if how.statistics is not None:
+        mean, _, rstd = how.statistics.unbind()
+        bias = torch.zeros_like(mean) if call.bias is None else call.bias.detach().to(STATISTICS).expand_as(mean)
+        statistics = torch.cat([how.statistics, bias[None]])
+        if x.numel() > 0:
+            kernels.normalize(x, residual, mean, rstd, call.weight, call.bias, call.activation, y, shape=shape)
+        return y, statistics, None
+    statistics = torch.empty((4, groups, shape[1]), dtype=STATISTICS, device=x.device)
+    moved = None
+    if how.running is not None:
+        running_mean, running_var, momentum, batches, skipped, _ = how.running
+        assert running_mean is not None
+        assert running_var is not None
+        rate = 0.0 if momentum is None and batches is None else momentum
+        moved = kernels.Running(running_mean, running_var, rate, how.plan.unbiased, batches, skipped)
+        torch.autograd.graph.increment_version((running_mean, running_var))
+    kernels.forward_packed(
+        x, residual, _counts(call), call.weight, call.bias, call.eps, call.activation, y, statistics,
+        shape=shape, running=moved, groups=groups, samples=len(x),
+    )  # fmt: skip
+    return y, statistics, None
+
+
+def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, needs: tuple[bool, bool]) -> Gradients:
+    """The gradients.
+
+    Args:
+        dy: The gradient of `y`.
+        call, how: As in `forward`.
+        statistics: From `forward`.
+        kept: Nothing.
+        needs: Whether `dx` and `d_residual` are needed.
     """
-    bias = call.bias
-    if kept and bias is not None and call.activation[0] != "none":
-        bias = bias.detach().clone()
-    return call.weight, bias
+    kernels, laid = _kernels(), memory_format(call.x)
+    x, dy = _dense(call.x, laid), _dense(dy, laid)
+    residual = None if call.residual is None else _dense(call.residual, laid)
+    dx = torch.empty_like(x) if needs[0] else None
+    d_residual = torch.empty_like(x) if needs[1] and residual is not None else None
+    group = how.plan.group if needs[0] else None
+    shape, groups = _shape(x, laid), statistics.shape[1]
+    sums = torch.empty((2, groups, shape[1]), dtype=STATISTICS, device=x.device)
+    if x.numel() == 0:
+        sums.zero_()
+        if group is not None:
+            group.reduce(sums.clone())
+    elif group is None:
+        kernels.backward_packed(
+            dy, x, residual, _counts(call), call.weight, statistics, _count(call, how), call.activation, sums,
+            dx, d_residual, shape=shape, samples=len(x),
+        )  # fmt: skip
+    else:
+        mean, _, rstd, bias = statistics
+        given = mean, rstd, call.weight, bias[0]
+        kernels.grad_sums(dy, x, residual, *given, call.activation, *sums, shape=shape)
+        total = group.reduce(sums.clone())
+        kernels.grad_input(
+            dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual, shape=shape
+        )
+    if groups > 1:
+        d_bias, d_weight = sums.sum(1)
+    else:
+        d_bias, d_weight = sums[0, 0], sums[1, 0]
+    return dx, d_weight, d_bias, d_residual
 
 
-def moments(*arguments: Any) -> None:
-    """`kernels.gpu.moments`."""
-    _kernels().moments(*arguments)
+def _count(call: Call, how: How) -> Any:
+    """How much counts behind the statistics: a number, one for each group, or None for as many values as there are."""
+    if how.plan.parts is None:
+        return how.count
+    if call.counts is None:
+        return None
+    return torch.tensor([part.count for part in how.plan.parts], dtype=STATISTICS, device=call.x.device)
 
 
-def normalize(*arguments: Any) -> None:
-    """`kernels.gpu.normalize`."""
-    _kernels().normalize(*arguments)
+def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
+    """The tensor in this format, without gaps."""
+    x = x.resolve_neg() if x.is_neg() else x
+    return x if x.is_contiguous(memory_format=laid) else x.contiguous(memory_format=laid)
 
 
-def forward(*arguments: Any, running: Running | None = None, unbiased: bool = True, **groups: int) -> None:
-    """`kernels.gpu.forward`, which moves the running statistics and counts the batch."""
-    kernels, moved = _kernels(), None
-    if running is not None:
-        rate = 0.0 if running.momentum is None and running.batches is None else running.momentum
-        moved = kernels.Running(running.mean, running.var, rate, unbiased, running.batches, running.skipped)
-        torch.autograd.graph.increment_version((running.mean, running.var))  # type: ignore[arg-type]
-    kernels.forward(*arguments, running=moved, **groups)
+def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
+    """`(N, C, L)`, or `(N*L, C, 1)` where channels are last."""
+    n, c, *positions = x.shape
+    length = math.prod(positions)
+    return (n, c, length) if laid is torch.contiguous_format else (n * length, c, 1)
 
 
-def grad_sums(*arguments: Any) -> None:
-    """`kernels.gpu.grad_sums`."""
-    _kernels().grad_sums(*arguments)
-
-
-def grad_input(*arguments: Any) -> None:
-    """`kernels.gpu.grad_input`."""
-    _kernels().grad_input(*arguments)
-
-
-def backward(*arguments: Any, **groups: int) -> None:
-    """`kernels.gpu.backward`."""
-    _kernels().backward(*arguments, **groups)
+def _counts(call: Call) -> Tensor | None:
+    """The counts, without gaps: `(N, L)` and `(N*L, 1)` are the same in memory."""
+    return None if call.counts is None else call.counts.contiguous()

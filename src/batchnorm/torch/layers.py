@@ -26,7 +26,7 @@ __all__ = [
     "SyncBatchNorm",
 ]
 
-RUNNING = RunningStatistics()
+RUNNING, NOTHING = RunningStatistics(), Running()
 
 observers: list[Callable[[nn.Module, str], None]] = []
 """Called with each layer that has normalized something, and the name of its route."""
@@ -140,10 +140,14 @@ class _Layer(_Base):
                 source.fail(input.device)  # the others wait for this process
             raise
         tracks = self.training and self.track_running_stats
-        running = Running()
-        if tracks or not self.training:
-            counters = (self.num_batches_tracked, self.num_batches_skipped) if tracks else ()
-            running = Running(self.running_mean, self.running_var, self.momentum, *counters)
+        if tracks:
+            running = Running(
+                self.running_mean, self.running_var, self.momentum, self.num_batches_tracked, self.num_batches_skipped
+            )
+        elif self.training:
+            running = NOTHING
+        else:
+            running = Running(self.running_mean, self.running_var)
         if not self.training and (running.mean is not None or running.var is not None):
             source, mask = RUNNING, None
         asked = input, self.weight, self.bias, residual, mask, self.eps, self.activation

@@ -1,9 +1,9 @@
-"""How tensors lie in memory, and how kernels see them: three axes, contiguous."""
+"""How the output of PyTorch's batch normalization lies in memory."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["lay_out", "lay_out_counts", "memory_format"]
+__all__ = ["memory_format"]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -19,17 +19,3 @@ def memory_format(x: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         span = x.stride(axis) * x.shape[axis]
     return channels_last
-
-
-def lay_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The tensor as kernels see it: `(N, C, L)`, or `(N*L, C, 1)` where channels are last. Copied if it must be."""
-    x = (x.resolve_neg() if x.is_neg() else x).contiguous(memory_format=memory_format)
-    if memory_format is torch.contiguous_format:
-        return x.view(x.shape[0], x.shape[1], x.shape[2:].numel())
-    return x.movedim(1, -1).view(-1, x.shape[1], 1)
-
-
-def lay_out_counts(counts: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Counts of shape `(N, *spatial)` as kernels see them beside such a tensor: `(N, L)` or `(N*L, 1)`."""
-    rows = counts.shape[0] if memory_format is torch.contiguous_format else counts.numel()
-    return counts.resolve_neg().contiguous().view(rows, counts.numel() // max(1, rows))

@@ -1,6 +1,5 @@
-"""A convolution or a linear layer as a linear map in float64, and batch normalization as a part of it."""
+"""Convolutions, linear layers and normalizations of PyTorch as arrays for folding, and back."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,74 +9,51 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from batchnorm import definition
 from batchnorm.torch.dataflow import TRANSPOSED
+from batchnorm.whole.linear import LinearMap, Normalization, exchange_ends
 
-__all__ = ["LinearMap", "make_plain"]
+__all__ = ["read_map", "read_normalization", "write_map"]
 
 Array = NDArray[np.float64]
 
 
-@dataclass
-class LinearMap:
-    """What a convolution or a linear layer computes, in float64.
-
-    Attributes:
-        matrix: `(outputs, inputs of a group, positions in the kernel)`, also of transposed convolutions.
-        offset: `(outputs,)`.
-        groups: Into how many groups inputs and outputs are divided; one output sees the inputs of its group.
-    """
-
-    matrix: Array
-    offset: Array
-    groups: int
-
-    @classmethod
-    def of(cls, layer: Any) -> "LinearMap":
-        """The map of a layer, from what its forward uses."""
-        weight, groups = _float64(layer.weight), getattr(layer, "groups", 1)
-        if isinstance(layer, TRANSPOSED):
-            weight = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).swapaxes(1, 2)
-            weight = weight.reshape(-1, *weight.shape[2:])
-        matrix = weight.reshape(*weight.shape[:2], -1)
-        return cls(matrix, np.zeros(len(matrix)) if layer.bias is None else _float64(layer.bias), groups)
-
-    def then(self, layer: Any) -> "LinearMap":
-        """This map, and a normalization after it: `s*A` and `(b - mean)*s + bias`."""
-        return LinearMap(*definition.fold_linear(self.matrix, self.offset, *_parameters(layer)), self.groups)
-
-    def after(self, layer: Any) -> "LinearMap":
-        """A normalization, and this map after it: `A*s` and `b + A t`.
-
-        Each channel of the normalization is as many inputs of the map as there are for it, one after the other.
-        """
-        scale, shift = definition.fold_linear(np.ones((layer.num_features, 1)), None, *_parameters(layer))
-        outputs, inputs, _ = self.matrix.shape
-        repeats = inputs * self.groups // layer.num_features
-        scale, shift = (np.repeat(v.ravel(), repeats).reshape(self.groups, 1, inputs, 1) for v in (scale, shift))
-        matrix = self.matrix.reshape(self.groups, outputs // self.groups, inputs, -1)
-        offset = self.offset + (matrix * shift).sum((2, 3)).ravel()
-        return LinearMap((matrix * scale).reshape(self.matrix.shape), offset, self.groups)
-
-    def fits(self, dtype: torch.dtype) -> bool:
-        """Whether all its numbers are finite in a type."""
-        return all(np.abs(numbers).max(initial=0.0) <= torch.finfo(dtype).max for numbers in (self.matrix, self.offset))
-
-    def write(self, layer: Any) -> None:
-        """Give the layer these numbers, rounded once, in tensors like its own."""
-        matrix = self.matrix
-        if isinstance(layer, TRANSPOSED):
-            matrix = matrix.reshape(self.groups, -1, *matrix.shape[1:]).swapaxes(1, 2)
-        offset = torch.from_numpy(self.offset)
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(matrix)).reshape(layer.weight.shape))
-            if layer.bias is None:
-                layer.bias = nn.Parameter(offset.to(layer.weight), requires_grad=layer.weight.requires_grad)
-            else:
-                layer.bias.copy_(offset)
+def read_map(layer: Any) -> LinearMap:
+    """The linear map of a layer, from the weight that its forward uses."""
+    weight, bias = _tensor(layer, "weight"), _tensor(layer, "bias")
+    kernel, groups = _float64(weight), getattr(layer, "groups", 1)
+    matrix = exchange_ends(kernel, groups) if isinstance(layer, TRANSPOSED) else kernel
+    offset = np.zeros(len(matrix)) if bias is None else _float64(bias)
+    return LinearMap(matrix, offset, groups, str(weight.dtype).removeprefix("torch."))
 
 
-def make_plain(layer: Any) -> None:
+def write_map(layer: Any, map: LinearMap) -> None:
+    """Give a layer the numbers of a map, rounded once, in plain parameters like its own."""
+    _make_plain(layer)
+    kernel = exchange_ends(map.matrix, map.groups) if isinstance(layer, TRANSPOSED) else map.matrix
+    offset = torch.from_numpy(map.offset)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel)))
+        if layer.bias is None:
+            layer.bias = nn.Parameter(offset.to(layer.weight), requires_grad=layer.weight.requires_grad)
+        else:
+            layer.bias.copy_(offset)
+
+
+def read_normalization(layer: Any) -> Normalization:
+    """The constants of a normalization in evaluation."""
+    weight, bias = (None if tensor is None else _float64(tensor) for tensor in (layer.weight, layer.bias))
+    return Normalization(_float64(layer.running_mean), _float64(layer.running_var), weight, bias, layer.eps)
+
+
+def _tensor(layer: Any, name: str) -> Any:
+    """What the forward of a layer uses under a name."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == name:  # the attribute is still that of the last call
+            return hook.compute_weight(layer)
+    return getattr(layer, name)
+
+
+def _make_plain(layer: Any) -> None:
     """Replace the parametrizations of a layer by the weights that they make."""
     if is_parametrized(layer):
         # Not with `remove_parametrizations`: it takes them from the class, which copies of the layer share.
@@ -96,9 +72,3 @@ def make_plain(layer: Any) -> None:
 def _float64(values: Tensor) -> Array:
     array: Array = values.detach().cpu().double().numpy()
     return array
-
-
-def _parameters(layer: Any) -> tuple[Any, ...]:
-    """The arguments of `definition.fold_linear` that come from a normalization."""
-    tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    return *(None if tensor is None else _float64(tensor) for tensor in tensors), layer.eps

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch import composed
-from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_eager
+from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_tracing
 from batchnorm.torch.running import Running, is_finite
 
 __all__ = ["compute", "takes"]
@@ -13,34 +13,36 @@ __all__ = ["compute", "takes"]
 def takes(call: Call, plan: Plan) -> bool:
     """Whether PyTorch's operation computes the same."""
     x = call.x
-    if call.counts is not None or not (plan.is_simple or plan.constants is not None) or plan.count == 0:
+    if call.counts is not None or plan.parts is not None or plan.group is not None or plan.adjust is not None:
         return False
-    if call.residual is not None and call.residual.dtype is not x.dtype:
+    if plan.count == 0 or (call.residual is not None and call.residual.dtype is not x.dtype):
         return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if not call.is_eager and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
         return False
     # On the CPU, where the stride of an axis of length one hides that channels are last, the gradient is wrong (2.13).
-    return not x.is_cpu or x.is_contiguous() or 1 not in x.shape
+    return not x.is_cpu or x.is_contiguous() or is_tracing() or 1 not in x.shape
 
 
 def compute(call: Call, plan: Plan, running: Running) -> Outcome:
     """A call without a mask, by the statistics of the batch or by constants."""
     if plan.constants is not None:
         mean, var = plan.constants
-        if torch.is_grad_enabled() and not torch._C._is_tracing():
+        if torch.is_grad_enabled() and (call.is_eager or not is_tracing()):
             # Copies: a later batch changes the running statistics, and a backward pass to come must not see it.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
     x = call.x
-    if x.is_cpu and x.dtype is call.arithmetic and plan.unbiased and is_eager() and is_finite(x):
+    if x.is_cpu and call.is_eager and plan.unbiased and x.dtype is call.arithmetic and is_finite(x):
         rate = running.rate()
         assert isinstance(rate, float)
         # PyTorch changes them without telling autograd, and keeps them for a backward pass that does not need them.
         torch.autograd.graph.increment_version((running.mean, running.var))
         z = _batch_norm(call, running.mean.data, running.var.data, True, rate)
-        running.count(True)
+        running.note(True)
         return Outcome(_follow(call, z))
     # PyTorch tells the statistics of a batch only by moving running ones: here they move all the way from 0.
     batch = Batch.of(x.new_zeros((2, x.shape[1]), dtype=call.arithmetic), plan.count, is_unbiased=True)
@@ -48,17 +50,19 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
-    numbers = [call.weight, call.bias, mean, var]
-    if call.x.dtype is not call.arithmetic and len({t.dtype for t in numbers if t is not None}) > 1:
-        numbers = [None if t is None else t.to(call.arithmetic) for t in numbers]  # it wants them to be of one type
-    cudnn = torch.backends.cudnn.enabled
-    return torch.batch_norm(call.x, *numbers, training, momentum, call.eps, cudnn)  # type: ignore[arg-type]
+    x, weight, bias = call.x, call.weight, call.bias
+    if x.dtype is not call.arithmetic:
+        given = [weight, bias, mean, var]
+        if len({t.dtype for t in given if t is not None}) > 1:  # it wants them to be of one type
+            weight, bias, mean, var = (None if t is None else t.to(call.arithmetic) for t in given)
+    cudnn = not x.is_cpu and torch.backends.cudnn.enabled
+    return torch.batch_norm(x, weight, bias, mean, var, training, momentum, call.eps, cudnn)
 
 
 def _follow(call: Call, z: Tensor) -> Tensor:
     """The residual and the activation; in place where nobody else has `z`."""
     name, parameter = call.activation
-    if torch.is_grad_enabled() or not is_eager():
+    if torch.is_grad_enabled() or not call.is_eager:
         z = z if call.residual is None else z + call.residual
     else:
         z = z if call.residual is None else z.add_(call.residual)

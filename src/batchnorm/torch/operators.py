@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from batchnorm.torch import composed, cpu, function
-from batchnorm.torch.call import Batch, Call, Outcome, Plan
+from batchnorm.torch.call import Batch, Call, Outcome, Plan, arithmetic
 from batchnorm.torch.layout import memory_format
 
 __all__ = ["compute", "differentiate_backward", "differentiate_forward", "keep_backward", "keep_forward", "takes"]
@@ -44,9 +44,9 @@ def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) 
 
 def _asked(arguments: tuple[Any, ...]) -> tuple[Call, function.How]:
     """The call behind the arguments of `forward`, and how it is computed."""
-    *others, name, parameter = arguments
-    call = Call(*others, (name, parameter))
-    count = float(call.count())
+    x, weight, bias, residual, counts, eps, name, parameter = arguments
+    call = Call(x, weight, bias, residual, counts, eps, (name, parameter), arithmetic=arithmetic(x.dtype))
+    count = float(call.total())
     return call, function.How(cpu, Plan(count), count, None, call.eps, call.activation)
 
 
@@ -55,7 +55,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if call.x.numel() == 0:
         return _like_forward(*arguments)[0], torch.zeros((3, call.x.shape[1]), dtype=cpu.STATISTICS)
     with torch.no_grad():
-        y, statistics = function.forward(call, how, cpu.tables(call, kept=False))
+        y, statistics, _ = cpu.forward(call, how)
     return y, statistics[:, 0]
 
 
@@ -63,8 +63,8 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     *asked, statistics, needs_x, needs_residual = arguments
     call, how = _asked(tuple(asked))
     with torch.no_grad():
-        dx, d_weight, d_bias, d_residual = function.backward(
-            dy, call, how, cpu.tables(call, kept=False), statistics[:, None], (needs_x, needs_residual)
+        dx, d_weight, d_bias, d_residual = cpu.backward(
+            dy, call, how, statistics[:, None], cpu.tables(call), (needs_x, needs_residual)
         )
     # Outputs share no memory, not even where nothing is asked for.
     return (
@@ -144,7 +144,7 @@ def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs = [None if t is None else t.view_as(t).requires_grad_() for t in (dy, x, weight, bias, residual)]
         dy_, x_, weight_, bias_, residual_ = inputs
         assert x_ is not None
-        call = Call(x_, weight_, bias_, residual_, counts, eps, (name, parameter))
+        call = Call(x_, weight_, bias_, residual_, counts, eps, (name, parameter), arithmetic=arithmetic(x_.dtype))
         y, *_ = composed.forward(call, Plan(torch.inf))
         found = (x_, needs_x), (weight_, True), (bias_, True), (residual_, needs_residual)
         outer = {t: grad for (t, needed), grad in zip(found, grads, strict=True) if needed and t is not None}

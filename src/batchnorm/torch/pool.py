@@ -1,4 +1,4 @@
-"""Moments that several processes have found, merged: the same on all of them."""
+"""Moments merged over several processes, with the same result on all of them."""
 
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -17,10 +17,10 @@ FAILED = -1.0
 
 
 class Pool:
-    """The processes of a group that call together; this one alone without `torch.distributed`.
+    """The processes of a group; without `torch.distributed`, this process alone. A `whole.calibrate.Processes`.
 
-    Every process calls `agree` once, then `merge` as often as the others. One that fails before makes the others fail
-    too, if it does so within `all_or_none`: they do not wait for what never comes.
+    Every process calls `agree` once, then `merge` as often as the others. If a process fails within `all_or_none`, the
+    others fail too, instead of waiting for it.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -33,7 +33,7 @@ class Pool:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """One call of `agree` or `merge`, and what leads to it."""
+        """Surround one call of `agree` or `merge` and what leads to it: if it fails here, it fails in all processes."""
         self._merged = False
         try:
             yield
@@ -43,13 +43,13 @@ class Pool:
             raise
 
     def agree(self, sizes: Mapping[str, int]) -> None:
-        """See that all processes have the same layers.
+        """Check that all processes have the same layers.
 
         Args:
-            sizes: The channels of each layer.
+            sizes: The number of channels of each layer.
 
         Raises:
-            RuntimeError: If they have not, or if one of them failed.
+            RuntimeError: If their layers differ, or if one of them failed.
         """
         self._merged = True
         self.sizes = dict(sizes)
@@ -60,12 +60,15 @@ class Pool:
     def merge(
         self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
     ) -> tuple[int, dict[str, Moments], set[str]]:
-        """Add up the samples, merge the moments, unite the marked layers.
+        """Add the samples, merge the moments, and unite the marked layers of all processes.
 
         Args:
-            samples: How many this process had.
+            samples: The number of samples that this process had.
             found: The moments of some of the layers.
-            marked: Some of the layers.
+            marked: The names of some of the layers.
+
+        Returns:
+            The same three, over all processes.
 
         Raises:
             RuntimeError: If another process failed.
@@ -91,10 +94,10 @@ class Pool:
         return samples, merged, union
 
     def _require(self, header: list[float]) -> list[Any]:
-        """The header of each process; the last number must be the same in all.
+        """The header of each process. The last number must be the same in all.
 
         Raises:
-            RuntimeError: If one of them failed, or if it is not.
+            RuntimeError: If one of them failed, or if the numbers differ.
         """
         headers = self._gather(header)
         failed = [str(rank) for rank, theirs in enumerate(headers) if theirs[0] == FAILED]
@@ -105,7 +108,7 @@ class Pool:
         return headers
 
     def _gather(self, values: Any) -> list[Any]:
-        """One row of each process."""
+        """The values of each process."""
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         mine = torch.as_tensor(np.asarray(values, np.float64), device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
-from batchnorm.torch.call import Call, Outcome, Plan, is_eager, is_plain
+from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_tracing
 from batchnorm.torch.running import Running
 
 __all__ = ["ROUTES", "Route", "choose", "route"]
@@ -44,10 +44,10 @@ compiled graph an operator in Python takes some 100 us more than loops of its ow
 def _native_pays(call: Call, plan: Plan) -> bool:
     """Where the kernels would not make up for their calls; and wherever there are no kernels of ours."""
     if not call.x.is_cpu:
-        return not _triton_takes(call, plan)
-    if plan.constants is not None and torch._C._is_tracing():
+        return True
+    if plan.constants is not None and not call.is_eager and is_tracing():
         return True  # deployment tools know PyTorch's operation
-    if not is_eager() or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
+    if not call.is_eager or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
         return False
     if plan.constants is not None:
         return call.x.numel() < SMALL_EVALUATION
@@ -60,7 +60,7 @@ def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
         call.x.dtype in stages.DTYPES
         and (call.residual is None or call.residual.dtype is call.x.dtype)
         and (call.x.numel() > 0 or plan.group is not None)
-        and is_eager()
+        and call.is_eager
         and is_plain(call.x, *call.tensors, *(plan.constants or ()))
     )
 
@@ -91,9 +91,9 @@ def _always(call: Call, plan: Plan) -> bool:
 
 
 ROUTES = (
+    Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
     Route("native", native.takes, _native_pays, native.compute),
     Route("numba", _numba_takes, _always, functools.partial(function.compute, cpu)),
-    Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
     Route(
         "operator",
         _operator_takes,
@@ -105,10 +105,10 @@ ROUTES = (
 )
 """In this order.
 
-1. `native`: `torch.batch_norm` and the activation. The statistics of the batch or constants, without a mask: small
+1. `triton`: the GPU's kernels in one autograd function. Called eagerly, with CUDA tensors of a known type.
+2. `native`: `torch.batch_norm` and the activation. The statistics of the batch or constants, without a mask: small
    tensors on the CPU, and every size on devices for which there are no kernels of ours.
-2. `numba`: the CPU's kernels in one autograd function. Called eagerly, with ordinary tensors of a known type.
-3. `triton`: the GPU's kernels in the same function. Called eagerly, with CUDA tensors of a known type.
+3. `numba`: the CPU's kernels in the same function as the GPU's. Called eagerly, with ordinary tensors of a known type.
 4. `operator`: the CPU's kernels as registered operators. In a compiled graph on the CPU, from a size on.
 5. `functorch`: these operators inside `torch.func`'s `grad` and `vmap`, on the CPU.
 6. `composed`: the formula in PyTorch's elementary operations. Everything.
@@ -147,9 +147,10 @@ def route(*names: str) -> Iterator[None]:
 
     Of the routes that are named, the first in the table that can compute a call does so, whatever its size. This holds
     in the whole process, for calls made inside the block; a backward pass belongs to the call that it started from.
+    `route()` without names lets the table choose again, inside a block that does not.
 
     Args:
-        names: Among `"native"`, `"numba"`, `"triton"`, `"operator"`, `"functorch"` and `"composed"`.
+        names: Among `"triton"`, `"native"`, `"numba"`, `"operator"`, `"functorch"` and `"composed"`.
 
     Raises:
         ValueError: If there is no such route.
@@ -157,9 +158,9 @@ def route(*names: str) -> Iterator[None]:
     """
     global _allowed
     unknown = [name for name in names if name not in _NAMES]
-    if unknown or not names:
-        raise ValueError(f"route must be one or more of {', '.join(_NAMES)}; got {', '.join(unknown) or 'none'}")
-    before, _allowed = _allowed, names
+    if unknown:
+        raise ValueError(f"a route must be one of {', '.join(_NAMES)}; got {', '.join(unknown)}")
+    before, _allowed = _allowed, names or None
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.torch.call import Batch, check_channels, is_eager
+from batchnorm.torch.call import Batch, check_channels, is_eager, is_tracing
 
 __all__ = ["Running", "correction", "is_finite", "move", "update"]
 
@@ -43,8 +43,9 @@ class Running(NamedTuple):
             )
         if (self.mean is None) != (self.var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        check_channels("running_mean", self.mean, x)
-        check_channels("running_var", self.var, x)
+        if self.mean is not None and not is_tracing():
+            check_channels("running_mean", self.mean, x)
+            check_channels("running_var", self.var, x)
 
     def rate(self, dtype: torch.dtype = torch.float64) -> float | Tensor:
         """The weight of the next batch: a number, or a tensor of `dtype` where a number would have to be waited for."""
@@ -56,7 +57,7 @@ class Running(NamedTuple):
             return 1.0 / (float(self.batches) + 1.0)
         return (self.batches + 1).to(dtype).reciprocal()
 
-    def count(self, moved: bool | Tensor) -> None:
+    def note(self, moved: bool | Tensor) -> None:
         """Count a batch as one that has moved the running statistics, or as one that was skipped."""
         if isinstance(moved, bool):
             counter = self.batches if moved else self.skipped
@@ -86,14 +87,14 @@ def update(running: Running, batch: Batch, unbiased: bool) -> None:
     """
     with torch.no_grad():
         if running.mean is None or running.var is None:
-            return running.count(True)
+            return running.note(True)
         if not isinstance(batch.count, Tensor) and batch.count == 0:
-            return running.count(False)
+            return running.note(False)
         if batch.is_unbiased != unbiased:
             factor = correction(batch.count)
             var = batch.var * factor if unbiased else batch.var / factor
             batch = Batch.of(torch.stack([batch.mean, var]), batch.count, unbiased)
-        return running.count(move(running.mean, running.var, batch, running.rate(batch.var.dtype)))
+        return running.note(move(running.mean, running.var, batch, running.rate(batch.var.dtype)))
 
 
 def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | Tensor) -> bool | Tensor:
@@ -138,5 +139,9 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all values are finite, and not so large that their squares are not."""
-    return math.isfinite(torch.linalg.vector_norm(x.detach()).item())
+    """Whether all values are finite, and not so large that the sum of their squares is not."""
+    values = x.detach()
+    if values.is_contiguous():  # the fastest test for a small tensor
+        values = values.view(-1)
+        return math.isfinite(torch.dot(values, values).item())
+    return math.isfinite(torch.linalg.vector_norm(values).item())

@@ -62,10 +62,10 @@ class BatchStatistics(Statistics):
     def plan(self, call: Call, running: Running) -> Plan:
         """The whole batch. The errors are those of `batch_norm`."""
         count = _count_two(call)
-        if not isinstance(count, Tensor) and count == 0:  # the moments of nothing
-            nothing = call.x.new_zeros(call.x.shape[1])
-            return Plan(count, (nothing, nothing), unbiased=self.unbiased)
-        return Plan(count, unbiased=self.unbiased)
+        if isinstance(count, Tensor) or count != 0:
+            return Plan(count, None, None, None, None, self.unbiased)
+        nothing = call.x.new_zeros(call.x.shape[1])  # the moments of nothing
+        return Plan(count, (nothing, nothing), unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class GhostStatistics(Statistics):
                     f"mask leaves fewer than two values of samples {start} to {start + size - 1}, a group of "
                     f"GhostStatistics; x has shape {tuple(call.x.shape)}. Use a larger batch_size"
                 )
-            parts.append(Part(samples, part.count()))
+            parts.append(Part(samples, part.total()))
             start += size
         return Plan(count, parts=parts, unbiased=self.unbiased)
 
@@ -172,7 +172,7 @@ class SyncStatistics(Statistics):
         group = self.group
         if group is None:
             return BatchStatistics(self.unbiased).plan(call, running)
-        return Plan(call.count(), group=group, unbiased=self.unbiased)
+        return Plan(call.total(), group=group, unbiased=self.unbiased)
 
     def fail(self, device: torch.device) -> None:
         """Make the other processes fail, too."""
@@ -287,9 +287,11 @@ def expect(statistics: Any) -> None:
 def _count_two(call: Call) -> float | Tensor:
     """How much the values of each channel count; there must be two at least, or none."""
     if call.counts is not None and is_symbolic():
-        return call.count()  # what is the same for all values cannot depend on them
-    size = call.x.size()
+        return call.total()  # what is the same for all values cannot depend on them
     values = call.positions()
+    if values != 1 and call.counts is None:
+        return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)
+    size = call.x.size()
     if call.counts is not None and values == 0 and call.x.numel() > 0:
         raise ValueError(
             f"mask leaves nothing of x of shape {tuple(size)}: skip this batch, or normalize with training=False"
@@ -300,4 +302,4 @@ def _count_two(call: Call) -> float | Tensor:
             f"{'' if call.counts is None else ' of which the mask keeps one'}. The variance of one value is 0. "
             "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
-    return call.count()
+    return call.total()

@@ -1,8 +1,9 @@
-"""Input and output normalization: mean 0 and variance 1 by the statistics of all the data, as a part of the model."""
+"""Input and output normalization to mean 0 and variance 1, by the statistics of all the data, as part of the model."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +15,20 @@ __all__ = ["Standardize"]
 
 
 class Standardize(nn.Module):
-    """`y = (x - mean) / std` for each channel, with constants that `fit` takes from the data; and back.
+    """`y = (x - mean) / std` for each channel, and its inverse, with constants that `fit` takes from the data.
 
-    In front of a model it normalizes the inputs. Behind one, `inverse` turns its outputs into the units of the targets.
-    A channel that does not vary is only centered.
+    Before a model it normalizes the inputs. After one, `inverse` turns its outputs into the units of the targets. A
+    constant channel is only centered.
 
     Args:
-        num_features: Channels, `C`.
-        device: Of the buffers.
-        dtype: Of the buffers.
+        num_features: The number of channels, `C`.
+        device: The device of the buffers.
+        dtype: The type of the buffers.
 
     Attributes:
         mean: `(C,)`, in the units of the data. A buffer: it is saved with the model.
         std: `(C,)`, the square root of the biased variance, 1 where that is 0.
-        count: How many values per channel were seen; 0 before `fit`.
+        count: The number of values per channel that were seen; 0 before `fit`.
 
     Raises:
         ValueError: If `num_features` is not a positive integer.
@@ -61,32 +62,31 @@ class Standardize(nn.Module):
         mask: Callable[[Any], Tensor] | None = None,
         process_group: Any = None,
     ) -> "Standardize":
-        """Take mean and standard deviation from the data, in one pass: exact, however the data are split.
+        """Take mean and standard deviation from the data, in one pass. The result is exact, however the data are split.
 
-        Over the processes of `torch.distributed`, if it is initialized, each gives its own part of the data, which may
-        be empty, and all get the same.
+        If `torch.distributed` is initialized, each process gives its own part of the data, which may be empty, and all
+        get the same result.
 
         Args:
-            data: A tensor `(N, C, *spatial)`, or batches of them. A batch may be a tuple or a list: its first item is
-                meant.
-            select: What of a batch is meant, if something else: `lambda batch: batch["image"]`.
-            mask: Which positions of a batch count, as in `batch_norm`.
+            data: A tensor `(N, C, *spatial)`, or batches of such tensors. Of a tuple or a list, the first item is used.
+            select: Returns the tensor of a batch, if it is another one: `lambda batch: batch["image"]`.
+            mask: Returns which positions of a batch count, as in `batch_norm`.
             process_group: Of `torch.distributed`; the default one if None.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: If there is no data, if its second axis is not of `num_features`, or if it is not finite.
+            ValueError: If there are no data, if their second axis is not of `num_features`, or if they are not finite.
             TypeError: If a batch holds no tensor.
-            RuntimeError: If another process failed. In all these cases mean and std stay as they were.
+            RuntimeError: If another process failed. In all of these cases mean and std stay as they were.
         """
         pool = Pool(process_group)
         name = "data"
         with pool.all_or_none():
             pool.agree({name: self.num_features})
         with pool.all_or_none():
-            seen = Moments(0.0, *torch.zeros(2, self.num_features, dtype=torch.float64).numpy())
+            seen = Moments(0.0, *np.zeros((2, self.num_features)))
             for batch in [data] if isinstance(data, Tensor) else data:
                 x = self._select(batch, select)
                 if not x.is_floating_point():
@@ -95,13 +95,15 @@ class Standardize(nn.Module):
             _, found, _ = pool.merge(0, {name: seen} if seen.count > 0 else {})
         if name not in found:
             raise ValueError("there is nothing to fit to: the data has no values")
-        moments_found = found[name].mean, found[name].var ** 0.5
-        mean, std = (torch.from_numpy(values).to(self.mean.dtype) for values in moments_found)
-        if not bool((mean.isfinite() & std.isfinite()).all()):
-            channels = (~(mean.isfinite() & std.isfinite())).nonzero().flatten().tolist()
+        mean, std = (
+            torch.from_numpy(values).to(self.mean.dtype) for values in (found[name].mean, np.sqrt(found[name].var))
+        )
+        finite = mean.isfinite() & std.isfinite()
+        if not bool(finite.all()):
+            channels = (~finite).nonzero().flatten().tolist()
             raise ValueError(
                 f"mean and std are not finite in {self.mean.dtype}, in channels {channels}: mask such values, or give "
-                "Standardize another dtype"
+                "Standardize a wider dtype"
             )
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, 1.0))
@@ -116,7 +118,7 @@ class Standardize(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"a batch must be a tensor, or begin with one, got {type(x).__name__}: "
-                "say what is meant with select=lambda batch: ..."
+                "say where it is with select=lambda batch: ..."
             )
         self._check(x)
         return x
@@ -139,29 +141,29 @@ class Standardize(nn.Module):
         """`(x - mean) / std`.
 
         Args:
-            x: `(N, C, *spatial)`; integers give floating-point numbers.
+            x: `(N, C, *spatial)`; integers become floating-point numbers.
 
         Returns:
-            `y`, of the shape of `x`, without units.
+            `y`, in the shape of `x`, without units.
 
         Raises:
             ValueError: If the second axis of `x` is not of `num_features`.
             RuntimeError: If there are no statistics yet.
         """
-        if isinstance(x, torch.fx.Proxy):  # a symbolic trace takes it as a whole
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace records it as one call
             tracer: Any = x.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         mean, std = self._constants(x)
         return (x - mean) / std
 
     def inverse(self, y: Tensor) -> Tensor:
-        """`y * std + mean`: what `forward` gives becomes what it was given.
+        """`y * std + mean`, the inverse of `forward`.
 
         Args:
             y: `(N, C, *spatial)`, without units.
 
         Returns:
-            `x`, of the shape of `y`, in the units of the data.
+            `x`, in the shape of `y` and in the units of the data.
 
         Raises:
             ValueError: If the second axis of `y` is not of `num_features`.

@@ -1,11 +1,11 @@
-"""What a model does, as graphs in which one can see what each value is used for.
+"""What a model computes, as graphs that show what each value is used for.
 
-A model is traced by `torch.fx`: its code runs once with symbols in place of tensors, and everything that is done to a
-symbol becomes a node of a graph. That is a proof as far as the code does the same for every input, so wherever it asks
-a symbol for what is not known (its size, its sign, its type), the model counts as one that cannot be traced. An
-optional argument may be given or not: both ways are traced.
+A model is traced by `torch.fx`: its code runs once with symbols in place of tensors, and every operation on a symbol
+becomes a node of a graph. The graph is a proof only if the code does the same for every input. So a model that asks a
+symbol for something unknown (its size, its sign, its type) counts as one that cannot be traced. An optional argument
+may be given or left out: both ways are traced.
 
-Where a model cannot be traced, its children are, each on its own.
+If a model cannot be traced, each of its children is traced on its own.
 """
 
 import copy
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def leaves(value: Any, kind: type[T], path: str = "") -> Iterator[tuple[str, T]]:
-    """Everything of a kind in nested tuples, lists, dicts and dataclasses, and where it is."""
+    """All objects of a type in nested tuples, lists, dicts and dataclasses, each with its path."""
     items: Any = ()
     if isinstance(value, kind):
         yield path, value
@@ -46,7 +46,7 @@ def leaves(value: Any, kind: type[T], path: str = "") -> Iterator[tuple[str, T]]
 
 
 def duplicate(value: T) -> T:
-    """A deep copy, also of tensors that refuse it: those with a history come without it."""
+    """A deep copy. Tensors with a history, which PyTorch does not copy, are copied without it."""
     holders = [vars(module) for module in value.modules()] if isinstance(value, nn.Module) else [value]
     memo: dict[int, Any] = {}
     for _, tensor in leaves(holders, Tensor):
@@ -62,22 +62,22 @@ def duplicate(value: T) -> T:
 
 
 class _Value(fx.Proxy):
-    """A value of which nothing is known, not even whether it is a tensor."""
+    """A value about which nothing is known, not even whether it is a tensor."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # pyright: ignore
-        """Asked for by `isinstance`, where `torch.fx` would say that it is no tensor."""
+        """Asked for by `isinstance`; `torch.fx` would answer that the value is not a tensor."""
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return type(self)
         raise TraceError("what it does depends on the type of a value")
 
 
 class _Tracer(fx.Tracer):
-    """Keeps normalizations and PyTorch's modules whole, and notes what a graph does not show.
+    """Treats normalizations and PyTorch's modules as single nodes, and notes what a graph does not show.
 
     Attributes:
-        read: The ids of the parameters and buffers that the code looks at.
-        kept: Values that something else gets to see, and what.
+        read: The ids of the parameters and buffers that the code uses directly.
+        kept: For each value that something else sees, what sees it.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ def _normalizations(module: nn.Module) -> list[str]:
 
 
 def _trace(model: nn.Module, path: str, given: dict[str, Any]) -> Flow:
-    """The values in one module of a model, called with some of its arguments given, and the others unknown."""
+    """The values in one module of a model, called with the given arguments; all others are unknown."""
     root = duplicate(model.get_submodule(path))  # its code may write to it
     owners = {id(tensor): name for name, inner in root.named_modules() for _, tensor in leaves(vars(inner), Tensor)}
     tracer = _Tracer()
@@ -156,14 +156,14 @@ def _trace_every_way(model: nn.Module, path: str) -> tuple[Flow, ...]:
 def trace(model: nn.Module) -> tuple[list[tuple[Flow, ...]], dict[str, str]]:
     """The values in a model, or in the parts of it that can be traced.
 
-    A part is taken to be called only as a whole, by its `forward`, if what it belongs to cannot be traced. Arguments
-    that have no default are taken to be given.
+    If a model cannot be traced, its parts are assumed to be called only as a whole, by their `forward`. Arguments
+    without a default are assumed to be given.
 
     Args:
         model: Any module; it is left as it is.
 
     Returns:
-        Of each part, a flow for each way to call it; and for every normalization that is in none, why.
+        For each part, a flow for each way to call it; and for every normalization in no part, the reason.
     """
     parts: list[tuple[Flow, ...]] = []
     unreached: dict[str, str] = {}

@@ -87,9 +87,9 @@ class Layer(NamedTuple):
     """A layer to calibrate.
 
     Attributes:
-        channels: How many it has.
-        eps: What it adds to the variance.
-        dtype: The type of its running statistics, as an error should name it.
+        channels: The number of channels.
+        eps: What the layer adds to the variance.
+        dtype: The type of its running statistics, for error messages.
     """
 
     channels: int
@@ -100,7 +100,7 @@ class Layer(NamedTuple):
 See = Callable[[str, Moments | str], Statistics | None]
 """Called with the name of a layer and the moments of its input, or the reason why it has none, before the layer runs.
 
-It returns the statistics by which the layer normalizes this input; None stands for those that it has.
+It returns the statistics by which the layer must normalize this input; None means those that the layer has.
 """
 
 
@@ -108,7 +108,7 @@ class Model(Protocol):
     """A model, as `calibrate` sees it: batch normalizations by name. The name is empty if the model itself is one."""
 
     def find(self) -> Mapping[str, Layer | str]:
-        """All batch normalizations, in the model's order: what to calibrate, or the reason why one is skipped.
+        """All batch normalizations, in the model's order: a layer to calibrate, or the reason why it is skipped.
 
         Raises:
             RuntimeError: If a layer does not know its size yet.
@@ -117,12 +117,12 @@ class Model(Protocol):
     def run(self, batch: Any, names: Collection[str], see: See) -> None:
         """Call the model on a batch.
 
-        All of the model evaluates meanwhile, and `see` is told what comes into the layers of these names. Afterwards
-        all is as before, but for statistics that `see` has given.
+        The whole model evaluates meanwhile, and `see` is told what comes into the layers with these names. Afterwards
+        everything is as before, except for the statistics that `see` has returned.
         """
 
     def size(self, batch: Any) -> int | None:
-        """How many samples a batch has; None if that cannot be seen."""
+        """The number of samples in a batch; None if it cannot be seen."""
 
     def read(self, name: str) -> Statistics:
         """The running statistics of a layer: copies."""
@@ -131,17 +131,17 @@ class Model(Protocol):
         """Set the running statistics of a layer."""
 
     def keep(self, name: str) -> Callable[[], None]:
-        """What puts the statistics of a layer back to what they are now, to the bit."""
+        """Remember the statistics of a layer; the function that is returned puts them back, to the bit."""
 
 
 class Processes(Protocol):
     """The processes that pool their statistics. Each calls `agree` once, then `merge` as often as the others."""
 
     def all_or_none(self) -> AbstractContextManager[None]:
-        """Around one call of `agree` or `merge` and what leads to it: if one process fails there, all fail."""
+        """Surround one call of `agree` or `merge` and what leads to it: if it fails here, it fails in all processes."""
 
     def agree(self, sizes: Mapping[str, int]) -> None:
-        """See that all processes have the same layers, with so many channels."""
+        """Check that all processes have the same layers, with these numbers of channels."""
 
     def merge(
         self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
@@ -191,9 +191,9 @@ def calibrate(
         model: The model.
         data: The batches.
         method: "parallel" or "sequential".
-        max_samples: Stop after the batch that reaches so many, in each process; None takes all.
+        max_samples: Stop after the batch that reaches this number, in each process; None takes all.
         unbiased: Whether the running variance is the unbiased one.
-        processes: Who pools.
+        processes: The processes that pool their statistics.
         progress: Whether to show a bar, where stderr is a terminal and rich is installed.
 
     Returns:
@@ -317,7 +317,7 @@ def _write(model: Model, name: str, dtype: str, moments: Moments, unbiased: bool
 
 @contextmanager
 def _undone_on_error(model: Model, names: Iterable[str]) -> Iterator[dict[str, Callable[[], None]]]:
-    """What puts each layer's statistics back; after an exception it does."""
+    """Give what puts each layer's statistics back. After an exception all are put back."""
     undo = {name: model.keep(name) for name in names}
     try:
         yield undo
@@ -328,7 +328,7 @@ def _undone_on_error(model: Model, names: Iterable[str]) -> Iterator[dict[str, C
 
 
 def _watched(data: Iterable[Any], what: str, progress: bool) -> Iterator[Any]:
-    """The data, with a bar if someone is there to see it."""
+    """The data, with a progress bar if stderr is a terminal."""
     if progress and sys.stderr.isatty() and find_spec("rich"):
         from rich.console import Console
         from rich.progress import track

@@ -55,9 +55,13 @@ def compile_ahead(launch: Launch, tensors: tuple[torch.Tensor | None, ...], floa
         arch: The GPU's.
     """
     kernel = launch.kernel
-    scratch = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.float32))
+    scratch = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float32))
     kinds: list[Any] = ["constexpr" if t is None else TYPES[t.dtype] for t in (*tensors, *scratch)]
-    kinds += ["fp32"] * floats + ["i32"] * len(launch.integers) + ["constexpr"] * len(launch.constants)
+    kinds += (
+        ["fp32"] * floats
+        + ["i32" if n < 1 << 31 else "i64" for n in launch.integers]
+        + ["constexpr"] * len(launch.constants)
+    )
     names = [parameter.name for parameter in kernel.params]
     signature = dict(zip(names, kinds, strict=True))
     fixed = {name: None for name, kind in zip(names, kinds, strict=True) if kind == "constexpr"} | launch.constants

@@ -1,9 +1,9 @@
 """The forward stages: moments, their merge, the running update, and normalize, in one kernel.
 
-A part is measured without a barrier: every slot of a tile (the registers of its threads) measures its values from the
-first one that it saw. Then all slots are moved to the mean of the part. A slot has at most `part_tiles` values, so the
-squares about the first of them are at most `1 + part_tiles` times those about their mean: an outlier in first place
-costs little. Parts are merged in float64.
+A part is measured without a barrier: every slot of a tile's slice (the registers of its threads) measures its values
+from the first one that it saw. Then all slots are moved to the mean of the part. A slot has few values, so the squares
+about the first of them are at most `1 + values` times those about their mean: an outlier in first place costs little.
+Parts are merged in float64.
 """
 
 import triton
@@ -11,8 +11,21 @@ import triton.language as tl
 from triton.language import constexpr, tensor
 
 from batchnorm.kernels.gpu.activations import activate
-from batchnorm.kernels.gpu.order import arrive, draw, raise_flag, settled_all, wait
-from batchnorm.kernels.gpu.tiles import Walk, channels, columns, over_tile, part, tile, to_columns
+from batchnorm.kernels.gpu.order import arrive, draw, place, raise_flag, settle, wait
+from batchnorm.kernels.gpu.tiles import (
+    Shape,
+    Walk,
+    channels,
+    columns,
+    load,
+    over_tile,
+    part,
+    part_values,
+    store,
+    tile,
+    to_columns,
+    two_over_tile,
+)
 
 __all__ = ["forward_kernel"]
 
@@ -21,96 +34,122 @@ __all__ = ["forward_kernel"]
 
 
 @triton.jit
-def _measure(
-    x: tensor, counts: tensor, walk: tl.tuple, unit: tensor, number: tensor, ROWS: constexpr, COLUMNS: constexpr,
-    VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr, WIDE: constexpr, STAGES: constexpr,
+def _add_tile(
+    x: tensor, counts: tensor, walk: tl.tuple, unit: tensor, row: tensor, end: tensor, fresh: tensor, size: tensor,
+    center: tensor, total: tensor, squares: tensor, LAST: constexpr, S: tl.tuple,
 ) -> tl.tuple:  # fmt: skip
-    """One part: its values' count, mean, and sums of `x - mean` (what rounding left) and of `(x - mean)^2`."""
-    first, last, count = part(walk, unit, number, ROWS, VEC, POSITIONS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if counts is not None:
-        center = tl.zeros([ROWS, COLUMNS], tl.float32)
-        size = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for t in tl.range(first, last, num_stages=STAGES):
-            offset, position, there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
-            value = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            weight = tl.load(counts + position, mask=there, other=0.0)
-            kept = tl.broadcast_to(weight > 0, [ROWS, COLUMNS])
+    """Add a tile, slice by slice, so that one slice's registers hold the sums. `fresh` says that it is the first.
+
+    3 instructions per value, and 1 to 2 to convert it.
+    """
+    SLICE: constexpr = S.ROWS // S.SLICES
+    for s in tl.static_range(S.SLICES):
+        offset, position, there, mask = tile(walk, unit, row + s * SLICE, end, SLICE, LAST, S)
+        value = load(x + offset, mask, "evict_last")
+        if counts is not None:
+            weight = load(counts + position, there, "evict_last")
+            kept = tl.broadcast_to(weight > 0, [SLICE, S.COLUMNS])
             center = tl.where(kept & (size == 0), value, center)
             d = tl.where(kept, value - center, 0.0)  # not left to the product: 0 * NaN is NaN
             size += tl.where(kept, weight, 0.0)
             total += weight * d
             squares += weight * d * d
-        sizes = over_tile(size, walk, COLUMNS, CHANNELS, POSITIONS)
-    else:
-        offset, _position, there, mask = tile(walk, unit, first, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
-        center = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        size = there.to(tl.float32)
-        for t in tl.range(first + 1, last, num_stages=STAGES):
-            offset, _position, there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
-            value = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            d = tl.where(mask, value - center, 0.0)
-            size += there.to(tl.float32)
+        else:
+            if s == 0:
+                center = tl.where(fresh, value, center)
+            d = value - center
+            if LAST:
+                d = tl.where(there, d, 0.0)
             total += d
             squares += d * d
-        sizes = tl.full([CHANNELS], 0.0, tl.float32) + count
-    share = tl.where(sizes > 0, 1.0 / sizes, 0.0)
-    mean = over_tile(size * center + total, walk, COLUMNS, CHANNELS, POSITIONS) * share
-    d = center - to_columns(mean, walk, COLUMNS, CHANNELS, POSITIONS)[None, :]
+    return size, center, total, squares
+
+
+@triton.jit
+def _measure(x: tensor, counts: tensor, walk: tl.tuple, unit: tensor, number: tensor, S: tl.tuple) -> tl.tuple:
+    """One part: its values' count, mean, and sums of `x - mean` (what rounding left) and of `(x - mean)^2`."""
+    SLICE: constexpr = S.ROWS // S.SLICES
+    begin, rest, end = part(walk, unit, number, S)
+    size = tl.zeros([SLICE, S.COLUMNS], tl.float32)
+    center = tl.zeros([SLICE, S.COLUMNS], tl.float32)
+    total = tl.zeros([SLICE, S.COLUMNS], tl.float32)
+    squares = tl.zeros([SLICE, S.COLUMNS], tl.float32)
+    for row in range(begin, rest, S.ROWS):
+        size, center, total, squares = _add_tile(
+            x, counts, walk, unit, row, end, row == begin, size, center, total, squares, False, S
+        )
+    if rest < end:
+        size, center, total, squares = _add_tile(
+            x, counts, walk, unit, rest, end, rest == begin, size, center, total, squares, True, S
+        )
+    if counts is not None:
+        sizes = over_tile(size, walk, S)
+    else:
+        size = ((end - begin + SLICE - 1 - tl.arange(0, SLICE)) // SLICE).to(tl.float32)[:, None]
+        sizes = tl.full([S.CHANNELS], 0.0, tl.float32) + part_values(walk, unit, number, S)
+    share = 1.0 / tl.where(sizes > 0, sizes, 1.0)
+    mean = over_tile(size * center + total, walk, S) * share
+    d = center - to_columns(mean, walk, S)[None, :]
     d = tl.where(size > 0, d, 0.0)
-    squares = over_tile(squares + d * (2.0 * total + size * d), walk, COLUMNS, CHANNELS, POSITIONS)
-    total = over_tile(total + size * d, walk, COLUMNS, CHANNELS, POSITIONS)
+    moved = size * d
+    total, squares = two_over_tile(total + moved, squares + d * (2.0 * total + moved), walk, S)
     return sizes, mean, total, squares
 
 
 @triton.jit
 def _store_part(
-    parts: tensor, unit: tensor, number: tensor, part_count: tensor, sizes: tensor, mean: tensor, total: tensor,
-    squares: tensor, CHANNELS: constexpr,
+    parts: tensor, walk: tl.tuple, unit: tensor, number: tensor, sizes: tensor, mean: tensor, total: tensor,
+    squares: tensor, COUNTED: constexpr, S: tl.tuple,
 ) -> None:  # fmt: skip
-    place = parts + (unit * part_count + number) * (4 * CHANNELS) + tl.arange(0, CHANNELS)
-    tl.store(place, sizes)
-    tl.store(place + CHANNELS, mean)
-    tl.store(place + 2 * CHANNELS, total)
-    tl.store(place + 3 * CHANNELS, squares)
+    place = parts + (unit * walk.part_count + number) * (4 * S.CHANNELS) + tl.arange(0, S.CHANNELS)
+    tl.store(place, mean)
+    tl.store(place + S.CHANNELS, total)
+    tl.store(place + 2 * S.CHANNELS, squares)
+    if COUNTED:
+        tl.store(place + 3 * S.CHANNELS, sizes)
 
 
 @triton.jit
-def _merge(parts: tensor, unit: tensor, part_count: tensor, CHANNELS: constexpr, MERGE: constexpr) -> tl.tuple:
-    """Count, mean and variance of a unit's channels, from its parts.
+def _merge(parts: tensor, walk: tl.tuple, unit: tensor, COUNTED: constexpr, MERGE: constexpr, S: tl.tuple) -> tl.tuple:
+    """Count, mean and variance of a unit's channels, from its parts, `MERGE` of them at once.
 
-    All are moved to the mean of the first one that has values. In float64 no digit that matters is lost.
+    All are moved to a mean of the first ones that have values, near enough to that of all. From there float32 has the
+    digits for what is merged at once; float64 adds up the rest.
     """
-    begin = parts + unit * part_count * (4 * CHANNELS)
-    channel = tl.arange(0, CHANNELS)
-    center = tl.zeros([CHANNELS], tl.float64)
-    size = tl.zeros([CHANNELS], tl.float64)
-    total = tl.zeros([CHANNELS], tl.float64)
-    squares = tl.zeros([CHANNELS], tl.float64)
-    for p0 in range(0, part_count, MERGE):
+    begin = parts + unit * walk.part_count * (4 * S.CHANNELS)
+    channel = tl.arange(0, S.CHANNELS)
+    center = tl.zeros([S.CHANNELS], tl.float32)
+    size = tl.zeros([S.CHANNELS], tl.float64)
+    total = tl.zeros([S.CHANNELS], tl.float64)
+    squares = tl.zeros([S.CHANNELS], tl.float64)
+    for p0 in range(0, walk.part_count, MERGE):
         number = p0 + tl.arange(0, MERGE)
-        place = begin + number[:, None] * (4 * CHANNELS) + channel[None, :]
-        there = (number < part_count)[:, None]
-        n = tl.load(place, mask=there, other=0.0, volatile=True).to(tl.float64)
-        mean = tl.load(place + CHANNELS, mask=there, other=0.0, volatile=True).to(tl.float64)
-        left = tl.load(place + 2 * CHANNELS, mask=there, other=0.0, volatile=True).to(tl.float64)
-        square = tl.load(place + 3 * CHANNELS, mask=there, other=0.0, volatile=True).to(tl.float64)
+        place = begin + number[:, None] * (4 * S.CHANNELS) + channel[None, :]
+        there = (number < walk.part_count)[:, None]
+        mean = tl.load(place, mask=there, other=0.0, volatile=True)
+        left = tl.load(place + S.CHANNELS, mask=there, other=0.0, volatile=True)
+        square = tl.load(place + 2 * S.CHANNELS, mask=there, other=0.0, volatile=True)
+        if COUNTED:
+            n = tl.load(place + 3 * S.CHANNELS, mask=there, other=0.0, volatile=True)
+        else:
+            n = tl.where(there, part_values(walk, unit, number, S)[:, None], 0.0)
         if p0 == 0:
-            # The mean of the first parts' means, which is near enough to the mean of all.
-            filled = tl.sum((n > 0).to(tl.float64), 0)
+            filled = tl.sum(tl.where(n > 0, 1.0, 0.0), 0)
             center = tl.sum(tl.where(n > 0, mean, 0.0), 0) / tl.maximum(filled, 1.0)
         d = tl.where(n > 0, mean - center[None, :], 0.0)
-        size += tl.sum(n, 0)
-        total += tl.sum(left + n * d, 0)
-        squares += tl.sum(square + d * (2.0 * left + n * d), 0)
+        moved = n * d
+        size += tl.sum(n, 0).to(tl.float64)
+        both = tl.sum(tl.join(left + moved, square + d * (2.0 * left + moved)), 0)
+        one, other = tl.split(both)
+        total += one.to(tl.float64)
+        squares += other.to(tl.float64)
     return _moments(size, center, total, squares)
 
 
 @triton.jit
 def _moments(size: tensor, center: tensor, total: tensor, squares: tensor) -> tl.tuple:
     """Count, mean and variance in float64; all 0 without values."""
-    share = tl.where(size > 0, 1.0 / size.to(tl.float64), 0.0)
+    share = 1.0 / tl.where(size > 0, size, 1.0).to(tl.float64)
     shift = total.to(tl.float64) * share
     var = squares.to(tl.float64) * share - shift * shift
     return size, center.to(tl.float64) + shift, tl.where(var < 0, 0.0, var)  # a NaN stays
@@ -118,45 +157,49 @@ def _moments(size: tensor, center: tensor, total: tensor, squares: tensor) -> tl
 
 @triton.jit
 def _store_moments(
-    walk: tl.tuple, unit: tensor, size: tensor, center: tensor, spread: tensor, eps: tensor, mean: tensor, var: tensor,
-    rstd: tensor, count: tensor, CHANNELS: constexpr,
+    walk: tl.tuple, unit: tensor, size: tensor, center: tensor, spread: tensor, std: tensor, bias: tensor,
+    mean: tensor, var: tensor, rstd: tensor, kept_bias: tensor, count: tensor, S: tl.tuple,
 ) -> None:  # fmt: skip
-    place, channel, there = channels(walk, unit, CHANNELS)
-    tl.store(mean + place, center.to(tl.float32), mask=there)
-    tl.store(var + place, spread.to(tl.float32), mask=there)
+    place, channel, there = channels(walk, unit, S)
+    tl.store(mean + place, center, mask=there)
+    tl.store(var + place, spread, mask=there)
     if rstd is not None:
-        tl.store(rstd + place, (1.0 / tl.sqrt(spread + eps)).to(tl.float32), mask=there)
+        tl.store(rstd + place, std, mask=there)
+    if kept_bias is not None:
+        shift = tl.zeros_like(center)
+        if bias is not None:
+            shift = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
+        tl.store(kept_bias + place, shift, mask=there)
     # All channels count the same.
-    tl.store(count + unit // walk.blocks + channel * 0, size.to(tl.float32), mask=there & (channel == 0))
+    group = unit // walk.blocks if S.GROUPED else 0
+    tl.store(count + group + channel * 0, size.to(tl.float32), mask=there & (channel == 0))
 
 
 # --- The running update ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _odd(center: tensor, spread: tensor) -> tensor:
+    """1 if a mean or variance is not finite, 0 otherwise."""
+    finite = (tl.abs(center) < float("inf")) & (tl.abs(spread) < float("inf"))
+    return tl.max(tl.where(finite, 0, 1), 0)
+
+
+@triton.jit
 def _update_running(
     walk: tl.tuple, mean: tensor, var: tensor, count: tensor, groups: tensor, rate: tensor, running_mean: tensor,
-    running_var: tensor, tracked: tensor, skipped: tensor, CUMULATIVE: constexpr, UNBIASED: constexpr,
+    running_var: tensor, tracked: tensor, skipped: tensor, finite: tensor, CUMULATIVE: constexpr, UNBIASED: constexpr,
     BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    """`running += rate * (batch - running)` with the moments of all groups together, unless these are not finite.
+    """`running += rate * (batch - running)` with the moments of all groups together, unless these are not `finite`.
 
     `rate` is `1 / (1 + batches so far)` if `CUMULATIVE`.
     """
-    finite = 1
-    for c0 in range(0, walk.channels, BLOCK):
-        channel = c0 + tl.arange(0, BLOCK)
-        there = channel < walk.channels
-        for g in range(groups):
-            m = tl.load(mean + g * walk.channels + channel, mask=there, other=0.0, volatile=True)
-            v = tl.load(var + g * walk.channels + channel, mask=there, other=0.0, volatile=True)
-            ok = (tl.abs(m) < float("inf")) & (tl.abs(v) < float("inf"))
-            finite = tl.minimum(finite, tl.min(ok.to(tl.int32), 0))
     size = tl.full([1], 0.0, tl.float64)
     for g in range(groups):
         size += tl.load(count + g + tl.arange(0, 1), volatile=True).to(tl.float64)
     n = tl.sum(size, 0)
-    updated = (finite > 0) & (n > 0)
+    updated = finite & (n > 0)
     if updated:
         if CUMULATIVE:
             rate = 1.0 / (tl.load(tracked) + 1).to(tl.float32)
@@ -198,96 +241,118 @@ def _update_running(
 
 
 @triton.jit
-def _write(
-    x: tensor, residual: tensor, weight: tensor, bias: tensor, mean: tensor, rstd: tensor, parameter: tensor,
-    y: tensor, walk: tl.tuple, unit: tensor, number: tensor, ACT: constexpr, STREAM: constexpr, ROWS: constexpr,
-    COLUMNS: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr, WIDE: constexpr, STAGES: constexpr,
+def _write_tile(
+    x: tensor, residual: tensor, center: tensor, scale: tensor, shift: tensor, parameter: tensor, y: tensor,
+    walk: tl.tuple, unit: tensor, row: tensor, end: tensor, ACT: constexpr, STREAM: constexpr, LAST: constexpr,
+    S: tl.tuple,
 ) -> None:  # fmt: skip
-    place, channel, exists = columns(walk, unit, COLUMNS, CHANNELS, POSITIONS)
-    center = tl.load(mean + place, mask=exists, other=0.0, volatile=True)
-    scale = tl.load(rstd + place, mask=exists, other=0.0, volatile=True)
+    offset, _position, _there, mask = tile(walk, unit, row, end, S.ROWS, LAST, S)
+    z = (load(x + offset, mask, "evict_first") - center[None, :]) * scale[None, :] + shift[None, :]
+    if residual is not None:
+        z += load(residual + offset, mask, "evict_first")
+    store(y + offset, activate(z, parameter, ACT), mask, STREAM)
+
+
+@triton.jit
+def _write(
+    x: tensor, residual: tensor, weight: tensor, bias: tensor, center: tensor, std: tensor, parameter: tensor,
+    y: tensor, walk: tl.tuple, unit: tensor, number: tensor, ACT: constexpr, STREAM: constexpr, S: tl.tuple,
+) -> None:  # fmt: skip
+    """Normalize a part with each column's mean and `1/std`."""
+    _place, channel, exists = columns(walk, unit, S)
+    scale = std
     if weight is not None:
         scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
     shift = tl.zeros_like(scale)
     if bias is not None:
         shift = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
-    first, last, _count = part(walk, unit, number, ROWS, VEC, POSITIONS)
-    for t in tl.range(first, last, num_stages=STAGES):
-        offset, _position, _there, mask = tile(walk, unit, t, ROWS, COLUMNS, VEC, POSITIONS, WIDE)
-        value = tl.load(x + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        z = (value - center[None, :]) * scale[None, :] + shift[None, :]
-        if residual is not None:
-            z += tl.load(residual + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        a = activate(z, parameter, ACT).to(y.dtype.element_ty)
-        tl.store(y + offset, a, mask=mask, eviction_policy="evict_first" if STREAM else "")
+    begin, rest, end = part(walk, unit, number, S)
+    for row in range(begin, rest, S.ROWS):
+        _write_tile(x, residual, center, scale, shift, parameter, y, walk, unit, row, end, ACT, STREAM, False, S)
+    if rest < end:
+        _write_tile(x, residual, center, scale, shift, parameter, y, walk, unit, rest, end, ACT, STREAM, True, S)
 
 
 # --- The kernel ------------------------------------------------------------------------------------------------------
 
 
-VECTORS = ["weight", "bias", "mean", "var", "rstd", "count", "running_mean", "running_var", "tracked", "skipped"]
+VECTORS = [
+    "weight", "bias", "mean", "var", "rstd", "kept_bias", "count", "running_mean", "running_var", "tracked", "skipped",
+]  # fmt: skip
 NUMBERS = [
-    "C", "L", "width", "row_vectors", "width_vectors", "blocks", "small", "larger", "extra",
-    "part_tiles", "part_count", "units", "groups", "wave_units", "waves",
+    "C", "L", "width", "row_vectors", "width_vectors", "run_factor", "blocks", "small", "larger", "extra",
+    "part_tiles", "part_count", "units", "wave_units", "waves", "wave_factor", "stage_factor", "groups",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=VECTORS)
 def forward_kernel(
     x: tensor, residual: tensor, counts: tensor, y: tensor, weight: tensor, bias: tensor, mean: tensor, var: tensor,
-    rstd: tensor, count: tensor, running_mean: tensor, running_var: tensor, tracked: tensor, skipped: tensor,
-    state: tensor, parts: tensor, eps: tensor, parameter: tensor, rate: tensor, C: tensor, L: tensor, width: tensor,
-    row_vectors: tensor, width_vectors: tensor, blocks: tensor, small: tensor, larger: tensor, extra: tensor,
-    part_tiles: tensor, part_count: tensor, units: tensor, groups: tensor, wave_units: tensor, waves: tensor,
-    MEASURE: constexpr, WRITE: constexpr, ALONE: constexpr, ACT: constexpr, CUMULATIVE: constexpr, UNBIASED: constexpr,
-    STREAM: constexpr, ROWS: constexpr, COLUMNS: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr,
-    MERGE: constexpr, WIDE: constexpr, STAGES: constexpr,
+    rstd: tensor, kept_bias: tensor, count: tensor, running_mean: tensor, running_var: tensor, tracked: tensor,
+    skipped: tensor, state: tensor, parts: tensor, eps: tensor, parameter: tensor, rate: tensor, C: tensor, L: tensor,
+    width: tensor, row_vectors: tensor, width_vectors: tensor, run_factor: tensor, blocks: tensor, small: tensor,
+    larger: tensor, extra: tensor, part_tiles: tensor, part_count: tensor, units: tensor, wave_units: tensor,
+    waves: tensor, wave_factor: tensor, stage_factor: tensor, groups: tensor, MEASURE: constexpr, WRITE: constexpr,
+    ALONE: constexpr, ACT: constexpr, CUMULATIVE: constexpr, UNBIASED: constexpr, STREAM: constexpr, MERGE: constexpr,
+    ROWS: constexpr, COLUMNS: constexpr, SLICES: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr,
+    WHOLE: constexpr, GROUPED: constexpr, WIDE: constexpr,
 ) -> None:  # fmt: skip
     """`MEASURE` and `WRITE` say which stages to do; `ALONE`, that a unit is one part, for one program to do whole."""
-    walk = Walk(C, L, width, row_vectors, width_vectors, blocks, small, larger, extra, part_tiles)
+    walk = Walk(
+        C, L, width, row_vectors, width_vectors, run_factor, blocks, small, larger, extra, part_tiles, part_count,
+        units, wave_units, waves, wave_factor, stage_factor,
+    )  # fmt: skip
+    S: constexpr = Shape(ROWS, COLUMNS, SLICES, VEC, CHANNELS, POSITIONS, WHOLE, GROUPED, WIDE)
+    ORDERED: constexpr = MEASURE and WRITE and not ALONE
     counted = parts if count is None else count  # one number per group
     parts += tl.cdiv(groups, 32) * 32
-    if MEASURE and WRITE and not ALONE:
-        writes, unit, number = draw(state, units, part_count, wave_units, waves)
+    if ORDERED:
+        writes, unit, number, launch = draw(state, walk)
         measures = (writes == 0) & (unit < units)
         writes &= unit < units
     else:
+        unit, number = place(walk, tl.program_id(0))
         measures = MEASURE
         writes = WRITE
-        unit = tl.program_id(0) % units
-        number = tl.program_id(0) // units
 
     if MEASURE:
         if measures:
-            size, center, total, squares = _measure(
-                x, counts, walk, unit, number, ROWS, COLUMNS, VEC, CHANNELS, POSITIONS, WIDE, STAGES
-            )
+            size, center, total, squares = _measure(x, counts, walk, unit, number, S)
             if ALONE:
                 last = True
             else:
-                _store_part(parts, unit, number, part_count, size, center, total, squares, CHANNELS)
-                last = arrive(state, unit, part_count)
+                _store_part(parts, walk, unit, number, size, center, total, squares, counts is not None, S)
+                last = arrive(state, walk, unit)
             if last:
                 if ALONE:
-                    n, middle, spread = _moments(size, center, total, squares)
+                    n, center64, spread64 = _moments(size, center, total, squares)
                 else:
-                    n, middle, spread = _merge(parts, unit, part_count, CHANNELS, MERGE)
-                _store_moments(walk, unit, n, middle, spread, eps, mean, var, rstd, counted, CHANNELS)
-                if WRITE and not ALONE:
-                    raise_flag(state, unit)
+                    n, center64, spread64 = _merge(parts, walk, unit, counts is not None, MERGE, S)
+                middle = center64.to(tl.float32)
+                spread = spread64.to(tl.float32)
+                std = (1.0 / tl.sqrt(spread64 + eps)).to(tl.float32)
+                _store_moments(
+                    walk, unit, n, middle, spread, std, bias, mean, var, rstd, kept_bias, counted, S
+                )  # fmt: skip
+                if ORDERED:
+                    raise_flag(state, unit, launch)
+                if ALONE and WRITE:
+                    _write(
+                        x, residual, weight, bias, to_columns(middle, walk, S), to_columns(std, walk, S), parameter,
+                        y, walk, unit, number, ACT, STREAM, S,
+                    )  # fmt: skip
                 if running_mean is not None:
-                    if settled_all(state, units):
+                    settled_all, odd = settle(state, units, _odd(middle, spread))
+                    if settled_all:
                         _update_running(
                             walk, mean, var, counted, groups, rate, running_mean, running_var, tracked, skipped,
-                            CUMULATIVE, UNBIASED, 256,
+                            odd == 0, CUMULATIVE, UNBIASED, 1024,
                         )  # fmt: skip
-    if WRITE:
+    if WRITE and not ALONE:
         if writes:
-            if MEASURE and not ALONE:
-                wait(state, unit, part_count)
-            elif ALONE:
-                tl.debug_barrier()
-            _write(
-                x, residual, weight, bias, mean, rstd, parameter, y, walk, unit, number, ACT, STREAM,
-                ROWS, COLUMNS, VEC, CHANNELS, POSITIONS, WIDE, STAGES,
-            )  # fmt: skip
+            if ORDERED:
+                wait(state, unit, launch)
+            at, _channel, exists = columns(walk, unit, S)
+            center = tl.load(mean + at, mask=exists, other=0.0, volatile=True)
+            std = tl.load(rstd + at, mask=exists, other=0.0, volatile=True)
+            _write(x, residual, weight, bias, center, std, parameter, y, walk, unit, number, ACT, STREAM, S)

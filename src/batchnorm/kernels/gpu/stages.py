@@ -4,6 +4,7 @@ Arguments of all stages:
 
 - `x, y, dy, dx, residual, d_residual`: `(N, C, L)`, contiguous; channels-last data as `(R, C, 1)`. All of one type, one
   of `DTYPES`.
+- `shape`: `(N, C, L)`, for tensors of other shapes that lie in memory like this; that of `x` if None.
 - `counts`: `(N, L)`, contiguous, float32: what each value counts for; 1 if None. A value that counts 0 is ignored, even
   if it is NaN.
 - `weight, bias`: `(C,)`, of one of `DTYPES`; 1 and 0 if None.
@@ -30,11 +31,23 @@ from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels.gpu.backward import backward_kernel
 from batchnorm.kernels.gpu.forward import forward_kernel
 from batchnorm.kernels.gpu.launch import Launch, Scratch
-from batchnorm.kernels.gpu.tiling import Tiling, Tuning, tiling
+from batchnorm.kernels.gpu.tiling import Tiling, Tuning, factor_of, tiling
 
-__all__ = ["DTYPES", "Running", "backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
+__all__ = [
+    "DTYPES",
+    "Running",
+    "backward",
+    "backward_packed",
+    "forward",
+    "forward_packed",
+    "grad_input",
+    "grad_sums",
+    "moments",
+    "normalize",
+]
 
 Tensor = torch.Tensor
+Shape = tuple[int, int, int]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that data, weights and biases may have. Statistics are float32. float64 is not among them: GPUs for
@@ -65,6 +78,10 @@ class Running(NamedTuple):
 _launches: dict[tuple[Any, ...], tuple[Launch, float]] = {}
 """By everything that they were made for; with each, the activation's parameter."""
 
+_packed_forward: dict[tuple[Any, ...], tuple[Launch, float]] = {}
+_packed_backward: dict[tuple[Any, ...], tuple[Launch, float]] = {}
+"""Those that can be started with addresses, by what may differ between two calls."""
+
 
 def moments(
     x: Tensor,
@@ -73,14 +90,15 @@ def moments(
     var: Tensor,
     count: Tensor | None = None,
     *,
+    shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
     tuning: Tuning | None = None,
     scratch: Scratch | None = None,
 ) -> None:
     """Write the mean and the biased variance of each channel into `mean` and `var`; 0 where nothing counts."""
-    tensors = (x, None, counts, None, None, None, mean, var, None, count, None, None, None, None)
-    _forward(Variant(True, False, None, groups, samples, tuning), tensors, 0.0, 0.0, scratch)
+    tensors = (x, None, counts, None, None, None, mean, var, None, None, count, None, None, None, None)
+    _forward(Variant(True, False, None, _shape(x, shape), groups, samples, tuning), tensors, 0.0, 0.0, scratch)
 
 
 def normalize(
@@ -93,14 +111,15 @@ def normalize(
     activation: ActivationSpec,
     y: Tensor,
     *,
+    shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
     tuning: Tuning | None = None,
     scratch: Scratch | None = None,
 ) -> None:
     """Write `act((x - mean) * rstd * weight + bias + residual)` into `y`."""
-    tensors = (x, residual, None, y, weight, bias, mean, None, rstd, None, None, None, None, None)
-    _forward(Variant(False, True, activation, groups, samples, tuning), tensors, 0.0, 0.0, scratch)
+    tensors = (x, residual, None, y, weight, bias, mean, None, rstd, None, None, None, None, None, None)
+    _forward(Variant(False, True, activation, _shape(x, shape), groups, samples, tuning), tensors, 0.0, 0.0, scratch)
 
 
 def forward(
@@ -117,6 +136,7 @@ def forward(
     rstd: Tensor,
     count: Tensor | None = None,
     *,
+    shape: Shape | None = None,
     running: Running | None = None,
     groups: int = 1,
     samples: int | None = None,
@@ -124,16 +144,12 @@ def forward(
     scratch: Scratch | None = None,
 ) -> None:
     """`moments`, `rstd = 1/sqrt(var + eps)`, `normalize` and the running update, in one launch."""
-    batch = (x, residual, counts, y, weight, bias, mean, var, rstd, count)
-    if running is None:
-        variant = Variant(True, True, activation, groups, samples, tuning)
-        return _forward(variant, (*batch, None, None, None, None), eps, 0.0, scratch)
-    rate, cumulative = running.update_rate, running.update_rate is None
-    if cumulative and running.batches_tracked is None:
-        raise ValueError("update_rate=None averages over all batches, and needs batches_tracked to know how many")
-    variant = Variant(True, True, activation, groups, samples, tuning, cumulative, running.unbiased)
-    tensors = (*batch, running.mean, running.var, running.batches_tracked, running.batches_skipped)
-    return _forward(variant, tensors, eps, 0.0 if rate is None else rate, scratch)
+    statistics = (mean, var, rstd, None)
+    variant, tensors, rate = _forward_variant(
+        x, residual, counts, weight, bias, activation, y, statistics, count, running, _shape(x, shape), groups,
+        samples, tuning,
+    )  # fmt: skip
+    _forward(variant, tensors, eps, rate, scratch)
 
 
 def grad_sums(
@@ -148,14 +164,15 @@ def grad_sums(
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     *,
+    shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
     tuning: Tuning | None = None,
     scratch: Scratch | None = None,
 ) -> None:
     """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)`, with `z` recomputed from `x`."""
-    tensors = (dy, x, residual, None, None, None, weight, bias, mean, rstd, sum_dz, sum_dz_xhat, None)
-    _backward(Variant(True, False, activation, groups, samples, tuning), tensors, 0.0, scratch)
+    tensors = (dy, x, residual, None, None, None, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, None)
+    _backward(Variant(True, False, activation, _shape(x, shape), groups, samples, tuning), tensors, 0.0, scratch)
 
 
 def grad_input(
@@ -174,6 +191,7 @@ def grad_input(
     dx: Tensor | None,
     d_residual: Tensor | None,
     *,
+    shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
     tuning: Tuning | None = None,
@@ -188,8 +206,8 @@ def grad_input(
         return
     of_each, of_all, constant = _values(count, groups)
     constant = constant or dx is None
-    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, mean, rstd, sum_dz, sum_dz_xhat, of_each)
-    variant = Variant(False, True, activation, groups, samples, tuning, constant=constant)
+    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, of_each)
+    variant = Variant(False, True, activation, _shape(x, shape), groups, samples, tuning, constant=constant)
     _backward(variant, tensors, of_all, scratch)
 
 
@@ -209,6 +227,7 @@ def backward(
     dx: Tensor | None,
     d_residual: Tensor | None,
     *,
+    shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
     tuning: Tuning | None = None,
@@ -216,15 +235,136 @@ def backward(
 ) -> None:
     """`grad_sums`, then `grad_input`, in one launch; what is None is not written."""
     if dx is None and d_residual is None:
-        return grad_sums(
+        grad_sums(
             dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat,
-            groups=groups, samples=samples, tuning=tuning, scratch=scratch,
+            shape=shape, groups=groups, samples=samples, tuning=tuning, scratch=scratch,
         )  # fmt: skip
+        return
     of_each, of_all, constant = _values(count, groups)
     constant = constant or dx is None  # then nothing that is written needs the sums, and one pass does it all
-    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, mean, rstd, sum_dz, sum_dz_xhat, of_each)
-    variant = Variant(True, True, activation, groups, samples, tuning, constant=constant)
-    return _backward(variant, tensors, of_all, scratch)
+    tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, of_each)
+    variant = Variant(True, True, activation, _shape(x, shape), groups, samples, tuning, constant=constant)
+    _backward(variant, tensors, of_all, scratch)
+
+
+# --- Both passes, with little to do on the host ----------------------------------------------------------------------
+
+# A layer calls these for every batch. What was launched before is found by a key of what may differ, and started with
+# addresses: no view of a tensor is made. Without the start itself, a call takes PACKED microseconds.
+
+
+def forward_packed(
+    x: Tensor,
+    residual: Tensor | None,
+    counts: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: ActivationSpec,
+    y: Tensor,
+    statistics: Tensor,
+    count: Tensor | None = None,
+    *,
+    shape: Shape,
+    running: Running | None = None,
+    groups: int = 1,
+    samples: int | None = None,
+    tuning: Tuning | None = None,
+    scratch: Scratch | None = None,
+) -> None:
+    """`forward`, with `mean`, `var`, `rstd` and a copy of the bias written into `statistics`, `(4, groups, C)`."""
+    at_x, at_y = x.data_ptr(), y.data_ptr()
+    at_residual = None if residual is None else residual.data_ptr()
+    at_counts = None if counts is None else counts.data_ptr()
+    moved = None
+    if running is not None:
+        mean, var, rate, unbiased, tracked, skipped = running
+        moved = mean.dtype, var.dtype, rate is None, unbiased, tracked is None, skipped is None
+    key = (
+        shape, x.dtype, activation, groups, samples, moved, x.device, tuning,
+        None if weight is None else weight.dtype, None if bias is None else bias.dtype, count is None,
+        at_x % 16, at_y % 16, at_residual if at_residual is None else at_residual % 16,
+        at_counts if at_counts is None else at_counts % 16,
+    )  # fmt: skip
+    found = _packed_forward.get(key)
+    if found is None:
+        variant, tensors, update_rate = _forward_variant(
+            x, residual, counts, weight, bias, activation, y, tuple(statistics), count, running, _shape(x, shape),
+            groups, samples, tuning,
+        )  # fmt: skip
+        found = _forward(variant, tensors, eps, update_rate, scratch)
+        if found[0].takes_addresses:
+            _packed_forward[key] = found
+        return
+    launch, parameter = found
+    at, row = statistics.data_ptr(), 4 * groups * shape[1]
+    addresses: tuple[int | None, ...] = (
+        at_x, at_residual, at_counts, at_y, None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), at, at + row, at + 2 * row, at + 3 * row,
+        None if count is None else count.data_ptr(),
+    )  # fmt: skip
+    if running is None:
+        launch.start(key[6], (*addresses, None, None, None, None), (eps, parameter, 0.0), scratch)
+        return
+    addresses += (
+        mean.data_ptr(), var.data_ptr(), None if tracked is None else tracked.data_ptr(),
+        None if skipped is None else skipped.data_ptr(),
+    )  # fmt: skip
+    launch.start(key[6], addresses, (eps, parameter, 0.0 if rate is None else rate), scratch)
+
+
+def backward_packed(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    counts: Tensor | None,
+    weight: Tensor | None,
+    statistics: Tensor,
+    count: float | Tensor | None,
+    activation: ActivationSpec,
+    sums: Tensor,
+    dx: Tensor | None,
+    d_residual: Tensor | None,
+    *,
+    shape: Shape,
+    samples: int | None = None,
+    tuning: Tuning | None = None,
+    scratch: Scratch | None = None,
+) -> None:
+    """`backward`, with the `statistics` of `forward_packed`; `sums`, `(2, groups, C)`, get both sums."""
+    groups = statistics.shape[1]
+    of_each, of_all, constant = _values(count, groups)
+    at_x, at_dy = x.data_ptr(), dy.data_ptr()
+    at_residual = None if residual is None else residual.data_ptr()
+    at_counts = None if counts is None else counts.data_ptr()
+    at_dx = None if dx is None else dx.data_ptr()
+    at_d_residual = None if d_residual is None else d_residual.data_ptr()
+    key = (
+        shape, x.dtype, activation, groups, samples, constant, x.device, tuning,
+        None if weight is None else weight.dtype, of_each is None, at_x % 16, at_dy % 16,
+        at_residual if at_residual is None else at_residual % 16,
+        at_counts if at_counts is None else at_counts % 16, at_dx if at_dx is None else at_dx % 16,
+        at_d_residual if at_d_residual is None else at_d_residual % 16,
+    )  # fmt: skip
+    found = _packed_backward.get(key)
+    if found is None:
+        write = dx is not None or d_residual is not None
+        mean, _var, rstd, bias = statistics
+        variant = Variant(
+            True, write, activation, _shape(x, shape), groups, samples, tuning, constant=constant or dx is None
+        )  # fmt: skip
+        given = (dy, x, residual, counts, dx, d_residual, weight, None, bias)
+        found = _backward(variant, (*given, mean, rstd, *sums, of_each), of_all, scratch)
+        if found[0].takes_addresses:
+            _packed_backward[key] = found
+        return
+    launch, parameter = found
+    at, row, at_sums = statistics.data_ptr(), 4 * groups * shape[1], sums.data_ptr()
+    addresses = (
+        at_dy, at_x, at_residual, at_counts, at_dx, at_d_residual, None if weight is None else weight.data_ptr(), None,
+        at + 3 * row, at, at + 2 * row, at_sums, at_sums + row, None if of_each is None else of_each.data_ptr(),
+    )  # fmt: skip
+    launch.start(key[6], addresses, (of_all, parameter), scratch)
 
 
 # --- From arguments to launches --------------------------------------------------------------------------------------
@@ -237,7 +377,7 @@ class Variant(NamedTuple):
         first, second: Whether to do the stage that goes through the values first (`moments` or `grad_sums`), and the
             second one.
         activation: As the user named it.
-        groups, samples, tuning: As in all stages.
+        shape, groups, samples, tuning: As in all stages.
         cumulative, unbiased: Of the running update.
         constant: Whether the statistics are constants.
     """
@@ -245,12 +385,29 @@ class Variant(NamedTuple):
     first: bool
     second: bool
     activation: ActivationSpec
+    shape: Shape
     groups: int
     samples: int | None
     tuning: Tuning | None
     cumulative: bool = False
     unbiased: bool = False
     constant: bool = False
+
+
+def _forward_variant(
+    x: Tensor, residual: Tensor | None, counts: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    activation: ActivationSpec, y: Tensor, statistics: tuple[Tensor | None, ...], count: Tensor | None,
+    running: Running | None, shape: Shape, groups: int, samples: int | None, tuning: Tuning | None,
+) -> tuple[Variant, tuple[Tensor | None, ...], float]:  # fmt: skip
+    """What both passes are made for, the kernel's tensors, and the update rate."""
+    tensors = (x, residual, counts, y, weight, bias, *statistics, count)
+    if running is None:
+        return Variant(True, True, activation, shape, groups, samples, tuning), (*tensors, None, None, None, None), 0.0
+    mean, var, rate, unbiased, tracked, skipped = running
+    if rate is None and tracked is None:
+        raise ValueError("update_rate=None averages over all batches, and needs batches_tracked to know how many")
+    variant = Variant(True, True, activation, shape, groups, samples, tuning, rate is None, unbiased)
+    return variant, (*tensors, mean, var, tracked, skipped), 0.0 if rate is None else rate
 
 
 def _key(kernel: str, variant: Variant, tensors: tuple[Tensor | None, ...], large: int) -> tuple[Any, ...]:
@@ -260,7 +417,19 @@ def _key(kernel: str, variant: Variant, tensors: tuple[Tensor | None, ...], larg
     misaligned = 0
     for tensor in tensors[:large]:
         misaligned = 2 * misaligned + (tensor is not None and tensor.data_ptr() % 16 != 0)
-    return kernel, variant, x.shape, x.get_device(), misaligned, *[None if t is None else t.dtype for t in tensors]
+    return kernel, variant, x.get_device(), misaligned, *[None if t is None else t.dtype for t in tensors]
+
+
+def _shape(x: Tensor, shape: Shape | None) -> Shape:
+    """`(N, C, L)`."""
+    if shape is None:
+        if x.dim() != 3:
+            raise ValueError(f"x must have shape (N, C, L), got {tuple(x.shape)}")
+        n, c, length = x.shape
+        return n, c, length
+    if math.prod(shape) != x.numel():
+        raise ValueError(f"x of shape {tuple(x.shape)} cannot be seen as {shape}")
+    return shape
 
 
 def _check(x: Tensor) -> None:
@@ -268,21 +437,24 @@ def _check(x: Tensor) -> None:
         raise TypeError(
             f"x must be float32, float16 or bfloat16, got {x.dtype}; convert it, or normalize it on the CPU"
         )
-    if x.dim() != 3:
-        raise ValueError(f"x must have shape (N, C, L), got {tuple(x.shape)}")
 
 
-def _geometry(x: Tensor, cut: Tiling) -> tuple[int, ...]:
+def _walk(shape: Shape, cut: Tiling, ordered: bool) -> tuple[int, ...]:
+    """The kernels' integers. Without an order of tasks, all units are one wave."""
+    wave_units, waves = (cut.wave_units, cut.waves) if ordered else (cut.units, 1)
+    run = shape[2] if cut.positions else cut.row_vectors
     return (
-        x.shape[1], x.shape[2], cut.width, cut.row_vectors, cut.width_vectors, cut.blocks, cut.small, cut.larger,
-        cut.extra, cut.part_tiles, cut.part_count, cut.units,
+        shape[1], shape[2], cut.width, cut.row_vectors, cut.width_vectors, factor_of(run), cut.blocks, cut.small,
+        cut.larger, cut.extra, cut.part_tiles, cut.part_count, cut.units, wave_units, waves, factor_of(wave_units),
+        factor_of(wave_units * cut.part_count),
     )  # fmt: skip
 
 
-def _tile(cut: Tiling) -> dict[str, Any]:
+def _constants(cut: Tiling, groups: int) -> dict[str, Any]:
     return {
-        "STREAM": cut.stream, "ROWS": cut.rows, "COLUMNS": cut.columns, "VEC": cut.vec, "CHANNELS": cut.channels,
-        "POSITIONS": cut.positions, "MERGE": cut.merge, "WIDE": cut.wide, "STAGES": cut.stages,
+        "STREAM": cut.stream, "MERGE": cut.merge, "ROWS": cut.rows, "COLUMNS": cut.columns, "SLICES": cut.slices,
+        "VEC": cut.vec, "CHANNELS": cut.channels, "POSITIONS": cut.positions, "WHOLE": cut.whole,
+        "GROUPED": groups > 1, "WIDE": cut.wide,
     }  # fmt: skip
 
 
@@ -292,18 +464,20 @@ def forward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligned
     assert x is not None
     _check(x)
     name, parameter = parse_activation(variant.activation)
-    shape = (x.shape[0], x.shape[1], x.shape[2])
+    shape = variant.shape
     cut = tiling(
         shape, x.element_size(), 1, "forward", aligned, variant.groups, variant.samples, variant.tuning
     )  # fmt: skip
     alone = cut.alone and variant.first
     constants = {
         "MEASURE": variant.first, "WRITE": variant.second, "ALONE": alone, "ACT": name,
-        "CUMULATIVE": variant.cumulative, "UNBIASED": variant.unbiased, **_tile(cut),
+        "CUMULATIVE": variant.cumulative, "UNBIASED": variant.unbiased, **_constants(cut, variant.groups),
     }  # fmt: skip
-    integers = (*_geometry(x, cut), variant.groups, cut.wave_units, cut.waves)
+    integers = (*_walk(shape, cut, variant.first and variant.second and not alone), variant.groups)
     numbers = 32 * -(-variant.groups // 32) + 4 * cut.units * cut.part_count * cut.channels
-    return Launch(forward_kernel, cut, variant.first + variant.second, integers, constants, numbers), parameter
+    counters = 0 if alone and tensors[11] is None else 2 + 2 * cut.units
+    launch = Launch(forward_kernel, cut, variant.first + variant.second, integers, constants, counters, numbers)
+    return launch, parameter
 
 
 def backward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligned: bool) -> tuple[Launch, float]:
@@ -312,19 +486,21 @@ def backward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligne
     assert x is not None
     _check(x)
     name, parameter = parse_activation(variant.activation)
-    shape = (x.shape[0], x.shape[1], x.shape[2])
+    shape = variant.shape
     read_twice = 3 if residual is not None and name != "none" else 2
     cut = tiling(
         shape, x.element_size(), read_twice, "backward", aligned, variant.groups, variant.samples, variant.tuning
     )  # fmt: skip
     passes = 1 if variant.constant else variant.first + variant.second
+    alone = cut.alone and variant.first
     constants = {
-        "SUM": variant.first, "WRITE": variant.second, "ALONE": cut.alone and variant.first,
-        "CONSTANT": variant.constant, "ACT": name, **_tile(cut),
+        "SUM": variant.first, "WRITE": variant.second, "ALONE": alone,
+        "CONSTANT": variant.constant, "ACT": name, **_constants(cut, variant.groups),
     }  # fmt: skip
-    integers = (*_geometry(x, cut), cut.wave_units, cut.waves)
+    integers = _walk(shape, cut, passes == 2 and not alone)
     numbers = 2 * cut.units * cut.part_count * cut.channels
-    return Launch(backward_kernel, cut, passes, integers, constants, numbers), parameter
+    counters = 0 if alone else 2 + 2 * cut.units
+    return Launch(backward_kernel, cut, passes, integers, constants, counters, numbers), parameter
 
 
 def _forward(
@@ -333,24 +509,26 @@ def _forward(
     eps: float,
     rate: float,
     scratch: Scratch | None,
-) -> None:
+) -> tuple[Launch, float]:
     key = _key("forward", variant, tensors, 4)
     found = _launches.get(key)
     if found is None:
-        found = _launches[key] = forward_launch(variant, tensors, key[4] == 0)
+        found = _launches[key] = forward_launch(variant, tensors, key[3] == 0)
     launch, parameter = found
     launch(tensors, (eps, parameter, rate), scratch)
+    return found
 
 
 def _backward(
     variant: Variant, tensors: tuple[Tensor | None, ...], number_of_values: float, scratch: Scratch | None
-) -> None:
+) -> tuple[Launch, float]:
     key = _key("backward", variant, tensors, 6)
     found = _launches.get(key)
     if found is None:
-        found = _launches[key] = backward_launch(variant, tensors, key[4] == 0)
+        found = _launches[key] = backward_launch(variant, tensors, key[3] == 0)
     launch, parameter = found
     launch(tensors, (number_of_values, parameter), scratch)
+    return found
 
 
 def _values(count: float | Tensor | None, groups: int) -> tuple[Tensor | None, float, bool]:

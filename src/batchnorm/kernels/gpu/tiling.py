@@ -7,40 +7,40 @@ import functools
 import math
 from typing import NamedTuple
 
-__all__ = ["Tiling", "Tuning", "tiling"]
+__all__ = ["TUNING", "Tiling", "Tuning", "factor_of", "tiling"]
 
 
 class Tuning(NamedTuple):
     """What may be tuned for one walk in one direction.
 
     Attributes:
-        block: Values of a tile.
+        tile_bytes: Of a tile in one tensor. A thread's share of it, from each tensor, is in flight at once.
         columns: Columns of a tile, by row.
         warps: Of 32 threads, per program.
-        stages: Loads in flight through shared memory, in the loop over tiles; 1 for none.
+        slices: Of a tile, to be summed one after the other.
         part_tiles: Tiles of a part, at most.
-        tasks: Parts of the tensor that there should be at least, for all processors to have work.
+        tasks: Parts of the tensor that there should be, for all processors to have work.
         wave_bytes: Of all tensors that a wave reads twice; 0 for one wave.
         alone_bytes: The same for a unit that one program does whole.
         alone_units: How many such units there must be, or the others do without it.
         stream_bytes: From this size of a tensor on, what is written is not kept in the cache.
-        merge: Numbers of parts that are merged at once.
+        merge: Numbers of each kind that are merged at once.
         vector_bytes: That a thread loads at once, at most.
         wide: Whether to take offsets of 64 bits where 32 would do.
         registers: Per thread, at most; 0 for as many as the compiler likes.
     """
 
-    block: int
+    tile_bytes: int
     columns: int
     warps: int
-    stages: int
+    slices: int
     part_tiles: int
     tasks: int
     wave_bytes: int
     alone_bytes: int
     alone_units: int
     stream_bytes: int
-    merge: int = 256
+    merge: int = 2048
     vector_bytes: int = 16
     wide: bool = False
     registers: int = 0
@@ -49,15 +49,22 @@ class Tuning(NamedTuple):
 KB, MB = 1 << 10, 1 << 20
 
 TUNING = {
-    # walk, direction: block, columns, warps, stages, part_tiles, tasks, wave, alone, alone units, stream
-    ("channel", "forward"): Tuning(4096, 0, 8, 1, 2, 1024, 3 * MB, 64 * KB, 128, 32 * MB),
-    ("channel", "backward"): Tuning(4096, 0, 8, 1, 2, 1024, 3 * MB, 96 * KB, 128, 32 * MB),
-    ("row", "forward"): Tuning(4096, 512, 8, 1, 8, 512, 0, 64 * KB, 128, 32 * MB),
-    ("row", "backward"): Tuning(4096, 512, 8, 1, 8, 512, 0, 96 * KB, 128, 32 * MB),
-    ("last", "forward"): Tuning(4096, 64, 8, 1, 16, 512, 0, 32 * KB, 64, 32 * MB),
-    ("last", "backward"): Tuning(4096, 64, 8, 1, 16, 512, 0, 32 * KB, 64, 32 * MB),
+    # walk, direction: tile, columns, warps, slices, part_tiles, tasks, wave, alone, alone units, stream
+    ("channel", "forward"): Tuning(16 * KB, 0, 8, 4, 2, 1024, 8 * MB, 64 * KB, 128, 32 * MB, registers=64),
+    ("channel", "backward"): Tuning(8 * KB, 0, 8, 2, 4, 1024, 12 * MB, 128 * KB, 128, 32 * MB, registers=64),
+    ("row", "forward"): Tuning(16 * KB, 512, 8, 4, 2, 512, 8 * MB, 64 * KB, 128, 32 * MB, registers=64),
+    ("row", "backward"): Tuning(8 * KB, 512, 8, 2, 4, 512, 12 * MB, 128 * KB, 128, 32 * MB, registers=80),
+    ("last", "forward"): Tuning(16 * KB, 64, 8, 4, 1 << 20, 528, 0, 32 * KB, 128, 32 * MB, registers=64),
+    ("last", "backward"): Tuning(8 * KB, 64, 8, 2, 1 << 20, 396, 0, 64 * KB, 128, 32 * MB, registers=80),
 }
-"""For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100."""
+"""For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100, which has
+132 processors for 4 programs of 8 warps each, if a thread has at most 64 registers."""
+
+FEW = 264
+"""Where there are at most so many units for one program each, a program has twice the warps."""
+
+MOST_VALUES = (1 << 31) - (1 << 16)
+"""Of a channel, or of a sample, for which numbers of 32 bits suffice, the last tile included."""
 
 SHORT_RUN = 256
 """Bytes of a run of positions under which it is walked by row, though its vectors are whole."""
@@ -82,13 +89,14 @@ class Tiling(NamedTuple):
     stream: bool
     rows: int
     columns: int
+    slices: int
     vec: int
     channels: int
     positions: int
+    whole: bool
     merge: int
     wide: bool
     warps: int
-    stages: int
     registers: int
 
     def programs(self, passes: int) -> int:
@@ -127,8 +135,8 @@ def tiling(
         raise ValueError(f"x of shape {shape} has {n} rows, which cannot be shared out evenly among {samples} samples")
     if not 1 <= groups <= max(1, samples):
         raise ValueError(f"groups must be from 1 to the number of samples, got {groups} groups of {samples} samples")
-    if max(n, c * length, n * length) >= 1 << 31:
-        raise ValueError(f"a channel or a sample must have fewer than 2^31 values, got shape {shape}")
+    if max(n, c * length, n * length) > MOST_VALUES:
+        raise ValueError(f"a channel or a sample must have fewer than 2^31 - 2^16 values, got shape {shape}")
 
     vector = tuning.vector_bytes if tuning else 16
     full = max(1, vector // itemsize) if aligned else 1
@@ -145,32 +153,41 @@ def tiling(
     small = samples // groups * extra
     larger = samples % groups if samples else 0
     largest = small + (extra if larger else 0)
-    if by_row:
-        vec, columns = by_row_vec, _power_of_two(width * length)
-        row_vectors, width_vectors = c * length // vec, width * length // vec
-        positions = _power_of_two(length)
-        channels = columns if length <= 1 else _power_of_two(width)
-        rows = max(1, min(table.block // columns, _power_of_two(largest)))
-        tiles = -(-largest // rows)
-    else:
-        vec = columns = by_channel_vec
-        row_vectors, width_vectors, positions, channels = length // vec, 0, 0, 1
-        rows = max(1, min(table.block // vec, _power_of_two(largest * row_vectors)))
-        tiles = -(-largest * row_vectors // rows)
-    tiles = max(1, tiles)
     blocks = -(-c // width)
     units = groups * blocks
     unit_bytes = largest * width * length * itemsize * tensors
-    alone = tiles == 1 or (unit_bytes <= table.alone_bytes and units >= table.alone_units)
-    part_tiles = tiles if alone else max(1, min(table.part_tiles, units * tiles // table.tasks))
+    alone = unit_bytes <= table.alone_bytes and units >= table.alone_units
+    double = 2 if alone and units <= FEW and table.warps < 16 else 1
+    if by_row:
+        vec, columns, whole_columns = by_row_vec, _power_of_two(width * length), width * length
+        row_vectors, width_vectors, unit_rows = c * length // vec, width * length // vec, largest
+        positions = _power_of_two(length)
+        channels = columns if length <= 1 else _power_of_two(width)
+    else:
+        vec = columns = whole_columns = by_channel_vec
+        row_vectors, width_vectors, unit_rows = length // vec, 0, largest * (length // vec)
+        positions, channels = 0, 1
+    rows = max(1, min(double * table.tile_bytes // (itemsize * columns), _power_of_two(unit_rows)))
+    tiles = max(1, -(-unit_rows // rows))
+    alone = alone or tiles == 1
+    part_tiles = tiles if alone else min(table.part_tiles, -(-units * tiles // table.tasks))
+    part_count = -(-tiles // part_tiles)
+    part_tiles = -(-tiles // part_count)  # no part much smaller than the others
     wave_units = max(1, min(units, table.wave_bytes // max(1, unit_bytes))) if table.wave_bytes else max(1, units)
     return Tiling(
         width, row_vectors, width_vectors, blocks, small, larger, extra, part_tiles, -(-tiles // part_tiles), units,
         wave_units, -(-units // wave_units), alone, n * c * length * itemsize >= table.stream_bytes,
-        rows, columns, vec, channels, positions, max(1, table.merge // channels),
-        table.wide or n * c * length >= 1 << 31, table.warps, table.stages,
-        table.registers,
+        rows, columns, min(table.slices, rows), vec, channels, positions,
+        whole_columns == columns and c % width == 0,
+        max(1, min(table.merge // channels, _power_of_two(part_count))),
+        table.wide or n * c * length >= 1 << 31, double * table.warps, table.registers,
     )  # fmt: skip
+
+
+def factor_of(divisor: int) -> int:
+    """For `tiles.divide`: `31 + s`, where `2^s` is the power of two from the divisor on, above a factor of 32 bits."""
+    power = 31 + max(0, divisor - 1).bit_length()
+    return power << 32 | -(-(1 << power) // max(1, divisor))
 
 
 def _row_block(c: int, length: int, full: int, columns: int) -> tuple[int, int]:

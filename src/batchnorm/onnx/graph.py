@@ -1,0 +1,304 @@
+"""Reading and changing the graph of an ONNX model."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+
+from batchnorm.whole.fold import Stays
+
+__all__ = ["Graph", "attribute", "operation", "subgraphs"]
+
+Array = NDArray[np.float64]
+DType = np.dtype[Any]
+
+SMALL = 1024
+"""Constants of up to so many values may be sizes, which shape inference reads."""
+
+OUTSIDE = -1
+"""Stands for the caller among the nodes that take a value."""
+
+DEFAULT_DOMAIN = ("", "ai.onnx")
+
+
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute."""
+    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)
+
+
+def operation(node: NodeProto) -> str:
+    """The operation of a node, with its domain unless that is ONNX's own."""
+    return node.op_type if node.domain in DEFAULT_DOMAIN else f"{node.domain}.{node.op_type}"
+
+
+def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs among a node's attributes."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _taken(node: NodeProto) -> Iterator[str]:
+    """The values that a node takes, and those that its subgraphs mention, which see the values around them."""
+    yield from filter(None, node.input)
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            yield from _taken(inner)
+        yield from (value.name for value in graph.output)
+
+
+def _array(tensor: TensorProto, what: str) -> NDArray[Any]:
+    if tensor.data_location == TensorProto.EXTERNAL:
+        raise Stays(f"{what} is in another file, which has not been loaded")
+    return numpy_helper.to_array(tensor)
+
+
+class Graph:
+    """The graph of a copy of a model, which may be changed.
+
+    Attributes:
+        model: The copy.
+        nodes: The nodes by number; None for those that have been taken out.
+        labels: A unique label for each node: its name, or else the name of its first output.
+        makers: The node that each value comes from.
+        takers: The nodes that take each value; a node that takes it twice is there twice.
+        values: New constants and their types, in float64 until `finish` rounds them.
+    """
+
+    def __init__(self, original: ModelProto) -> None:
+        self.original = original
+        self.model = model = ModelProto()
+        model.CopyFrom(original)
+        self.nodes: list[NodeProto | None] = list(model.graph.node)
+        named = Counter(name for node in model.graph.node for name in {node.name, *node.output})
+        self.labels = [
+            node.name if named[node.name] == 1 and node.name else next(iter(node.output), "")
+            for node in model.graph.node
+        ]
+        self.inputs = {value.name for value in model.graph.input}
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.values: dict[str, tuple[Array, DType]] = {}
+        self.makers: dict[str, int] = {}
+        self.takers: dict[str, list[int]] = defaultdict(list)
+        for i, node in enumerate(model.graph.node):
+            self.makers |= {name: i for name in node.output if name}
+            for name in _taken(node):
+                self.takers[name].append(i)
+        for value in model.graph.output:
+            self.takers[value.name].append(OUTSIDE)
+
+    def node(self, i: int) -> NodeProto:
+        """A node that is still there."""
+        node = self.nodes[i]
+        assert node is not None
+        return node
+
+    def op(self, i: int) -> str:
+        """The operation of a node."""
+        return operation(self.node(i))
+
+    def call(self, i: int) -> str:
+        """What to call a node: its operation and its label."""
+        return f"{self.op(i)} {self.labels[i]!r}"
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operations."""
+        return next((each.version for each in self.model.opset_import if each.domain in DEFAULT_DOMAIN), 1)
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The number of axes of each value, where it follows from the model."""
+        return _ranks(self.original)
+
+    # What is there
+
+    def constant(self, name: str, what: str) -> tuple[Array, DType]:
+        """The values of a constant and their type.
+
+        Raises:
+            Stays: If it is not a constant, or if the caller may set it.
+        """
+        while name not in self.initializers and name in self.makers and self.op(self.makers[name]) == "Identity":
+            name = self.node(self.makers[name]).input[0]
+        if name in self.values:
+            return self.values[name]
+        if name in self.inputs:
+            default = ", and its initializer is only the default" if name in self.initializers else ""
+            raise Stays(f"{what} is an input of the graph{default}")
+        array = None
+        if name in self.initializers:
+            array = _array(self.initializers[name], what)
+        elif name in self.makers and self.op(self.makers[name]) == "Constant":
+            match self.node(self.makers[name]).attribute[0]:
+                case AttributeProto(name="value") as attribute:
+                    array = _array(attribute.t, what)
+                case AttributeProto(name="value_float" | "value_floats") as attribute:
+                    array = np.asarray(helper.get_attribute_value(attribute), np.float32)
+        if array is None:
+            raise Stays(f"{what} is not a constant")
+        return array.astype(np.float64), array.dtype
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a value is a constant."""
+        try:
+            self.constant(name, name)
+        except Stays:
+            return False
+        return True
+
+    def weight(self, i: int, slot: int) -> tuple[Array, DType]:
+        """The weight among the inputs of a node, and its type."""
+        what = f"the weight of {self.call(i)}"
+        values, dtype = self.constant(self.node(i).input[slot], what)
+        if dtype.name not in ("float16", "float32", "float64"):
+            raise Stays(f"{what} is of type {dtype.name}")
+        return values, dtype
+
+    def offset(self, i: int, slot: int, size: int) -> Array:
+        """The offset among the inputs of a node, `(size,)`; 0 if there is none."""
+        node, what = self.node(i), f"the offset of {self.call(i)}"
+        if len(node.input) <= slot or not node.input[slot]:
+            return np.zeros(size)
+        values, _ = self.constant(node.input[slot], what)
+        try:
+            return np.broadcast_to(values, (1, size)).reshape(size)
+        except ValueError:
+            raise Stays(f"{what} is not one value per channel") from None
+
+    def passes(self, i: int) -> bool:
+        """Whether a node hands on its first input unchanged, and does nothing else."""
+        node = self.node(i)
+        if self.op(i) == "Dropout" and not any(self.takers[name] for name in node.output[1:]):
+            training = next(iter(node.input[2:]), "")
+            return not training or (self.is_constant(training) and not self.constant(training, training)[0].any())
+        return self.op(i) == "Identity"
+
+    def before(self, i: int, slot: int = 0) -> int:
+        """The node that an input of this one comes from, past those that only hand it on.
+
+        Raises:
+            Stays: If there is none, or if its output is taken elsewhere too.
+        """
+        name = self.node(i).input[slot]
+        if name not in self.makers:
+            raise Stays("what comes before it is an input or a constant of the graph")
+        maker = self.makers[name]
+        if OUTSIDE in self.takers[name]:
+            raise Stays(f"the output of {self.call(maker)} is an output of the graph too")
+        if len(self.takers[name]) > 1:
+            raise Stays(f"the output of {self.call(maker)} is used elsewhere too")
+        return self.before(maker) if self.passes(maker) else maker
+
+    def after(self, i: int) -> int:
+        """The only node that takes the output of this one, past those that only hand it on.
+
+        Raises:
+            Stays: If there is not exactly one.
+        """
+        takers = self.takers[self.node(i).output[0]]
+        if OUTSIDE in takers:
+            raise Stays("its output is an output of the graph")
+        if len(takers) != 1:
+            raise Stays(f"{'several nodes take' if takers else 'nothing takes'} its output")
+        return self.after(takers[0]) if self.passes(takers[0]) else takers[0]
+
+    # What changes
+
+    def put(self, i: int, slot: int, values: Array, dtype: DType) -> None:
+        """Give a node a new constant as an input; other nodes that take the old one keep it."""
+        node = self.node(i)
+        node.input.extend([""] * (slot + 1 - len(node.input)))
+        old = name = node.input[slot]
+        if self.takers.get(old) != [i] or (old not in self.initializers and old not in self.values):
+            name = f"{old}.folded" if old else f"{self.labels[i]}.offset"
+            while any(name in taken for taken in (self.takers, self.makers, self.inputs, self.initializers)):
+                name += "_"
+            node.input[slot] = name
+            self.takers[name].append(i)
+            if old:
+                self.release(old, i)
+        self.values[name] = values, dtype
+
+    def release(self, name: str, i: int) -> None:
+        """A node no longer takes a value. A constant that no node takes any more is removed."""
+        self.takers[name].remove(i)
+        if self.takers[name]:
+            return
+        if name not in self.inputs:
+            self.initializers.pop(name, None)
+            self.values.pop(name, None)
+        maker = self.makers.get(name)
+        if maker is not None and self.op(maker) in ("Constant", "Identity"):
+            del self.makers[name]
+            for source in self.node(maker).input:
+                self.release(source, maker)
+            self.nodes[maker] = None
+
+    def bypass(self, i: int) -> None:
+        """Take out a node: its first input takes the place of its output. Names of the graph's own stay."""
+        node = self.node(i)
+        source, result = node.input[0], node.output[0]
+        for name in node.input[1:]:
+            self.release(name, i)
+        if self.takers[source] == [i] and source in self.makers:
+            del self.takers[source]
+            maker = self.makers.pop(source)
+            outputs = self.node(maker).output
+            outputs[list(outputs).index(source)] = result
+            self.makers[result] = maker
+        else:
+            (taker,) = self.takers.pop(result)
+            inputs = self.node(taker).input
+            inputs[list(inputs).index(result)] = source
+            self.takers[source] = [*(each for each in self.takers[source] if each != i), taker]
+            del self.makers[result]
+        self.nodes[i] = None
+
+    def finish(self) -> None:
+        """Write all changes into the model."""
+        graph = self.model.graph
+        for i in reversed(range(len(self.nodes))):
+            if self.nodes[i] is None:
+                del graph.node[i]
+        tensors = {
+            name: numpy_helper.from_array(values.astype(dtype), name) for name, (values, dtype) in self.values.items()
+        }
+        for i in reversed(range(len(graph.initializer))):
+            name = graph.initializer[i].name
+            if name in tensors:
+                graph.initializer[i].CopyFrom(tensors.pop(name))
+            elif name not in self.initializers:
+                del graph.initializer[i]
+        graph.initializer.extend(tensors.values())
+        known = (self.makers.keys() | self.initializers.keys() | self.inputs) - self.values.keys()
+        for i in reversed(range(len(graph.value_info))):
+            if graph.value_info[i].name not in known:
+                del graph.value_info[i]
+
+
+def _ranks(model: ModelProto) -> dict[str, int]:
+    """The number of axes of each value, where it follows from the model."""
+    graph = model.graph
+    skeleton = helper.make_graph(graph.node, graph.name, graph.input, graph.output, value_info=graph.value_info)
+    inputs = {each.name for each in graph.input}
+    for tensor in graph.initializer:  # without the weights: shape inference takes only so many bytes
+        if np.prod(tensor.dims) <= SMALL:
+            skeleton.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            skeleton.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    bare = helper.make_model(
+        skeleton, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
+    )
+    found = shape_inference.infer_shapes(bare).graph
+    return {
+        each.name: len(each.type.tensor_type.shape.dim)
+        for each in (*found.input, *found.value_info, *found.output)
+        if each.type.tensor_type.HasField("shape")
+    }

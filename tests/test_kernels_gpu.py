@@ -1,0 +1,35 @@
+"""The checks in `gpu_cases`: on the GPU, or interpreted where there is none. Triton decides at import which it is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+HERE = Path(__file__).parent
+
+CHECKS = {"check_stages": True, "check_launch": True, "check_compiled": False}
+"""The files, and whether the interpreter may stand in for a GPU."""
+
+
+def test_every_check_is_run() -> None:
+    assert {path.stem for path in (HERE / "gpu_cases").glob("check_*.py")} == CHECKS.keys()
+
+
+@pytest.mark.parametrize("checks", CHECKS)
+def test_kernels_gpu(checks: str) -> None:
+    pytest.importorskip("triton")
+    import torch
+
+    command = [sys.executable, "-m", "pytest", f"gpu_cases/{checks}.py", "--confcutdir=gpu_cases", "-x"]
+    command += ["-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    interpreted = CHECKS[checks] and not torch.cuda.is_available()
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=550, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
