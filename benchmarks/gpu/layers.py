@@ -14,8 +14,9 @@ from benchmarks.gpu import clock
 from benchmarks.gpu.cases import Layer, is_compiled, timed
 from benchmarks.gpu.kernels import Kernels
 from benchmarks.gpu.session import Session, columns
+from benchmarks.gpu.workers import Task
 
-__all__ = ["copies", "layers", "use_again", "use_once", "warm"]
+__all__ = ["compilations", "copies", "layers", "use_once", "warm"]
 
 
 def _kind(ours: bool, rank: int) -> Any:
@@ -56,6 +57,12 @@ def warm(layer: Layer, device: torch.device, candidate: str = "batchnorm") -> No
     residual = layer.tensor(device).requires_grad_() if layer.residual else None
     y = run(x, residual)
     torch.autograd.grad(y, [x, *([] if residual is None else [residual]), *module.parameters()], dy)
+
+
+def compilations(layer: Layer, device: torch.device) -> list[Task]:
+    """What `torch.compile` will be asked for."""
+    names = "eager compiled", "batchnorm compiled"
+    return [Task(f"{name} {layer.name}", warm, (layer, device, name), 120.0) for name in names]
 
 
 def use_again() -> None:

@@ -16,9 +16,10 @@ from batchnorm.torch import functional
 from benchmarks.gpu.cases import Layer
 from benchmarks.gpu.layers import use_once
 from benchmarks.gpu.session import Session, columns
+from benchmarks.gpu.workers import Task
 from benchmarks.models import efficientnet_b0, mobilenet_v2, resnet50
 
-__all__ = ["layers_of", "models", "warm_compiled"]
+__all__ = ["compilations", "layers_of", "models", "networks"]
 
 CLASSES = 1000
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -118,6 +119,15 @@ def _busy(step: Callable[[], None]) -> tuple[float, float]:
         torch.cuda.synchronize()
     times = {event.key: event.self_device_time_total / 1e3 for event in profiled.key_averages()}
     return sum(times.values()), sum(time for name, time in times.items() if NORMALIZATION.search(name))
+
+
+def compilations(device: torch.device) -> list[Task]:
+    """What `torch.compile` will be asked for."""
+    return [
+        Task(f"compile {network.name}{' converted' * converted}", warm_compiled, (network, device, converted), 200.0)
+        for network in COMPILED
+        for converted in (False, True)
+    ]
 
 
 def warm_compiled(network: Network, device: torch.device, converted: bool) -> None:
