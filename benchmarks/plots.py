@@ -38,7 +38,7 @@ STYLE: dict[str, Any] = {
 
 def draw(tables: Tables, folder: Path) -> list[str]:
     """Write a plot of each table that has records, and return the names of the files."""
-    pictures = {"layers": _layers, "training": _training, "losses": _losses}
+    pictures = {"layers": _layers, "training": _training, "losses": _losses, "gpu_layers": _gpu_layers}
     written = []
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         for name, picture in pictures.items():
@@ -112,6 +112,28 @@ def _losses(tables: Tables) -> Any:
     figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.08))
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss", fontsize=9)
+    return figure
+
+
+def _gpu_layers(tables: Tables) -> Any:
+    """Each layer as a row: how many copies of its tensor forward and backward take together, by candidate."""
+    records = tables["gpu_layers"]
+    rows = {case: i for i, case in enumerate(reversed(dict.fromkeys(r["case"] for r in records)))}
+    figure, panel = plt.subplots(figsize=(7, 0.9 + 0.19 * len(rows)))
+    styles = {
+        "eager": (ORANGE, "o"), "eager compiled": (ORANGE, "x"), "batchnorm": (BLUE, "o"),
+        "batchnorm compiled": (BLUE, "x"), "kernels": (GRAY, "|"),
+    }  # fmt: skip
+    for candidate, (color, marker) in styles.items():
+        points = [(r["copies"], rows[r["case"]]) for r in records if r["candidate"] == candidate]
+        if points:
+            panel.scatter(*zip(*points, strict=True), s=26, color=color, marker=marker, label=candidate)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_yticks(list(rows.values()), list(rows))
+    panel.set_title("forward + backward on the GPU, in copies of the tensor")
+    panel.grid()
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

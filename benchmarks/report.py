@@ -11,10 +11,11 @@ from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import copies, losses, others, speedups, summarize
 from benchmarks import goals, plots
 from benchmarks.goals import Tables
+from benchmarks.gpu import report as gpu
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small", "keras", "verdicts",
+    "losses", "small", "keras", "verdicts", *gpu.NAMES,
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -25,9 +26,10 @@ def write(out: Path, template: Path) -> None:
     tables: Tables = {name: table.read(out / "results" / f"{name}.csv") for name in NAMES}
     plots.draw(tables, out / "results")
     text = template.read_text(encoding="utf-8")
-    for name, section in SECTIONS.items():
+    sections = {name: section(tables) or EMPTY for name, section in SECTIONS.items()}
+    for name, section in (sections | {"gpu": gpu.section(tables, markdown)}).items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        filled = f"{begin}{section(tables) or EMPTY}{end}"
+        filled = f"{begin}{section}{end}"
         text, found = re.subn(f"{begin}.*?{end}", lambda _, filled=filled: filled, text, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f"{template} must have one section between {begin.strip()} and {end}, not {found}")
@@ -47,7 +49,7 @@ def _environment(tables: Tables) -> str:
     """One line for each environment of the files."""
     seen: dict[str, list[str]] = {}
     for name, records in tables.items():
-        for record in records:
+        for record in [] if name in gpu.NAMES else records:  # they tell theirs in a section of their own
             versions = (
                 f"{p} {record[p]}" for p in ("python", "torch", "numba", "numpy", "jax", "tensorflow") if record[p]
             )

@@ -282,6 +282,33 @@ TABLES: goals.Tables = {
     "losses": curves(),
 }
 
+CARD = {"gpu": "NVIDIA H100", "torch": "2.11.0+cu130", "triton": "3.6.0", "cuda": "13.0", "commit": "abc"}
+GPU: goals.Tables = {
+    "gpu_checks": [
+        {"check": "3x4", "route": "triton", "what": "y", "value": 2e-7, "limit": 1e-6, "eager": 1e-7, "ok": 1}
+        | {"detail": ""},
+        {"check": "strides", "route": "triton", "what": "y", "value": math.nan, "limit": math.nan, "eager": math.nan}
+        | {"ok": 0, "detail": "[1], not [2]"},
+    ],
+    "gpu_copies": [{"mib": 64, "bytes_per_second": 3.0e12, "us": 45.0}],
+    "gpu_layers": [
+        {"case": case, "layout": "rows", "dtype": "bfloat16", "candidate": name, "residual": 0}
+        | {"forward_copies": 1.5, "backward_copies": time - 1.5, "copies": time, "median_us": 10 * time}
+        | {"wall_us": 99.0, "host_us": 98.0}
+        for case, times in (("a", (8.0, 4.0, 3.0)), ("b", (2.0, 4.0)))
+        for name, time in zip(("eager", "batchnorm", "kernels"), times, strict=False)
+    ],
+    "gpu_host": [{"case": "8x16", "candidate": "eager", "piece": "forward", "us": 30.0}],
+    "gpu_models": [
+        {"network": "resnet50 128 channels-last", "candidate": name, "step_ms": time, "busy_ms": 9.0, "peak_mib": 7}
+        for name, time in (("eager", 12.0), ("converted", 10.0))
+    ],
+    "gpu_sweep": [
+        {"walk": "last", "direction": "forward", "case": "a", "setting": setting, "us": us, "copies": us / 10}
+        for setting, us in (("warps=4", 15.0), ("the table's", 18.0))
+    ],
+}
+
 
 def test_goals() -> None:
     found = {(goal.what, goal.measured): goal.met for goal in goals.judge(TABLES)}
@@ -357,6 +384,34 @@ def test_the_report(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     report.write(tmp_path, tmp_path / "README.md")
     assert {path: path.read_bytes() for path in before} == before, "written anew from the same numbers, it is the same"
+
+
+def test_the_report_of_a_gpu(tmp_path: Path) -> None:
+    for name, records in GPU.items():
+        table.write(tmp_path / "results" / f"{name}.csv", records, environment() | CARD)
+    report.write(tmp_path, README)
+    text = (tmp_path / "README.md").read_text()
+    assert section(text, "environment") == report.EMPTY, "the GPU's tables tell theirs themselves"
+    found = section(text, "gpu")
+    assert found.startswith("## On a GPU")
+    assert found.count("NVIDIA H100, torch 2.11.0+cu130, Triton 3.6.0, CUDA 13.0, commit abc") == 1
+    assert "3.00 TB/s" in found
+    assert "2 checks against float64 on the GPU, of which 1 failed." in found
+    assert "| triton, y | 0.20 | 2.00 |" in found
+    assert "- failed: strides, triton, y: [1], not [2]" in found
+    assert "| a | 1.50 + 6.50 | 1.50 + 2.50 | 1.50 + 1.50 | 2.00 | 99 | 99 |" in found
+    assert "| b | 1.50 + 0.50 | 1.50 + 2.50 |  | 0.50 | 99 | 99 |" in found
+    assert "1.00× as fast as eager in the geometric mean; worst 0.50× (b)" in found
+    assert "| resnet50 128 channels-last converted | 10.0 | 1.20 | 9.0 | 7 |" in found
+    assert "| 8x16 eager | 30.0 |" in found
+    assert "| last forward a | 1.80 | 1.50 | warps=4 |" in found
+    assert "results/gpu_layers.svg" in found
+    assert "batchnorm" in (tmp_path / "results/gpu_layers.svg").read_text()
+
+
+def test_without_a_gpu_there_is_no_section_of_it(tmp_path: Path) -> None:
+    report.write(tmp_path, README)
+    assert section((tmp_path / "README.md").read_text(), "gpu") == ""
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:

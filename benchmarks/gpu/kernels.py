@@ -1,5 +1,6 @@
-"""The kernels alone, on memory that is there already."""
+"""The kernels alone, on memory that is there already; and which kernels a layer needs."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,16 @@ from torch import Tensor
 from benchmarks.gpu import clock
 from benchmarks.gpu.cases import Layer
 
-__all__ = ["Kernels"]
+__all__ = ["DIRECTIONS", "Kernels", "needed"]
+
+DIRECTIONS = ("forward", "backward")
+
+
+def _shape(layer: Layer) -> tuple[int, int, int]:
+    """`(N, C, L)`, or `(N*L, C, 1)` where channels are last."""
+    n, c, *positions = layer.shape
+    length = math.prod(positions)
+    return (n * length, c, 1) if layer.last else (n, c, length)
 
 
 class Kernels:
@@ -24,49 +34,62 @@ class Kernels:
     def __init__(self, layer: Layer, device: torch.device, most: int = 100) -> None:
         from batchnorm.kernels import gpu
 
-        self.layer, self.stages, self.scratch = layer, gpu, gpu.Scratch(device)
+        self.layer, self.stages, self.shape = layer, gpu, _shape(layer)
+        self.scratch = gpu.Scratch(device)
         channels = layer.shape[1]
         self.weight, self.bias = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
-        self.mean, self.sum_dz, self.sum_dz_xhat = (torch.zeros(channels, device=device) for _ in range(3))
-        self.var, self.rstd = (torch.ones(channels, device=device) for _ in range(2))
+        self.statistics = torch.ones((4, 1, channels), device=device)
+        self.sums = torch.zeros((2, 1, channels), device=device)
         moved = torch.zeros(channels, device=device), torch.ones(channels, device=device)
         counters = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.running = gpu.Running(*moved, 0.1, True, *counters)
         count = min(most, clock.sets(device, layer.bytes, 3 + 2 * layer.residual))
-        self.sets = [[self._tensor(device) for _ in range(3)] for _ in range(count)]
-        self.residuals = [[self._tensor(device) if layer.residual else None for _ in range(2)] for _ in range(count)]
-
-    def _tensor(self, device: torch.device) -> Tensor:
-        """Random numbers, as the kernels see them."""
-        x, shape = self.layer.tensor(device), self.layer.shape
-        if self.layer.last or len(shape) == 2:
-            return x.movedim(1, -1).reshape(-1, shape[1], 1)
-        return x.reshape(*shape[:2], -1)
+        self.sets = [[layer.tensor(device) for _ in range(3)] for _ in range(count)]
+        self.residuals = [[layer.tensor(device) if layer.residual else None for _ in range(2)] for _ in range(count)]
 
     def calls(self, direction: str, tuning: Any = None) -> list[Callable[[], None]]:
         """Of one direction, with the table's tuning or another."""
         make = self._forward if direction == "forward" else self._backward
-        return [make(tuning, *tensors, *more) for tensors, more in zip(self.sets, self.residuals, strict=True)]
+        how = {"shape": self.shape, "samples": self.layer.shape[0], "tuning": tuning, "scratch": self.scratch}
+        return [make(how, *tensors, *more) for tensors, more in zip(self.sets, self.residuals, strict=True)]
 
     def _forward(
-        self, tuning: Any, x: Tensor, _dy: Tensor, y: Tensor, residual: Tensor | None, _: Tensor | None
+        self, how: Any, x: Tensor, _dy: Tensor, y: Tensor, residual: Tensor | None, _: Tensor | None
     ) -> Callable[[], None]:
-        arguments = x, residual, None, self.weight, self.bias, 1e-5, self.layer.activation, y
-        found = self.mean, self.var, self.rstd
+        arguments = x, residual, None, self.weight, self.bias, 1e-5, self.layer.activation, y, self.statistics
 
         def call() -> None:
-            self.stages.forward(*arguments, *found, running=self.running, tuning=tuning, scratch=self.scratch)
+            self.stages.forward_packed(*arguments, running=self.running, **how)
 
         return call
 
     def _backward(
-        self, tuning: Any, x: Tensor, dy: Tensor, dx: Tensor, residual: Tensor | None, d_residual: Tensor | None
+        self, how: Any, x: Tensor, dy: Tensor, dx: Tensor, residual: Tensor | None, d_residual: Tensor | None
     ) -> Callable[[], None]:
         values = float(x.numel() // x.shape[1])
-        given = self.mean, self.rstd, self.weight, self.bias, values, self.layer.activation
-        arguments = dy, x, residual, None, *given, self.sum_dz, self.sum_dz_xhat, dx, d_residual
+        given = dy, x, residual, None, self.weight, self.statistics, values, self.layer.activation
+        arguments = *given, self.sums, dx, d_residual
 
         def call() -> None:
-            self.stages.backward(*arguments, tuning=tuning, scratch=self.scratch)
+            self.stages.backward_packed(*arguments, **how)
 
         return call
+
+
+def needed(layer: Layer, directions: tuple[str, ...] = DIRECTIONS, tuning: Any = None) -> set[Any]:
+    """What tells the kernels of a training step apart: two layers of which this is the same share their kernels."""
+    from batchnorm.kernels.gpu import stages
+
+    x = torch.empty(layer.shape, dtype=getattr(torch, layer.dtype), device="meta")
+    residual = x if layer.residual else None
+    variant = stages.Variant(True, True, layer.activation, _shape(layer), 1, layer.shape[0], tuning, False, True)
+    launches = {
+        "forward": lambda: stages.forward_launch(variant, (x, residual, *[x] * 13), True),
+        "backward": lambda: stages.backward_launch(variant, (x, x, residual, *[x] * 11), True),
+    }
+    found = set()
+    for direction in directions:
+        launch, _ = launches[direction]()
+        fixed = *launch.constants.items(), *launch.options.items()
+        found.add((direction, layer.dtype, layer.residual, fixed))
+    return found

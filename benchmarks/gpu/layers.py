@@ -1,6 +1,7 @@
 """Layers: the time that the GPU spends on normalization, residual and ReLU, forward and backward, in copies."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from benchmarks.gpu import clock
 from benchmarks.gpu.cases import Layer, is_compiled, timed
 from benchmarks.gpu.kernels import Kernels
 from benchmarks.gpu.session import Session, columns
+from benchmarks.gpu.workers import Task
 
-__all__ = ["copies", "layers", "warm"]
+__all__ = ["compilations", "copies", "layers", "use_once", "warm"]
 
 
 def _kind(ours: bool, rank: int) -> Any:
@@ -49,7 +51,7 @@ def build(candidate: str, layer: Layer, device: torch.device) -> tuple[nn.Module
 
 def warm(layer: Layer, device: torch.device, candidate: str = "batchnorm") -> None:
     """One step, to have its kernels compiled."""
-    _keep_for_again()
+    use_again()
     module, run = build(candidate, layer, device)
     x, dy = layer.tensor(device).requires_grad_(), layer.tensor(device)
     residual = layer.tensor(device).requires_grad_() if layer.residual else None
@@ -57,11 +59,24 @@ def warm(layer: Layer, device: torch.device, candidate: str = "batchnorm") -> No
     torch.autograd.grad(y, [x, *([] if residual is None else [residual]), *module.parameters()], dy)
 
 
-def _keep_for_again() -> None:
-    """Have compiled backward passes keep what they read: here they are run many times."""
+def compilations(layer: Layer, device: torch.device) -> list[Task]:
+    """What `torch.compile` will be asked for."""
+    names = "eager compiled", "batchnorm compiled"
+    return [Task(f"{name} {layer.name}", warm, (layer, device, name), 120.0) for name in names]
+
+
+def use_again() -> None:
+    """Have compiled backward passes keep what they read: they will be run many times."""
     import torch._functorch.config as config
 
     config.donated_buffer = False
+
+
+def use_once() -> None:
+    """Let compiled backward passes write into what they have read, as they do by default."""
+    import torch._functorch.config as config
+
+    config.donated_buffer = True
 
 
 Calls = tuple[list[Callable[[], Any]], list[Callable[[], Any]], list[Callable[[], Any]]]
@@ -93,6 +108,11 @@ def _calls(candidate: str, layer: Layer, device: torch.device) -> Calls:
     return forwards, backwards, steps
 
 
+def _both(forward: Callable[[], Any], backward: Callable[[], Any]) -> None:
+    forward()
+    backward()
+
+
 def measure(candidate: str, layer: Layer, session: Session, bandwidth: float) -> Record:
     """Forward, backward and the whole step of a candidate."""
     device = session.device
@@ -100,9 +120,8 @@ def measure(candidate: str, layer: Layer, session: Session, bandwidth: float) ->
         if candidate == "kernels":
             kernels = Kernels(layer, device)
             forwards, backwards = (kernels.calls(direction) for direction in ("forward", "backward"))
-            steps = [*forwards, *backwards]
-            for call in steps:  # so that the backward pass finds the statistics
-                call()
+            steps = [partial(_both, *pair) for pair in zip(forwards, backwards, strict=True)]
+            steps[0]()  # so that the backward pass finds the statistics
         else:
             forwards, backwards, steps = _calls(candidate, layer, device)
         seconds = 0.0 if session.quick else 0.025
@@ -138,7 +157,7 @@ def copies(session: Session) -> float:
 
 def layers(session: Session, bandwidth: float) -> None:
     """Every layer by every candidate; the compiled ones last, as far as the time goes."""
-    _keep_for_again()
+    use_again()
     everything = list(timed(session.quick))
     plan = [(layer, ("eager", "batchnorm", *(["kernels"] if session.on_gpu else []))) for layer in everything]
     plan += [(layer, ("eager compiled", "batchnorm compiled")) for layer in everything if is_compiled(layer)]

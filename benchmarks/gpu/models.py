@@ -14,10 +14,12 @@ import batchnorm.torch as bt
 from batchnorm.bench.clock import Record
 from batchnorm.torch import functional
 from benchmarks.gpu.cases import Layer
+from benchmarks.gpu.layers import use_once
 from benchmarks.gpu.session import Session, columns
+from benchmarks.gpu.workers import Task
 from benchmarks.models import efficientnet_b0, mobilenet_v2, resnet50
 
-__all__ = ["layers_of", "models", "warm_compiled"]
+__all__ = ["compilations", "layers_of", "models", "networks"]
 
 CLASSES = 1000
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
@@ -119,9 +121,18 @@ def _busy(step: Callable[[], None]) -> tuple[float, float]:
     return sum(times.values()), sum(time for name, time in times.items() if NORMALIZATION.search(name))
 
 
+def compilations(device: torch.device) -> list[Task]:
+    """What `torch.compile` will be asked for."""
+    return [
+        Task(f"compile {network.name}{' converted' * converted}", warm_compiled, (network, device, converted), 200.0)
+        for network in COMPILED
+        for converted in (False, True)
+    ]
+
+
 def warm_compiled(network: Network, device: torch.device, converted: bool) -> None:
     """One compiled step, for the caches on disk."""
-    torch.backends.cudnn.benchmark = True
+    use_once()
     stepper(torch.compile(network.build(device, converted)), *network.data(device))()
 
 
@@ -129,9 +140,9 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     """The median step."""
     device = session.device
     torch.backends.cudnn.benchmark = True
+    use_once()
     if session.on_gpu:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     model = network.build(device, candidate.startswith("converted"))
     if candidate.endswith("compiled"):
         torch._dynamo.reset()
@@ -143,6 +154,8 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     first = time.perf_counter() - before
     for _ in range(1 if session.quick else 3):
         step()
+    if session.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(2 if session.quick else 8):
         _wait(device)
@@ -155,8 +168,9 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     record |= {"step_ms": round(median(times), 3), "fastest_ms": round(min(times), 3), "first_s": round(first, 1)}
     if session.on_gpu:
         record["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-        busy, named = _busy(step)
-        record |= {"busy_ms": round(busy, 3), "normalization_ms": round(named, 3)}
+        with session.attempt("profiler"):
+            busy, named = _busy(step)
+            record |= {"busy_ms": round(busy, 3), "normalization_ms": round(named, 3)}
     return record
 
 

@@ -1,33 +1,34 @@
 """The tuning table, tried out: the kernels alone, each setting timed in replays of a graph.
 
-First the settings that make another kernel, with the table's numbers otherwise; then, for the best two of these, the
-numbers that are arguments of the kernel.
+First the shape of a tile and of a program; then, for the best two of these, how tiles are shared out. The kernels of
+the second round are compiled when the first has been timed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.gpu import clock
 from benchmarks.gpu.cases import Layer
-from benchmarks.gpu.kernels import Kernels
+from benchmarks.gpu.kernels import DIRECTIONS, Kernels, needed
 from benchmarks.gpu.session import Session, columns
+from benchmarks.gpu.workers import Task
 
-__all__ = ["sweep", "wanted", "warm"]
+__all__ = ["Trial", "compilations", "sweep", "wanted"]
 
 LAYERS = {
-    "channel": (Layer((64, 256, 56, 56)), Layer((64, 64, 112, 112)), Layer((64, 512, 14, 14))),
-    "row": (Layer((64, 2048, 7, 7)), Layer((128, 1280, 7, 7))),
+    "channel": (Layer((64, 256, 56, 56)), Layer((64, 64, 112, 112)), Layer((64, 512, 28, 28))),
+    "row": (Layer((64, 2048, 7, 7)), Layer((64, 512, 14, 14))),
     "last": (
         Layer((64, 256, 56, 56), True), Layer((64, 512, 14, 14), True), Layer((64, 64, 112, 112), True),
-        Layer((64, 2048, 7, 7), True), Layer((4096, 1024)),
+        Layer((4096, 1024)),
     ),
 }  # fmt: skip
 """By walk, the most telling first."""
 KB, MB = 1 << 10, 1 << 20
-WAVES = {"channel": (0, MB, 2 * MB, 6 * MB, 12 * MB, 20 * MB), "row": (3 * MB, 12 * MB), "last": (3 * MB, 12 * MB)}
-DIRECTIONS = ("forward", "backward")
+
+Change = tuple[tuple[str, int], ...]
 
 
 class Trial(NamedTuple):
@@ -36,7 +37,7 @@ class Trial(NamedTuple):
     walk: str
     layer: Layer
     direction: str
-    change: tuple[tuple[str, int], ...]
+    change: Change = ()
 
     @property
     def tuning(self) -> Any:
@@ -48,43 +49,75 @@ class Trial(NamedTuple):
     def told(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.change) or "the table's"
 
+    @property
+    def name(self) -> str:
+        return f"{self.walk} {self.direction} {self.layer.name}"
 
-def _kernels(walk: str, layer: Layer, direction: str) -> Iterator[Trial]:
-    """The table's setting, and those that make another kernel."""
-    yield Trial(walk, layer, direction, ())
-    default = Trial(walk, layer, direction, ()).tuning
-    rows = {"channel": (0,), "row": (256, 512, 1024), "last": (32, 64, 128, 256)}[walk]
-    for columns_ in rows:
-        for block in (2048, 4096, 8192):
+    def but(self, changes: Sequence[Change]) -> Iterator["Trial"]:
+        """The same with each of these changes, those that change nothing left out."""
+        for change in changes:
+            together = tuple((dict(self.change) | dict(change)).items())
+            other = self._replace(change=together)
+            if other.tuning != self.tuning:
+                yield other
+
+
+def _shapes(base: Trial) -> Iterator[Trial]:
+    """The table's setting, and others for a tile and a program."""
+    yield base
+    itemsize, default = getattr(torch, base.layer.dtype).itemsize, base.tuning
+    changes: list[Change] = []
+    for registers in (default.registers, 0):
+        for tile in (4 * KB, 8 * KB, 16 * KB, 32 * KB):
             for warps in (4, 8, 16):
-                is_default = (block, columns_, warps) == (default.block, default.columns, default.warps)
-                if not is_default and 8 <= block // (32 * warps) <= 64:
-                    width = (("columns", columns_),) if columns_ else ()
-                    yield Trial(walk, layer, direction, (("block", block), ("warps", warps), *width))
-    yield Trial(walk, layer, direction, (("vector_bytes", 8),))
-    yield Trial(walk, layer, direction, (("alone_bytes", 0),))
-    yield Trial(walk, layer, direction, (("alone_bytes", 256 * KB), ("alone_units", 1)))
+                if 8 <= tile // itemsize // (32 * warps) <= 64:
+                    changes.append((("tile_bytes", tile), ("warps", warps), ("registers", registers)))
+    changes += [(("slices", n),) for n in (1, 2, 4, 8)]
+    changes += [(("registers", n),) for n in (64, 80, 96, 128)]
+    widths = {"channel": (), "row": (256, 1024), "last": (32, 128, 256)}[base.walk]
+    changes += [(("columns", n),) for n in widths]
+    changes += [(("columns", n), ("tile_bytes", 2 * default.tile_bytes)) for n in widths]
+    changes += [(("vector_bytes", 8),), (("alone_bytes", 0),), (("alone_bytes", 256 * KB), ("alone_units", 1))]
+    yield from base.but(changes)
 
 
-def _numbers(trial: Trial) -> Iterator[Trial]:
-    """What differs from a trial in arguments of the kernel alone."""
-    changes: list[tuple[tuple[str, int], ...]] = [(("part_tiles", n),) for n in (1, 2, 4, 8, 16, 32)]
-    changes += [(("tasks", n),) for n in (256, 2048, 4096)]
-    changes += [(("wave_bytes", n),) for n in WAVES[trial.walk]]
-    changes += [(("wave_bytes", w), ("part_tiles", p)) for w in WAVES[trial.walk][-3:] for p in (1, 4)]
-    for change in changes:
-        yield trial._replace(change=trial.change + change)
+WAVES = {"channel": (0, 3 * MB, 8 * MB, 16 * MB, 24 * MB), "row": (0, 4 * MB, 16 * MB), "last": (8 * MB, 20 * MB)}
+
+
+def _shares(best: Trial) -> Iterator[Trial]:
+    """Others for parts and waves."""
+    waves = WAVES[best.walk]
+    changes: list[Change] = [(("part_tiles", n),) for n in (1, 2, 4, 8, 16)]
+    changes += [(("tasks", n),) for n in (264, 528, 1056, 2112)]
+    changes += [(("wave_bytes", n),) for n in waves]
+    changes += [(("wave_bytes", w), ("part_tiles", p)) for w in waves[1:] for p in (1, 4)]
+    return best.but(changes)
+
+
+def _bases(quick: bool) -> list[Trial]:
+    longest = 1 if quick else max(map(len, LAYERS.values()))
+    rounds = [(walk, layers[i]) for i in range(longest) for walk, layers in LAYERS.items() if i < len(layers)]
+    return [Trial(walk, layer, direction) for walk, layer in rounds for direction in DIRECTIONS]
 
 
 def wanted(quick: bool) -> list[Trial]:
-    """All trials of the first round, for the kernels to be compiled ahead."""
-    found = []
-    longest = max(map(len, LAYERS.values()))
-    for i in range(1 if quick else longest):
-        for walk, layers in LAYERS.items():
-            if i < len(layers):
-                found += [t for direction in DIRECTIONS for t in _kernels(walk, layers[i], direction)]
-    return found
+    """All trials of the first round."""
+    return [trial for base in _bases(quick) for trial in _first(base, quick)]
+
+
+def _first(base: Trial, quick: bool) -> list[Trial]:
+    return list(_shapes(base))[: 3 if quick else None]
+
+
+def compilations(trials: Sequence[Trial], device: torch.device, seen: set[Any]) -> list[Task]:
+    """A task for each kernel that has not been seen."""
+    tasks = []
+    for trial in trials:
+        kernels = needed(trial.layer, (trial.direction,), trial.tuning)
+        if not kernels <= seen:
+            seen |= kernels
+            tasks.append(Task(f"compile {trial.name} {trial.told}", warm, (trial, device)))
+    return tasks
 
 
 def warm(trial: Trial, device: torch.device) -> None:
@@ -92,60 +125,74 @@ def warm(trial: Trial, device: torch.device) -> None:
     Kernels(trial.layer, device, 1).calls(trial.direction, trial.tuning)[0]()
 
 
-def sweep(session: Session, bandwidth: float) -> None:
-    """Every walk in each direction: the best settings, and where the table's stands among them."""
-    layers = list(dict.fromkeys((t.walk, t.layer, t.direction) for t in wanted(session.quick)))
+def sweep(session: Session, bandwidth: float, compile_all: Callable[[list[Task]], None]) -> None:
+    """Every walk in each direction: the best settings, and where the table's stands among them.
+
+    Args:
+        session: The run.
+        bandwidth: Of a copy, in bytes per second.
+        compile_all: Does tasks beside each other.
+    """
+    bases, found = _bases(session.quick), {}
+    for base in bases:
+        found[base] = _time(session, base, _first(base, session.quick), {})
+    seconds = {base: [t for best in _best(found[base], 2) for t in _shares(best)] for base in bases}
+    if session.quick:
+        seconds = {base: trials[:2] for base, trials in seconds.items()}
+    with session.attempt("compilation of the second round"):
+        compile_all(compilations([t for trials in seconds.values() for t in trials], session.device, set()))
     best = [["walk, direction, layer", "table, copies", "best", "gain", "best setting"]]
-    for i, (walk, layer, direction) in enumerate(layers):
-        if session.late():
-            session.say(
-                f"out of time: {len(layers) - i} of {len(layers)} skipped, from {walk} {layer.name} {direction}"
-            )
-            break
-        with session.attempt(f"sweep {walk} {layer.name} {direction}"), clock.stream(session.device):
-            best.append(_sweep(session, walk, layer, direction, 2 * layer.bytes / bandwidth * 1e6))
-        if session.on_gpu:
-            torch.cuda.empty_cache()
+    for base in bases:
+        _time(session, base, [*seconds[base], base], found[base])
+        if base in found[base]:
+            best.append(_tell(session, base, found[base], 2 * base.layer.bytes / bandwidth * 1e6))
     print(columns(best), flush=True)
 
 
-def _sweep(session: Session, walk: str, layer: Layer, direction: str, copy: float) -> list[str]:
-    kernels = Kernels(layer, session.device)
-    found: dict[Trial, float] = {}
-    count = 0
+def _best(found: dict[Trial, float], count: int) -> list[Trial]:
+    return sorted(found, key=lambda trial: found[trial])[:count]
 
-    def time(trials: list[Trial]) -> None:
-        nonlocal count
+
+def _time(session: Session, base: Trial, trials: list[Trial], found: dict[Trial, float]) -> dict[Trial, float]:
+    """Add the microseconds of trials of a layer; of what is timed again, the lower."""
+    if session.late():
+        session.say(f"out of time: {base.name}, {len(trials)} settings skipped")
+        return found
+    with session.attempt(base.name), clock.stream(session.device):
+        kernels, count = Kernels(base.layer, session.device), 0
+        for call in kernels.calls("forward"):  # statistics for the backward pass
+            call()
         for trial in trials:
-            if trial not in found and not session.late():
-                with session.attempt(f"{walk} {layer.name} {direction} {trial.told}"):
-                    found[trial], count = clock.replayed(
-                        kernels.calls(direction, trial.tuning), session.device, 0.006, count
-                    )
+            if session.late():
+                break
+            with session.attempt(f"{trial.name} {trial.told}"):
+                us, count = clock.replayed(kernels.calls(trial.direction, trial.tuning), session.device, 0.006, count)
+                found[trial] = min(us, found.get(trial, us))
+    if session.on_gpu:
+        torch.cuda.empty_cache()
+    if base in found and len(found) == len(trials):
+        session.say(f"{base.name}: table {found[base]:.1f} us; best {_listed(found, 3, 1.0)}")
+    return found
 
-    first = list(_kernels(walk, layer, direction))
-    time(first[:3] if session.quick else first)
-    for trial in sorted(found, key=lambda t: found[t])[:2]:
-        time(list(_numbers(trial))[: 2 if session.quick else None])
-    table = Trial(walk, layer, direction, ())
-    if table in found:  # the first one may have found the GPU's clock still low
-        with session.attempt(f"{table.told} once more"):
-            again, _ = clock.replayed(kernels.calls(direction, table.tuning), session.device, 0.006, count)
-            found[table] = min(found[table], again)
-    ranked = sorted(found, key=lambda t: found[t])
-    about = {"walk": walk, "case": layer.name, "direction": direction}
-    session.add(
-        "sweep",
-        [
-            about
-            | {"setting": t.told, **t.tuning._asdict(), "us": round(found[t], 2), "copies": round(found[t] / copy, 3)}
-            for t in ranked
-        ],
+
+def _listed(found: dict[Trial, float], count: int, unit: float) -> str:
+    return "; ".join(f"{found[trial] / unit:.2f} {trial.told}" for trial in _best(found, count))
+
+
+def _tell(session: Session, base: Trial, found: dict[Trial, float], copy: float) -> list[str]:
+    """Write and print what was found for a layer; its line of the last table."""
+    ranked = _best(found, len(found))
+    about = {"walk": base.walk, "case": base.layer.name, "direction": base.direction}
+    times = {trial: {"us": round(us, 2), "copies": round(us / copy, 3)} for trial, us in found.items()}
+    session.add("sweep", [about | {"setting": t.told, **t.tuning._asdict(), **times[t]} for t in ranked])
+    place, least = ranked.index(base) + 1, found[ranked[0]]
+    session.say(
+        f"{base.name}: table {found[base] / copy:.2f} copies, {place} of {len(ranked)}; best {_listed(found, 5, copy)}"
     )
-    place = ranked.index(table) + 1
-    told = "; ".join(f"{found[t] / copy:.2f} {t.told}" for t in ranked[:4])
-    name = f"{walk} {direction} {layer.name}"
-    session.say(f"{name}: table {found[table] / copy:.2f} copies, {place} of {len(ranked)}; best {told}")
-    least = found[ranked[0]]
-    cells = f"{found[table] / copy:.2f}", f"{least / copy:.2f}", f"{found[table] / least:.2f}×", ranked[0].told
-    return [name, *cells]
+    return [
+        base.name,
+        f"{found[base] / copy:.2f}",
+        f"{least / copy:.2f}",
+        f"{found[base] / least:.2f}×",
+        ranked[0].told,
+    ]
