@@ -477,8 +477,8 @@ REJECTED: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "labels all different": (IMAGES, np.arange(5, 95), ("found 5, 6,", "...")),
     "one class": (IMAGES, LABELS * 0, ("at least two", "found 0")),
     "a class too rare": (IMAGES, np.repeat([0, 1], [85, 5]), ("class 1 has 5 images", "needs 10")),
-    "nothing": (IMAGES[:0], LABELS[:0], ("nothing",)),
-    "images without pixels": (IMAGES[:, :0], LABELS, ("nothing", "(90, 0, 5)")),
+    "nothing": (IMAGES[:0], LABELS[:0], ("(0, 4, 5) are empty",)),
+    "images without pixels": (IMAGES[:, :0], LABELS, ("(90, 0, 5) are empty",)),
     "not finite": (np.where(IMAGES == 7, np.nan, IMAGES), LABELS, ("not finite",)),
     "too large for float32": (IMAGES * 1e300, LABELS, ("not finite",)),
 }  # fmt: skip
