@@ -20,10 +20,8 @@ __all__ = ["Trial", "compilations", "sweep", "wanted"]
 LAYERS = {
     "channel": (Layer((64, 256, 56, 56)), Layer((64, 64, 112, 112)), Layer((64, 512, 28, 28))),
     "row": (Layer((64, 2048, 7, 7)), Layer((64, 512, 14, 14))),
-    "last": (
-        Layer((64, 256, 56, 56), True), Layer((64, 512, 14, 14), True), Layer((64, 64, 112, 112), True),
-        Layer((4096, 1024)),
-    ),
+    "last": (Layer((64, 256, 56, 56), True), Layer((64, 64, 112, 112), True)),
+    "small last": (Layer((64, 512, 14, 14), True), Layer((4096, 1024))),
 }  # fmt: skip
 """By walk, the most telling first."""
 KB, MB = 1 << 10, 1 << 20
@@ -74,7 +72,7 @@ def _shapes(base: Trial) -> Iterator[Trial]:
                     changes.append((("tile_bytes", tile), ("warps", warps), ("registers", registers)))
     changes += [(("slices", n),) for n in (1, 2, 4, 8)]
     changes += [(("registers", n),) for n in (64, 80, 96, 128)]
-    widths = {"channel": (), "row": (256, 1024), "last": (32, 128, 256)}[base.walk]
+    widths = {"channel": (), "row": (256, 1024), "last": (32, 128, 256), "small last": (32, 64, 128)}[base.walk]
     changes += [(("columns", n),) for n in widths]
     changes += [(("columns", n), ("tile_bytes", 2 * default.tile_bytes)) for n in widths]
     changes += [(("vector_bytes", 8),), (("alone_bytes", 0),), (("alone_bytes", 256 * KB), ("alone_units", 1))]
@@ -82,6 +80,7 @@ def _shapes(base: Trial) -> Iterator[Trial]:
 
 
 WAVES = {"channel": (0, 3 * MB, 8 * MB, 16 * MB, 24 * MB), "row": (0, 4 * MB, 16 * MB), "last": (8 * MB, 20 * MB)}
+WAVES["small last"] = WAVES["last"]
 
 
 def _shares(best: Trial) -> Iterator[Trial]:

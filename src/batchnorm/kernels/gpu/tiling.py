@@ -50,18 +50,24 @@ KB, MB = 1 << 10, 1 << 20
 
 TUNING = {
     # walk, direction: tile, columns, warps, slices, part_tiles, tasks, wave, alone, alone units, stream
-    ("channel", "forward"): Tuning(16 * KB, 0, 8, 4, 2, 792, 6 * MB, 64 * KB, 128, 32 * MB),
-    ("channel", "backward"): Tuning(8 * KB, 0, 8, 2, 2, 792, 6 * MB, 128 * KB, 128, 32 * MB),
-    ("row", "forward"): Tuning(16 * KB, 512, 8, 4, 2, 396, 6 * MB, 64 * KB, 128, 32 * MB),
-    ("row", "backward"): Tuning(8 * KB, 512, 8, 2, 2, 396, 6 * MB, 128 * KB, 128, 32 * MB),
-    ("last", "forward"): Tuning(16 * KB, 64, 8, 4, 1 << 20, 396, 0, 32 * KB, 128, 32 * MB),
-    ("last", "backward"): Tuning(8 * KB, 64, 8, 2, 1 << 20, 396, 0, 64 * KB, 128, 32 * MB),
+    ("channel", "forward"): Tuning(16 * KB, 0, 4, 4, 4, 792, 8 * MB, 64 * KB, 128, 32 * MB),
+    ("channel", "backward"): Tuning(8 * KB, 0, 4, 2, 2, 792, 16 * MB, 128 * KB, 128, 32 * MB),
+    ("row", "forward"): Tuning(16 * KB, 512, 8, 8, 8, 396, 6 * MB, 64 * KB, 128, 32 * MB),
+    ("row", "backward"): Tuning(8 * KB, 512, 8, 8, 2, 396, 6 * MB, 128 * KB, 128, 32 * MB),
+    ("last", "forward"): Tuning(16 * KB, 64, 8, 4, 1 << 20, 528, 0, 32 * KB, 128, 32 * MB, registers=96),
+    ("last", "backward"): Tuning(32 * KB, 64, 8, 2, 1 << 20, 264, 0, 64 * KB, 128, 32 * MB, registers=0),
+    ("small last", "forward"): Tuning(32 * KB, 32, 8, 4, 1 << 20, 396, 0, 32 * KB, 128, 32 * MB),
+    ("small last", "backward"): Tuning(16 * KB, 64, 4, 2, 1 << 20, 396, 0, 64 * KB, 128, 32 * MB, registers=0),
 }
-"""For each walk (`last` is by row with `L = 1`) and direction. Starting values; to be measured on an H100.
+"""For each walk and direction; `last` is by row with `L = 1`, and `small` under `SMALL`.
 
-It has 132 processors for 3 programs of 8 warps each, if a thread has at most 80 registers; each thread has 4 vectors in
+The best of a sweep on an H200 in bfloat16 (`python -m benchmarks.gpu --sweep`), over layers of ResNet-50. That GPU has
+132 processors for 3 programs of 8 warps each, if a thread has at most 80 registers; each thread has 4 vectors in
 flight. A program's start, reductions and meetings take as long as 2 tiles. A wave is half of all programs at least, or
 its writers would wait."""
+
+SMALL = 32 * MB
+"""Bytes of a channels-last tensor under which latency matters more than bandwidth."""
 
 RESIDUAL_REGISTERS = 16
 """How many more a thread may have if there is a residual."""
@@ -150,7 +156,8 @@ def tiling(
     vector = tuning.vector_bytes if tuning else 16
     full = max(1, vector // itemsize) if aligned else 1
     by_channel_vec = math.gcd(length, full)
-    table = tuning or TUNING["last" if length <= 1 else "row", direction]
+    walk = "row" if length > 1 else "last" if n * c * itemsize >= SMALL else "small last"
+    table = tuning or TUNING[walk, direction]
     columns = table.columns
     while length <= 1 and groups * c < FEW_BLOCKS * columns and columns * itemsize > NARROW:
         columns //= 2
