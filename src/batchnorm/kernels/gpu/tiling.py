@@ -50,13 +50,13 @@ KB, MB = 1 << 10, 1 << 20
 
 TUNING = {
     # walk, direction: tile, columns, warps, slices, part_tiles, tasks, wave, alone, alone units, stream
-    ("channel", "forward"): Tuning(16 * KB, 0, 4, 4, 4, 792, 8 * MB, 64 * KB, 128, 32 * MB),
+    ("channel", "forward"): Tuning(16 * KB, 0, 4, 4, 4, 792, 8 * MB, 64 * KB, 128, 32 * MB, registers=0),
     ("channel", "backward"): Tuning(8 * KB, 0, 4, 2, 2, 792, 16 * MB, 128 * KB, 128, 32 * MB),
     ("row", "forward"): Tuning(16 * KB, 512, 8, 8, 8, 396, 6 * MB, 64 * KB, 128, 32 * MB),
     ("row", "backward"): Tuning(8 * KB, 512, 8, 8, 2, 396, 6 * MB, 128 * KB, 128, 32 * MB),
     ("last", "forward"): Tuning(16 * KB, 64, 8, 4, 1 << 20, 528, 0, 32 * KB, 128, 32 * MB, registers=96),
     ("last", "backward"): Tuning(32 * KB, 64, 8, 2, 1 << 20, 264, 0, 64 * KB, 128, 32 * MB, registers=0),
-    ("small last", "forward"): Tuning(32 * KB, 32, 8, 4, 1 << 20, 396, 0, 32 * KB, 128, 32 * MB),
+    ("small last", "forward"): Tuning(16 * KB, 32, 8, 4, 1 << 20, 396, 0, 32 * KB, 128, 32 * MB),
     ("small last", "backward"): Tuning(16 * KB, 64, 4, 2, 1 << 20, 396, 0, 64 * KB, 128, 32 * MB, registers=0),
 }
 """For each walk and direction; `last` is by row with `L = 1`, and `small` under `SMALL`.
