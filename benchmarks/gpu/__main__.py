@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
     # Inductor would change Triton's cache on its first compilation, and the processes would not find each other's.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    faulthandler.dump_traceback_later(60 + sum(PARTS[name] for name in {*chosen, "checks"}), exit=True)
+    faulthandler.dump_traceback_later(120 + sum(PARTS[name] for name in {*chosen, "checks"}), exit=True)
     session = Session(device, given.quick, given.out, _sources(device))
     session.say(", ".join(f"{name} {value}" for name, value in session.sources.items() if value not in ("", None)))
     _ahead(session, chosen, given.workers)
@@ -110,7 +110,8 @@ def _ahead(session: Session, chosen: list[str], workers: int) -> None:
     tasks, checked = [*networks, *found, *kernels], {task.name for task in found}
     if not tasks:
         return
-    with session.part("checks and compilation", PARTS["checks"]):
+    budget = PARTS["checks"] + (60.0 if "sweep" in chosen else 0.0)
+    with session.part("checks and compilation", budget):
         session.say(f"{len(found)} checks, {len(tasks) - len(found)} compilations, {workers} processes")
         records: list[Record] = []
         for done in _work(session, tasks, workers):
