@@ -450,7 +450,7 @@ OUR_OWN: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "negative mask": (ValueError, {"mask": -X[:, 0]}, "mask must hold booleans, or weights that are finite"),
     "NaN in a mask": (ValueError, {"mask": X[:, 0] * torch.nan}, "mask must hold booleans"),
     "infinity in a mask": (ValueError, {"mask": X[:, 0] * torch.inf}, "mask must hold booleans"),
-    "mask that leaves nothing": (ValueError, {"mask": 0 * X[:, 0]}, r"leaves nothing of x of shape \(4, 3\): skip"),
+    "mask that leaves nothing": (ValueError, {"mask": 0 * X[:, 0]}, r"leaves no position of x of shape \(4, 3\): skip"),
     "mask that leaves one": (ValueError, {"mask": X[:, 0] * torch.eye(4)[0]}, "more than 1 value .* mask keeps one"),
     "unknown activation": (ValueError, {"activation": "rleu"}, "unknown activation 'rleu'.* 'relu'.*leaky_relu"),
     "unknown statistics": (TypeError, {"statistics": "running"}, r"RunningStatistics\(\), .*got 'running'"),

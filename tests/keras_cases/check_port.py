@@ -147,9 +147,9 @@ def test_whole_models(back: bool) -> None:
 def test_what_cannot_be_ported() -> None:
     ours, theirs, names = models()
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-    with pytest.raises(TypeError, match="give the PyTorch model"):
+    with pytest.raises(TypeError, match="pass the PyTorch model"):
         to_torch(ours)
-    with pytest.raises(TypeError, match="give the Keras model"):
+    with pytest.raises(TypeError, match="pass the Keras model"):
         from_torch(theirs)
     with pytest.raises(
         ValueError, match=r"the PyTorch model has no 'last': name the counterpart with names=\{'last': ...\}"

@@ -64,7 +64,7 @@ def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = Non
     if isinstance(model, layers.BatchNormalization):
         return Ported(*_layer_to_torch(model))
     if into is None:
-        raise TypeError(f"{type(model).__name__} has several layers: give the PyTorch model that they shall go into")
+        raise TypeError(f"{type(model).__name__} has several layers: pass the PyTorch model that gets their weights")
     return _model(model, into, names or {}, _give)
 
 

@@ -28,7 +28,7 @@ COUNTS = (32, 100, 320, 1000)
 """The numbers of images from which precise statistics are taken."""
 
 WATCHED: dict[Measure, int] = {"percentiles": 40, "gradient change": 10, "statistics": 8}
-"""The number of moments of the training at which each measure looks."""
+"""The number of steps of the training at which each measure looks."""
 
 HELD = 512
 """How many images the percentiles are of, and the gradients at initialization."""
@@ -79,7 +79,7 @@ def percentiles(dataset: Dataset, task: Task) -> Run:
 
     run = train(dataset, task, after=look, watched=tuple(watched(task)))
     if run.finite:
-        paths = torch.stack(seen)  # moments, percentiles, units
+        paths = torch.stack(seen)  # watched steps, percentiles, units
         way = paths.diff(dim=0).abs().sum(0).mean(0)
         movement = (way / (paths[-1, -1] - paths[-1, 0])).nan_to_num(torch.inf)
         middle = movement.argsort()[len(movement) // 2]
@@ -89,7 +89,7 @@ def percentiles(dataset: Dataset, task: Task) -> Run:
 
 
 def _inputs_of_last_activation(model: nn.Module, images: Tensor) -> Tensor:
-    """In training, with no change to the buffers."""
+    """The inputs of the last sigmoid in training mode, without changing the buffers."""
     caught: list[Tensor] = []
     last = [layer for layer in model.modules() if isinstance(layer, nn.Sigmoid)][-1]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -122,8 +122,7 @@ def gradient_change(dataset: Dataset, task: Task) -> Run:
         if changes := [change for change in _changes(old, new, images, labels, task.seed) if math.isfinite(change)]:
             trainee.values.setdefault("change", []).append(round(statistics.fmean(changes), 6))
 
-    moments = tuple(watched(task))
-    return train(dataset, task, before=keep, after=compare, watched=moments)
+    return train(dataset, task, before=keep, after=compare, watched=tuple(watched(task)))
 
 
 def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, seed: int) -> list[float]:
@@ -191,7 +190,7 @@ def gradient_norms(dataset: Dataset, task: Task) -> Run:
 
 
 def statistics_for_evaluation(dataset: Dataset, task: Task) -> Run:
-    """Test accuracy at several moments with running statistics, `ema`, and with `precise` ones of so many images."""
+    """Test accuracy at several moments with running statistics (`ema`) and with `precise` ones from some images."""
     test_images = torch.tensor(dataset.test.images).reshape(-1, *dataset.shape)
     test_labels = torch.tensor(dataset.test.labels)
 
