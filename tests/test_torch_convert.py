@@ -768,3 +768,23 @@ def test_a_forward_that_was_replaced() -> None:
     block = Block()
     block.forward = lambda x: block.relu(block.bn1(x))
     assert reasons(convert(block)) == ["the forward of this Block has been replaced"] * 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_model_can_be_traced_by_fx(training: bool) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.bn(self.conv(x)) + x)
+
+    model = nn.Sequential(Residual(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    traced = torch.fx.symbolic_trace(convert(randomize(model)).train(training))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
+        "0.conv", "0.bn", "1", "2", "3",
+    ]  # fmt: skip
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    want = copy.deepcopy(model)(x)  # a trace shares the layers of its model
+    torch.testing.assert_close(traced(x), want, rtol=1e-12, atol=1e-12)

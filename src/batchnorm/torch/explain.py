@@ -97,22 +97,17 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
             reason = reason or hindrance(layer) or "not converted"
         elif not reason:
             fused, reason = _fused(model, name, layer, shared)
-        route = " or ".join(dict.fromkeys(routes.get(_identity(layer), ())))
+        route = " or ".join(dict.fromkeys(routes.get(layer, ())))
         rows.append(Row(name, type(layer).__name__, ours, fused, reason, route))
     return Report(tuple(rows))
 
 
-def _identity(layer: nn.Module) -> int:
-    """An identity that a layer shares with its twin in `fuse`, which computes it together with its activation."""
-    return id(vars(layer)["_parameters"])
-
-
-def _routes(model: nn.Module, example_inputs: Any) -> dict[int, list[str]]:
+def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]:
     """The routes of all calls of each layer in one call of the model."""
-    found: dict[int, list[str]] = {}
+    found: dict[nn.Module, list[str]] = {}
 
     def note(layer: nn.Module, route: str) -> None:
-        found.setdefault(_identity(layer), []).append(route)
+        found.setdefault(layer, []).append(route)
 
     before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}

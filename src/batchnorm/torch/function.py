@@ -127,13 +127,17 @@ class _BatchNorm(torch.autograd.Function):
         )
         return (
             dx,
-            d_weight.to(weight.dtype) if needs[1] else None,
-            d_bias.to(ctx.bias.dtype) if needs[2] else None,
+            _like(d_weight, weight) if needs[1] else None,
+            _like(d_bias, ctx.bias) if needs[2] else None,
             dy if needs[3] and residual is None else d_residual,
             None,
             None,
             None,
         )
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _is_batched(dy: Tensor) -> bool:

@@ -129,7 +129,12 @@ def follow(layer: Any, x: Any, residual: Any, add: str | None, activation: Any, 
     Returns:
         The result of the three one after the other; the same bits where they are not fused.
     """
-    if (add is None or _fits(residual, x)) and obstacle(layer, activation, args, kwargs) is None:
+    # While a graph is traced, x is a symbol, and the layer and what follows it are recorded as they are.
+    if (
+        isinstance(x, Tensor)
+        and (add is None or _fits(residual, x))
+        and obstacle(layer, activation, args, kwargs) is None
+    ):
         return _in_one_pass(layer, x, residual, recognize(activation, args, kwargs))
     y = layer(x)
     if add is not None:
@@ -184,10 +189,8 @@ def _fits(residual: Any, x: Any) -> bool:
 
 
 def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: ActivationSpec) -> Tensor:
-    # A twin with the activation, for one call: other threads may be calling the layer, so it must not change.
-    twin: BatchNorm1d = object.__new__(type(layer))
-    vars(twin).update(vars(layer), activation=activation)
-    return BatchNorm1d.forward(twin, x, residual=residual)
+    y: Tensor = layer._run(x, residual, None, activation)
+    return y
 
 
 # --- A layer that waits for its residual ------------------------------------------------------------------------------

@@ -120,8 +120,12 @@ class _Layer(_Base):
             tracer: Any = input.tracer
             given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
+        return self._run(input, residual, mask, self.activation)
+
+    def _run(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: ActivationSpec) -> Tensor:
+        """`forward` with some activation; errors name the layer."""
         try:
-            return self._normalize(input, residual, mask)
+            return self._normalize(input, residual, mask, activation)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             if type(error) not in (ValueError, RuntimeError, NotImplementedError):
                 raise
@@ -133,7 +137,9 @@ class _Layer(_Base):
             problem += f" of shape {tuple(x.shape)}; the axes are (N, C, *spatial), one sample is x.unsqueeze(0)"
         return f"{type(self).__name__}({self.num_features}): {problem}"
 
-    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: ActivationSpec
+    ) -> Tensor:
         source = self.statistics if self.training else None
         try:
             self._check_input_dim(input)
@@ -152,7 +158,7 @@ class _Layer(_Base):
             running = Running(self.running_mean, self.running_var)
         if not self.training and (running.mean is not None or running.var is not None):
             source, mask = RUNNING, None
-        asked = input, self.weight, self.bias, residual, mask, self.eps, self.activation
+        asked = input, self.weight, self.bias, residual, mask, self.eps, activation
         y, route = normalize(asked, running, source)
         if observers:
             for observer in observers:
