@@ -306,3 +306,56 @@ def test_all_routes_are_in_the_tests() -> None:
 
     assert tuple(route.name for route in routes.ROUTES) == ROUTES
     assert {*TAKES, "triton"} == set(ROUTES)
+
+
+# --- What users do to layers and calls --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("whole_table")
+@pytest.mark.parametrize("momentum", [1, 0, torch.tensor(0.25)])
+def test_a_momentum_may_be_any_number(momentum: Any) -> None:
+    x = torch.randn(16, 3)
+    layer, other = bn.BatchNorm1d(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    layer(x)
+    other(x)
+    torch.testing.assert_close(layer.running_var, other.running_var)
+
+
+@pytest.mark.usefixtures("whole_table")
+def test_subclasses_of_tensors_are_not_looked_into() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer, x = bn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    for training in (True, False):  # outside of the mode, the tensors still have no values
+        assert layer.train(training)(x).shape == x.shape
+
+
+def test_a_bias_made_in_inference_mode_can_be_used() -> None:
+    with torch.inference_mode():
+        weight, bias = torch.ones(3), torch.zeros(3)
+    x = torch.randn(8, 3)
+    with bn.route("numba"):
+        y = bn.batch_norm(x, None, None, weight, bias, training=True)
+    assert relative_error(y.numpy(), definition.forward(x.numpy())[0]) < tolerance(np.float32, 8)
+
+
+@pytest.mark.parametrize("statistics", [bn.GhostStatistics, "ghost"])
+def test_statistics_that_are_none_are_named(statistics: Any) -> None:
+    layer = bn.BatchNorm1d(3)
+    layer.statistics = statistics
+    with pytest.raises(TypeError, match="statistics must be BatchStatistics"):
+        layer(torch.randn(4, 3))
+
+
+def test_a_frozen_layer_does_not_look_at_masks() -> None:
+    layer = bn.BatchNorm1d(3, statistics=bn.RunningStatistics())
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(layer(x, mask=torch.tensor([-1.0])), layer(x))
+
+
+def test_explain_does_not_make_lazy_layers() -> None:
+    model = nn.Sequential(bn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="0 is lazy and does not know its size: call the model on one batch"):
+        bn.explain(model, torch.randn(4, 3))
+    assert isinstance(model[0], bn.LazyBatchNorm1d)

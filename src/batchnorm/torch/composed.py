@@ -37,24 +37,24 @@ def compute(call: Call, plan: Plan) -> Outcome:
 
 def forward(call: Call, plan: Plan) -> tuple[Tensor, Any, Tensor, Tensor]:
     """`y`, and the count, mean and biased variance of the whole call, differentiable."""
-    y, count, mean, var = _forward(call._replace(x=call.x.to(call.arithmetic)), plan)
+    y, count, mean, var = _forward(call._replace(x=call.x.to(call.arithmetic)), plan, call.x)
     return y.to(call.x.dtype), count, mean, var
 
 
-def _forward(call: Call, plan: Plan) -> tuple[Tensor, Any, Tensor, Tensor]:
+def _forward(call: Call, plan: Plan, x: Tensor) -> tuple[Tensor, Any, Tensor, Tensor]:
     if plan.parts is not None:
         calls = [call.part(part.samples) for part in plan.parts]
         moments = [_moments(each) for each in calls]
         y = torch.cat([_normalize(each, mean, var) for each, (mean, var) in zip(calls, moments, strict=True)])
         return y, *together([(part.count, *each) for part, each in zip(plan.parts, moments, strict=True)])
-    count, mean, var = statistics(call, plan)
+    count, mean, var = statistics(call, plan, x)
     if plan.adjust is None:
         return _normalize(call, mean, var), count, mean, var
     weight, bias = adjusted(call, *plan.adjust(mean, var))
     return _normalize(call._replace(weight=weight, bias=bias), mean, var), count, mean, var
 
 
-def statistics(call: Call, plan: Plan) -> tuple[Any, Tensor, Tensor]:
+def statistics(call: Call, plan: Plan, x: Tensor) -> tuple[Any, Tensor, Tensor]:
     """Count, mean and biased variance of a call, which may be empty; pooled over the processes of the plan's group.
 
     The call's `x` must be float32 or float64.
@@ -64,7 +64,7 @@ def statistics(call: Call, plan: Plan) -> tuple[Any, Tensor, Tensor]:
     mean, var = _moments(call)
     if plan.group is None:
         return plan.count, mean, var
-    return plan.group.pool(call.x, call.positions(), plan.count, mean, var)
+    return plan.group.pool(x, call.positions(), plan.count, mean, var)
 
 
 def adjusted(call: Call, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The stages on CPU tensors, by the Numba kernels. Only this file turns tensors into NumPy arrays."""
+"""The stages on CPU tensors, by the Numba kernels, which take NumPy arrays."""
 
 from typing import Any
 
@@ -10,8 +10,9 @@ from batchnorm.kernels import launch, threads
 from batchnorm.torch.call import Call, Part
 from batchnorm.torch.function import Gradients, How
 from batchnorm.torch.layout import memory_format
+from batchnorm.torch.running import Running
 
-__all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "moments", "tables"]
+__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """The types that the kernels support."""
@@ -19,10 +20,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
 
-MOVES_RUNNING = False
-"""Whether `forward` moves the running statistics."""
-
 threads.follow(torch.get_num_threads)
+
+
+def can_move(running: Running, x: Tensor) -> bool:
+    """Whether `forward` moves the running statistics itself: never."""
+    return False
+
 
 Tables = tuple[Any, Any]
 """Weight and bias as arrays in the type of the arithmetic; None where there are none."""

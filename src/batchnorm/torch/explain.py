@@ -28,7 +28,7 @@ from batchnorm.torch import fuse, layers
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
 from batchnorm.torch.source import Site
-from batchnorm.torch.survey import survey
+from batchnorm.torch.survey import is_unsized, survey
 
 __all__ = ["Report", "Row", "explain"]
 
@@ -104,6 +104,12 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
 
 def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]:
     """The routes of all calls of each layer in one call of the model."""
+    unsized = next((name for name, layer, *_ in survey(model) if is_unsized(layer)), None)
+    if unsized is not None:
+        raise ValueError(
+            f"{unsized or 'the model'} is lazy and does not know its size: call the model on one batch before explain, "
+            "which would give it its size"
+        )
     found: dict[nn.Module, list[str]] = {}
 
     def note(layer: nn.Module, route: str) -> None:

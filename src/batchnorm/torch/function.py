@@ -67,7 +67,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
             weight, bias = composed.adjusted(call, r, d)
             call = call._replace(weight=weight, bias=bias)
             plan = plan._replace(adjust=None)
-    elif stages.MOVES_RUNNING and running.mean is not None:
+    elif stages.can_move(running, call.x):
         moved = running
     how = How(stages, plan, count, found, call.eps, call.activation, moved)
     if torch.is_grad_enabled():
@@ -111,7 +111,8 @@ class _BatchNorm(torch.autograd.Function):
         residual = call.residual if call.activation[0] != "none" else None
         ctx.save_for_backward(call.x, call.weight, residual, call.counts)
         ctx.how, ctx.statistics = how, statistics
-        ctx.bias, ctx.bias_version = call.bias, None if call.bias is None else call.bias._version
+        bias = ctx.bias = call.bias
+        ctx.bias_version = None if bias is None or bias.is_inference() else bias._version
         return y
 
     @staticmethod
@@ -147,7 +148,7 @@ def _is_batched(dy: Tensor) -> bool:
 
 def _differentiable_backward(ctx: Any, dy: Tensor, call: Call) -> list[Tensor | None]:
     """The gradients as a differentiable graph, for higher derivatives."""
-    if ctx.bias is not None and ctx.bias._version != ctx.bias_version:
+    if ctx.bias_version is not None and ctx.bias._version != ctx.bias_version:
         raise RuntimeError(
             "the bias of a batch normalization has been modified by an inplace operation between the forward pass and "
             "a backward pass with create_graph=True, which needs the original bias"

@@ -105,7 +105,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     else:
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         counts = None if call.counts is None else call.counts.to(exact)
-        _, mean, var = composed.statistics(call._replace(x=call.x.to(exact), counts=counts), Plan(count))
+        _, mean, var = composed.statistics(call._replace(x=call.x.to(exact), counts=counts), Plan(count), x)
     return Moments(count, mean.cpu().double().numpy(), var.cpu().double().numpy())
 
 
@@ -114,19 +114,26 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
 
     Args:
         asked: The arguments of `Call.of`.
-        running: The running statistics. They move, unless the source has constants.
+        running: The running statistics. They move, unless the source normalizes by constants.
         source: The source of the statistics; the batch if None.
 
     Returns:
         `y`, and the name of the route that computed it.
     """
     source = BATCH if source is None else source
+    if not isinstance(source, Statistics):
+        expect(source)
+    if not source.takes_mask:
+        asked = (*asked[:4], None, *asked[5:])
     try:
         call = Call.of(*asked)
         running.check(call.x, source.needs_running)
         if not source.needs_running and _is_recomputed(call):
             running = running._replace(is_recomputed=True)
         plan = source.plan(call, running)
+        if plan.constants is not None:
+            call = call._replace(counts=None)
+        chosen = choose(call, plan)
     except Exception:
         source.fail(asked[0].device)  # the other processes wait for this one
         raise
@@ -137,9 +144,6 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         running = Running(running.mean.clone(), running.var.clone(), running.momentum)
     elif running.is_recomputed:
         running = Running()
-    if plan.constants is not None:
-        call = call._replace(counts=None)
-    chosen = choose(call, plan)
     y, batch = chosen.compute(call, plan, running)
     if batch is not None:
         mapped = not call.is_eager and transforms.active() and not torch.compiler.is_compiling()

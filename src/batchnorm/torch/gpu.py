@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.torch.call import Call
+from batchnorm.torch.call import Call, is_plain
 from batchnorm.torch.function import Gradients, How
 from batchnorm.torch.layout import memory_format
+from batchnorm.torch.running import Running
 
-__all__ = ["DTYPES", "MOVES_RUNNING", "STATISTICS", "backward", "forward", "is_available", "moments", "takes"]
+__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "takes"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that the kernels support."""
 
 STATISTICS = torch.float32
 """The type of means, variances and sums."""
-
-MOVES_RUNNING = True
-"""Whether `forward` moves the running statistics."""
 
 VECTOR = 16
 """Bytes that a thread loads at once."""
@@ -39,6 +37,21 @@ def is_available(device: torch.device) -> bool:
     except ImportError:
         return False
     return True
+
+
+def can_move(running: Running, x: Tensor) -> bool:
+    """Whether the forward kernel can move these running statistics.
+
+    They must be dense and on the device of `x`. Their type must hold what float32 holds: then what is finite for the
+    kernel is finite for them.
+    """
+    mean, var, batches, skipped = running.mean, running.var, running.batches, running.skipped
+    if mean is None or var is None or mean.dtype is torch.float16 or var.dtype is torch.float16:
+        return False
+    return is_plain(x, mean, var, batches, skipped) and all(
+        t is None or (t.is_contiguous() and (t is mean or t is var or t.dtype is torch.int64))
+        for t in (mean, var, batches, skipped)
+    )
 
 
 def takes(x: Tensor) -> bool:
@@ -77,7 +90,7 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
         bias = torch.zeros_like(mean) if call.bias is None else call.bias.detach().to(STATISTICS).expand_as(mean)
         statistics = torch.cat([how.statistics, bias[None]])
         if x.numel() > 0:
-            kernels.normalize(x, residual, mean, rstd, call.weight, call.bias, call.activation, y, shape=shape)
+            kernels.normalize(x, residual, mean, rstd, *_dense_vectors(call), call.activation, y, shape=shape)
         return y, statistics, None
     statistics = torch.empty((4, groups, shape[1]), dtype=STATISTICS, device=x.device)
     moved = None
@@ -85,11 +98,11 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
         running_mean, running_var, momentum, batches, skipped, _ = how.running
         assert running_mean is not None
         assert running_var is not None
-        rate = 0.0 if momentum is None and batches is None else momentum
+        rate = None if momentum is None and batches is not None else float(momentum or 0.0)
         moved = kernels.Running(running_mean, running_var, rate, how.plan.unbiased, batches, skipped)
         torch.autograd.graph.increment_version((running_mean, running_var))
     kernels.forward_packed(
-        x, residual, _counts(call), call.weight, call.bias, call.eps, call.activation, y, statistics,
+        x, residual, _counts(call), *_dense_vectors(call), call.eps, call.activation, y, statistics,
         shape=shape, running=moved, groups=groups, samples=len(x),
     )  # fmt: skip
     return y, statistics, None
@@ -119,12 +132,12 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
             group.reduce(sums.clone())
     elif group is None:
         kernels.backward_packed(
-            dy, x, residual, _counts(call), call.weight, statistics, _count(call, how), call.activation, sums,
-            dx, d_residual, shape=shape, samples=len(x),
+            dy, x, residual, _counts(call), _dense_vectors(call)[0], statistics, _count(call, how), call.activation,
+            sums, dx, d_residual, shape=shape, samples=len(x),
         )  # fmt: skip
     else:
         mean, _, rstd, bias = statistics
-        given = mean, rstd, call.weight, bias[0]
+        given = mean, rstd, _dense_vectors(call)[0], bias[0]
         kernels.grad_sums(dy, x, residual, *given, call.activation, *sums, shape=shape)
         total = group.reduce(sums.clone())
         kernels.grad_input(
@@ -149,6 +162,12 @@ def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
     if not x.is_contiguous(memory_format=laid):
         return x.contiguous(memory_format=laid)
     return x if x.data_ptr() % VECTOR == 0 else x.clone(memory_format=laid)
+
+
+def _dense_vectors(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias without gaps: kernels get addresses only."""
+    weight, bias = call.weight, call.bias
+    return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:

@@ -47,7 +47,9 @@ def _native_pays(call: Call, plan: Plan) -> bool:
         return True
     if plan.constants is not None and not call.is_eager and is_tracing():
         return True  # deployment tools know PyTorch's operation
-    if not call.is_eager or call.x.dtype is not call.arithmetic:  # PyTorch computes half precision less exactly
+    if (
+        not call.is_eager or not is_plain(call.x) or call.x.dtype is not call.arithmetic
+    ):  # PyTorch computes half precision less exactly
         return False
     if plan.constants is not None:
         return call.x.numel() < SMALL_EVALUATION
@@ -71,7 +73,11 @@ def _numba_takes(call: Call, plan: Plan) -> bool:
 
 def _triton_takes(call: Call, plan: Plan) -> bool:
     x = call.x
-    return x.is_cuda and gpu.is_available(x.device) and gpu.takes(x) and _stages_take(gpu, call, plan)
+    if not x.is_cuda or not gpu.is_available(x.device):
+        return False
+    # All processes of a group must decide alike, whatever the sizes and strides of their own x.
+    whole = gpu.takes(x) if plan.group is None else x.shape[1] * x.element_size() % gpu.VECTOR == 0
+    return whole and _stages_take(gpu, call, plan)
 
 
 def _operator_takes(call: Call, plan: Plan) -> bool:

@@ -1,4 +1,7 @@
-"""The running statistics of a layer, and the only code that moves them."""
+"""The running statistics of a layer, and how they move.
+
+PyTorch's operation and the GPU's forward kernel may move them along with a batch. Everything else does it here.
+"""
 
 import math
 from typing import NamedTuple
@@ -50,7 +53,7 @@ class Running(NamedTuple):
     def rate(self, dtype: torch.dtype = torch.float64) -> float | Tensor:
         """The weight of the next batch: a number, or a tensor of `dtype` where a number would force a device sync."""
         if self.momentum is not None:
-            return self.momentum
+            return float(self.momentum)
         if self.batches is None:
             return 0.0
         if self.batches.is_cpu and is_eager():
@@ -116,7 +119,7 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
     finite = torch.linalg.vector_norm(stored, torch.inf, dim=(0, -1) if many else None) < torch.inf
     if isinstance(batch.count, Tensor):
         finite = finite & (batch.count > 0)
-    at_once = not many and batch.var.is_cpu and is_eager()
+    at_once = not many and batch.var.is_cpu and type(batch.var) is Tensor and is_eager()
     if at_once and not finite:
         return False
     olds, targets = [running_mean, running_var], [batch.mean, batch.var]

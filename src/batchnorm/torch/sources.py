@@ -32,6 +32,9 @@ class Statistics:
     needs_running = False
     """Whether a call needs running statistics."""
 
+    takes_mask = True
+    """Whether a mask means anything; if not, it is not even looked at."""
+
     def plan(self, call: Call, running: Running) -> Plan:
         """Plan the statistics by which a call is normalized.
 
@@ -77,6 +80,7 @@ class RunningStatistics(Statistics):
     """The running statistics, in training too, unchanged: a frozen layer. Weight and bias may still learn."""
 
     needs_running = True
+    takes_mask = False
 
     def plan(self, call: Call, running: Running) -> Plan:
         """The running statistics as constants."""
