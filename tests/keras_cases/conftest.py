@@ -1,9 +1,14 @@
 """For one backend of Keras, which the environment names: two devices, the same numbers every time, kernels."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
+
+with contextlib.suppress(ImportError):
+    # Before TensorFlow, as in the other conftest: PyTorch's compiler looks for Triton when porting imports PyTorch.
+    import triton  # noqa: F401
 
 BACKEND = os.environ["KERAS_BACKEND"]
 

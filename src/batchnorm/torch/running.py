@@ -67,7 +67,7 @@ class Running(NamedTuple):
             if counter is not None:
                 counter.add_(1)
         elif self.batches is not None and self.skipped is not None:
-            torch._foreach_add_([self.batches, self.skipped], [moved, ~moved])
+            torch._foreach_add_([self.batches, self.skipped], [moved, ~moved])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def correction(count: float | Tensor) -> float | Tensor:
@@ -128,16 +128,16 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
     if isinstance(rate, Tensor):
         news = [torch.lerp(old, new, rate) for old, new in zip(exact, targets, strict=True)]
     else:
-        news = list(torch._foreach_lerp(exact, targets, rate))
+        news = list(torch._foreach_lerp(exact, targets, rate))  # pyright: ignore[reportPrivateImportUsage]
     keep = finite.unsqueeze(-1) if many else finite
     if at_once:
-        torch._foreach_copy_(olds, news)
+        torch._foreach_copy_(olds, news)  # pyright: ignore[reportPrivateImportUsage]
     elif is_exact and not torch.compiler.is_compiling():
         for old, new in zip(olds, news, strict=True):
             torch.where(keep, new, old, out=old)
     else:
         kept = [torch.where(keep, new, old) for old, new in zip(exact, news, strict=True)]
-        torch._foreach_copy_(olds, kept)
+        torch._foreach_copy_(olds, kept)  # pyright: ignore[reportPrivateImportUsage]
     return True if at_once else finite
 
 

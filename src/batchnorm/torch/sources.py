@@ -304,7 +304,7 @@ def _count_two(call: Call) -> float | Tensor:
         return call.total()  # what is the same for all values cannot depend on them
     values = call.positions()
     if values != 1 and call.counts is None:
-        return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)
+        return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)  # pyright: ignore[reportReturnType]
     size = call.x.size()
     if call.counts is not None and values == 0 and call.x.numel() > 0:
         raise ValueError(

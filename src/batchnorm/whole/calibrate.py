@@ -113,6 +113,7 @@ class Model(Protocol):
         Raises:
             RuntimeError: If a layer does not know its size yet.
         """
+        ...
 
     def run(self, batch: Any, names: Collection[str], see: See) -> None:
         """Call the model on a batch.
@@ -120,18 +121,23 @@ class Model(Protocol):
         The whole model evaluates meanwhile, and `see` is told what comes into the layers with these names. Afterwards
         everything is as before, except for the statistics that `see` has returned.
         """
+        ...
 
     def size(self, batch: Any) -> int | None:
         """The number of samples in a batch; None if it cannot be seen."""
+        ...
 
     def read(self, name: str) -> Statistics:
         """The running statistics of a layer: copies."""
+        ...
 
     def write(self, name: str, mean: NDArray[np.float64], var: NDArray[np.float64]) -> None:
         """Set the running statistics of a layer."""
+        ...
 
     def keep(self, name: str) -> Callable[[], None]:
         """Remember the statistics of a layer; the function that is returned puts them back, to the bit."""
+        ...
 
 
 class Processes(Protocol):
@@ -139,14 +145,17 @@ class Processes(Protocol):
 
     def all_or_none(self) -> AbstractContextManager[None]:
         """Surround one call of `agree` or `merge` and what leads to it: if it fails here, it fails in all processes."""
+        ...
 
     def agree(self, sizes: Mapping[str, int]) -> None:
         """Check that all processes have the same layers, with these numbers of channels."""
+        ...
 
     def merge(
         self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
     ) -> tuple[int, dict[str, Moments], set[str]]:
         """The sum of the samples, the moments merged, and the layers that any process marked."""
+        ...
 
 
 class Alone:
@@ -225,8 +234,10 @@ def calibrate(
     before = {name: model.read(name) for name in layers}
     samples, left = 0, list(layers)
     with _undone_on_error(model, layers) as undo:
+        refused: Mapping[str, str] = {}
         while left:
             seen = _Pass(model, left, normalize_by_batch=method == "parallel")
+            refused = seen.refused
             done = f"{len(layers) - len(left)} of {_counted(len(layers), 'layer')} done"
             with processes.all_or_none():
                 what = "calibrating" if method == "parallel" else f"calibrating, {done}"
@@ -246,7 +257,7 @@ def calibrate(
                 break
         for name in left:
             undo[name]()
-            skipped[name] = seen.refused.get(name, "no sample came in through a call of this layer")
+            skipped[name] = refused.get(name, "no sample came in through a call of this layer")
         changes = {n: change(before[n], model.read(n), layer.eps) for n, layer in layers.items() if n not in skipped}
         skipped = {name: skipped[name] for name in found if name in skipped}
         if not changes:
