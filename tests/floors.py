@@ -47,15 +47,15 @@ def the_definition() -> None:
 
 
 def the_kernels() -> None:
-    from batchnorm.kernels import cpu
+    from batchnorm.kernels import launch
 
     x = images().reshape(8, 3, 36)
     dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     weight, bias = np.float32([0.5, 1, 2]), np.float32([0, 1, -1])
     y, dx = np.empty_like(x), np.empty_like(x)
     mean, var, rstd, d_bias, d_weight = np.empty((5, 3))
-    cpu.forward(x, None, None, weight, bias, 1e-5, "silu", y, mean, var, rstd)
-    cpu.backward(dy, x, None, None, mean, rstd, weight, bias, 8 * 36, "silu", d_bias, d_weight, dx, None)
+    launch.forward(x, None, None, weight, bias, 1e-5, "silu", y, mean, var, rstd)
+    launch.backward(dy, x, None, None, mean, rstd, weight, bias, 8 * 36, "silu", d_bias, d_weight, dx, None)
     expected, batch = definition.forward(x, weight, bias, activation="silu")
     agree(y, expected)
     agree(var, batch.var)

@@ -1,4 +1,4 @@
-"""The five stages of batch normalization on an NVIDIA GPU, in Triton: the names and argument order of `kernels.cpu`.
+"""The five stages of batch normalization on an NVIDIA GPU, in Triton: the names and argument order of `kernels.launch`.
 
 `stages` has the functions. Each starts one of two kernels, `forward` or `backward`, whose programs find their values by
 `tiles`, wait for each other as `order` says, and are started by `launch`. `tiling` has the numbers to tune.
