@@ -8,7 +8,8 @@ from torch import Tensor
 
 from batchnorm.definition import ActivationSpec, Moments
 from batchnorm.torch import composed, cpu, transforms
-from batchnorm.torch.call import Call, Plan, is_plain
+from batchnorm.torch.call import Batch, Call, Plan, is_plain
+from batchnorm.torch.recomputation import is_repetition, unseen
 from batchnorm.torch.routes import choose
 from batchnorm.torch.running import Running
 from batchnorm.torch.running import update as running_update
@@ -20,7 +21,7 @@ BATCH, RUNNING = BatchStatistics(), RunningStatistics()
 
 
 def batch_norm(
-    x: Tensor,
+    x: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -33,6 +34,7 @@ def batch_norm(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     statistics: Statistics | None = None,
+    input: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization, with residual and activation in the same pass over memory.
 
@@ -41,7 +43,7 @@ def batch_norm(
     running)`, with the unbiased variance.
 
     Args:
-        x: `(N, C, *spatial)`, of any strides.
+        x: `(N, C, *spatial)`, of any strides; also under its name in PyTorch, `input`.
         running_mean, running_var: `(C,)`; updated in place in training, required in evaluation. A batch whose
             statistics are not finite does not change them.
         weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
@@ -62,23 +64,29 @@ def batch_norm(
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
             per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
             unknown; if `eps` is negative; if a group of `GhostStatistics` has fewer than two values.
-        TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor.
+        TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor; if `x` is missing.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
             type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or with
-            `Renorm`; with `SyncStatistics`, as described there.
+            `Renorm`; if they require a gradient or have a tangent; with `SyncStatistics`, as described there.
         NotImplementedError: If `x` does not have a floating-point type.
 
     Differs from `torch.nn.functional.batch_norm`:
         1. `activation`, `residual`, `mask` and `statistics`.
         2. A batch whose statistics are not finite does not change the running statistics.
         3. On the CPU, statistics are float64 inside, and `x - mean` is computed before any multiplication: the error
-           does not grow with `mean / std`, except for tensors so small that PyTorch's own operation computes them.
+           does not grow with `mean / std`. Small tensors whose mean is near 0 go to PyTorch's own operation, which is
+           as exact for them. Squares are summed in the type of the arithmetic, though: values of a channel that are
+           2^59 = 6e17 or more apart may overflow float32. Then the variance is infinite, `y` is `act(bias +
+           residual)`, as PyTorch's is, and the batch counts as one that is not finite.
+        4. Running statistics with a tangent are an error in training, too.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
+    if (x is None) == (input is None):
+        raise TypeError("batch_norm takes one tensor to normalize, as x, or as input, its name in torch.nn.functional")
     expect(statistics)
     running = Running(running_mean, running_var, momentum)
-    asked = x, weight, bias, residual, mask if training else None, eps, activation
+    asked = x if input is None else input, weight, bias, residual, mask if training else None, eps, activation
     return normalize(asked, running, statistics if training else RUNNING)[0]
 
 
@@ -128,7 +136,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     try:
         call = Call.of(*asked)
         running.check(call.x, source.needs_running)
-        if not source.needs_running and _is_recomputed(call):
+        if not source.needs_running and not torch.compiler.is_compiling() and is_repetition():
             running = running._replace(is_recomputed=True)
         plan = source.plan(call, running)
         if plan.constants is not None:
@@ -139,21 +147,26 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         raise
     if plan.constants is not None and plan.count != 0:
         running = Running()  # constants move nothing
-    elif running.is_recomputed and running.mean is not None and running.var is not None:
-        # Copies: the repeated pass does exactly what the first one did, and moves nothing.
-        running = Running(running.mean.clone(), running.var.clone(), running.momentum)
     elif running.is_recomputed:
-        running = Running()
-    y, batch = chosen.compute(call, plan, running)
+        with unseen():
+            running = running.copy()
+    outcome = chosen.compute(call, plan, running)
+    if outcome is None:  # it would have been less exact than the routes after it
+        chosen = choose(call, plan, after=chosen)
+        outcome = chosen.compute(call, plan, running)
+        assert outcome is not None
+    if call.is_eager or torch.compiler.is_compiling():
+        _record(running, outcome.batch, plan, is_mapped=False)
+    else:
+        with unseen():
+            _record(running, outcome.batch, plan, is_mapped=transforms.active())
+    return outcome.y, chosen.name
+
+
+def _record(running: Running, batch: Batch | None, plan: Plan, is_mapped: bool) -> None:
+    """Move the running statistics and count the batch, if the route has not done so."""
     if batch is not None:
-        mapped = not call.is_eager and transforms.active() and not torch.compiler.is_compiling()
-        update = transforms.update if mapped else running_update
+        update = transforms.update if is_mapped else running_update
         update(running, batch, plan.unbiased)
     elif running.mean is None:
         running.note(True)
-    return y, chosen.name
-
-
-def _is_recomputed(call: Call) -> bool:
-    """Whether a backward pass is running: then a checkpoint repeats a forward pass that was already counted."""
-    return (call.is_eager or not torch.compiler.is_compiling()) and torch._C._current_graph_task_id() != -1

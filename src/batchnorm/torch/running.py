@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.torch.call import Batch, check_channels, is_eager, is_tracing
 
@@ -36,7 +37,7 @@ class Running(NamedTuple):
         """Check that the statistics fit `x`, and that they exist if they are needed.
 
         Raises:
-            RuntimeError: If they do not fit, or are needed and missing.
+            RuntimeError: If they do not fit, are needed and missing, or should be differentiated.
             ValueError: If only one of the two is given.
         """
         if needed and (self.mean is None or self.var is None):
@@ -46,9 +47,18 @@ class Running(NamedTuple):
             )
         if (self.mean is None) != (self.var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if self.mean is not None and not is_tracing():
+        if self.mean is None or self.var is None:
+            return
+        if not is_tracing():
             check_channels("running_mean", self.mean, x)
             check_channels("running_var", self.var, x)
+        if (torch.is_grad_enabled() and (self.mean.requires_grad or self.var.requires_grad)) or (
+            forward_ad._current_level >= 0 and (_has_tangent(self.mean) or _has_tangent(self.var))
+        ):
+            raise RuntimeError(
+                "batch_norm is not differentiable with respect to running_mean and running_var: detach them, or give "
+                "constants that may be differentiated by a source of statistics of your own"
+            )
 
     def rate(self, dtype: torch.dtype = torch.float64) -> float | Tensor:
         """The weight of the next batch: a number, or a tensor of `dtype` where a number would force a device sync."""
@@ -60,6 +70,11 @@ class Running(NamedTuple):
             return 1.0 / (float(self.batches) + 1.0)
         return (self.batches + 1).to(dtype).reciprocal()
 
+    def copy(self) -> "Running":
+        """Copies of all, on which a repeated forward pass does exactly what the first one did."""
+        copies = [None if t is None else t.clone() for t in (self.mean, self.var, self.batches, self.skipped)]
+        return Running(copies[0], copies[1], self.momentum, copies[2], copies[3], self.is_recomputed)
+
     def note(self, moved: bool | Tensor) -> None:
         """Count a batch as tracked if the running statistics moved, otherwise as skipped."""
         if isinstance(moved, bool):
@@ -68,6 +83,12 @@ class Running(NamedTuple):
                 counter.add_(1)
         elif self.batches is not None and self.skipped is not None:
             torch._foreach_add_([self.batches, self.skipped], [moved, ~moved])  # pyright: ignore[reportPrivateImportUsage]
+        elif self.batches is not None:
+            self.batches.add_(moved)
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def correction(count: float | Tensor) -> float | Tensor:

@@ -274,6 +274,8 @@ class Renorm(Statistics):
         """
         if steps is None or self.warmup_steps == 0:
             return self.r_max, self.d_max
+        if isinstance(steps, Tensor):  # not in the default type, which may be float16
+            steps = steps.to(torch.float32 if steps.device.type == "mps" else torch.float64)
         past = steps / self.warmup_steps - 1
         r_share, d_share = past / 7, past / 4
         if isinstance(past, Tensor):  # a limit may be infinite, and 0 * infinity is NaN
