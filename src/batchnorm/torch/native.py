@@ -1,13 +1,20 @@
 """PyTorch's own operation, `torch.batch_norm`, and the activation after it."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from batchnorm.torch import composed
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_tracing
+from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running, is_finite
 
 __all__ = ["compute", "takes"]
+
+NEAR = 8.0
+"""The distance of a mean from 0, in standard deviations, up to which PyTorch's operation on the CPU is as exact as our
+kernels: values are as far from their mean, too."""
 
 
 def takes(call: Call, plan: Plan) -> bool:
@@ -25,28 +32,65 @@ def takes(call: Call, plan: Plan) -> bool:
     return not x.is_cpu or x.is_contiguous() or is_tracing() or 1 not in x.shape
 
 
-def compute(call: Call, plan: Plan, running: Running) -> Outcome:
-    """Compute a call without a mask, by the statistics of the batch or by constants."""
+def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -> Outcome | None:
+    """Compute a call without a mask, by the statistics of the batch or by constants.
+
+    On the CPU, PyTorch computes `x*scale + shift` with `shift = bias - mean*scale`, whose rounding error grows with
+    `mean / std`. Where that would cost accuracy, and for values that are not finite or so large that PyTorch's variance
+    is not, a strict call returns None and changes nothing.
+    """
+    eager = call.is_eager and call.x.is_cpu
     if plan.constants is not None:
         mean, var = plan.constants
+        if strict and eager and not _is_near(mean, var, call.eps):
+            return None
         if torch.is_grad_enabled() and (call.is_eager or not is_tracing()):
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
+    if eager and call.x.dtype is call.arithmetic:
+        return _compute_eagerly(call, plan, running, strict)
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
-    x = call.x
-    if x.is_cpu and call.is_eager and plan.unbiased and x.dtype is call.arithmetic and is_finite(x):
-        rate = running.rate()
-        assert isinstance(rate, float)
-        # PyTorch changes them without telling autograd, and saves them although the backward pass does not need them.
-        torch.autograd.graph.increment_version((running.mean, running.var))
-        z = _batch_norm(call, running.mean.data, running.var.data, True, rate)
-        running.note(True)
-        return Outcome(_follow(call, z))
-    # PyTorch returns a batch's statistics only by moving running ones: with momentum 1 these become the batch's.
-    batch = Batch.of(x.new_zeros((2, x.shape[1]), dtype=call.arithmetic), plan.count, is_unbiased=True)
+    batch = _of_momentum_one(call, plan)
     return Outcome(_follow(call, _batch_norm(call, batch.mean, batch.var, True, 1.0)), batch)
+
+
+def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> Outcome | None:
+    """By the statistics of the batch, which PyTorch returns on the CPU: so it can be asked how exact it was."""
+    mean, var, rate, batch = running.mean, running.var, running.rate(), None
+    if mean is not None and var is not None:
+        if plan.unbiased and (strict or is_finite(call.x)):
+            mean, var = mean.clone(), var.clone()
+        else:
+            batch = _of_momentum_one(call, plan)
+            mean, var, rate = batch.mean, batch.var, 1.0
+    assert isinstance(rate, float)
+    z, batch_mean, rstd = torch.native_batch_norm(call.x, call.weight, call.bias, mean, var, True, rate, call.eps)
+    if strict and not _was_near(batch_mean, rstd):
+        return None
+    if batch is None and running.mean is not None and running.var is not None:
+        with torch.no_grad():
+            torch._foreach_copy_([running.mean, running.var], [mean, var])  # type: ignore[list-item]  # pyright: ignore
+        running.note(True)
+    return Outcome(_follow(call, z), batch)
+
+
+def _of_momentum_one(call: Call, plan: Plan) -> Batch:
+    """What PyTorch will turn into the statistics of the batch: running ones, which move with momentum 1."""
+    with nullcontext() if call.is_eager or torch.compiler.is_compiling() else unseen():
+        moments = call.x.new_zeros((2, call.x.shape[1]), dtype=call.arithmetic)
+    return Batch.of(moments, plan.count, is_unbiased=True)
+
+
+def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
+    """Whether `|mean| <= NEAR * sqrt(var + eps)` in every channel."""
+    return mean.numel() == 0 or bool(torch.addcmul(var, mean, mean, value=-1 / NEAR**2).min() >= -eps)
+
+
+def _was_near(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether `|mean| * rstd <= NEAR` in every channel, and no variance was infinite."""
+    return float(torch.linalg.vector_norm(mean * rstd, torch.inf)) <= NEAR and float(rstd.min()) > 0
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:

@@ -21,13 +21,13 @@ class Route(NamedTuple):
         name: Its name in `route` and `explain`.
         takes: Whether it can compute this plan of this call.
         pays: Whether it should, where later routes can as well. Not asked inside `with route(...)`.
-        compute: Computes the outcome.
+        compute: Computes the outcome; None, and nothing is changed, if the routes after it would be more exact.
     """
 
     name: str
     takes: Callable[[Call, Plan], bool]
     pays: Callable[[Call, Plan], bool]
-    compute: Callable[[Call, Plan, Running], Outcome]
+    compute: Callable[[Call, Plan, Running], Outcome | None]
 
 
 SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 17, 1 << 20, 1 << 15
@@ -97,9 +97,14 @@ def _always(call: Call, plan: Plan) -> bool:
     return True
 
 
+def _compute_natively(call: Call, plan: Plan, running: Running) -> Outcome | None:
+    """By PyTorch's operation, which must be as exact as our kernels where these may be used instead."""
+    return native.compute(call, plan, running, strict=_allowed is None or "numba" in _allowed)
+
+
 ROUTES = (
     Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
-    Route("native", native.takes, _native_pays, native.compute),
+    Route("native", native.takes, _native_pays, _compute_natively),
     Route("numba", _numba_takes, _always, functools.partial(function.compute, cpu)),
     Route(
         "operator",
@@ -114,7 +119,8 @@ ROUTES = (
 
 1. `triton`: the GPU kernels, in one autograd function. For eager calls with CUDA tensors of a supported type.
 2. `native`: `torch.batch_norm` and the activation. For the statistics of the batch or constants, without a mask: small
-   tensors on the CPU, and all sizes on devices without kernels of ours.
+   tensors on the CPU, unless their mean is so far from 0 that the kernels are more exact, and all sizes on devices
+   without kernels of ours.
 3. `numba`: the CPU kernels, in the same autograd function. For eager calls with ordinary tensors of a supported type.
 4. `operator`: the CPU kernels as registered operators. For compiled graphs on the CPU, from a minimum size.
 5. `functorch`: the same operators inside `grad` and `vmap` of `torch.func`, on the CPU.
@@ -125,13 +131,13 @@ _NAMES = tuple(route.name for route in ROUTES)
 _allowed: tuple[str, ...] | None = None
 
 
-def choose(call: Call, plan: Plan) -> Route:
-    """The first route that takes the call.
+def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
+    """The first route that takes the call, among all or among those after another.
 
     Raises:
         RuntimeError: If none of the routes that `with route(...)` allows can compute it.
     """
-    for each in ROUTES:
+    for each in ROUTES[0 if after is None else ROUTES.index(after) + 1 :]:
         if _allowed is None:
             if each.takes(call, plan) and each.pays(call, plan):
                 return each
