@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
@@ -22,6 +21,7 @@ from batchnorm.torch.layers import (
     LazyBatchNorm3d,
     SyncBatchNorm,
     _Layer,
+    counter,
 )
 from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics
 
@@ -83,7 +83,7 @@ def adopt(layer: nn.Module) -> None:
     else:
         layer.statistics = None  # type: ignore[assignment]
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
-    layer.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+    layer.num_batches_skipped = counter(device)
 
 
 def original(layer: nn.Module) -> type[nn.Module] | None:

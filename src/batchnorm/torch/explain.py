@@ -28,7 +28,7 @@ from batchnorm.torch import fuse, layers
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
 from batchnorm.torch.source import Site
-from batchnorm.torch.survey import is_unsized, survey
+from batchnorm.torch.survey import expect_module, is_unsized, survey
 
 __all__ = ["Report", "Row", "explain"]
 
@@ -88,6 +88,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     Returns:
         The report: print it, or iterate over its rows.
     """
+    expect_module(model)
     shared = at_several_places(model)
     routes = {} if example_inputs is None else _routes(model, example_inputs)
     rows = []
@@ -115,7 +116,8 @@ def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]
     def note(layer: nn.Module, route: str) -> None:
         found.setdefault(layer, []).append(route)
 
-    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    counters = [found.layer.num_batches_skipped for found in survey(model) if found.ours]
+    before = [(state, state.clone()) for state in (*model.buffers(), *counters) if not is_lazy(state)]
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     layers.observers.append(note)
     try:
@@ -127,8 +129,8 @@ def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]
     finally:
         layers.observers.remove(note)
         with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
+            for state, values in before:
+                state.copy_(values)
     return found
 
 

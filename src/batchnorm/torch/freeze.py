@@ -23,17 +23,20 @@ def freeze(model: M, *, affine: bool = False) -> M:
     """Let batch normalizations normalize by their running statistics, in training too, and leave these as they are.
 
     PyTorch's layers become ours, in place, with the same parameters, buffers and state dict. In PyTorch's the mode
-    alone decides which statistics are used, and every `model.train()` changes it. The state dict does not say which
-    layers are frozen.
+    alone decides which statistics are used, and every `model.train()` changes it. Here neither modes nor the flag
+    `track_running_stats`, momentum, `reset_running_stats` or `torch.optim.swa_utils.update_bn` change anything. Only
+    values that are written into the buffers do, as by `load_state_dict`. The state dict does not say which layers are
+    frozen.
 
     Args:
         model: Any module: a whole model or a part.
-        affine: Whether weight and bias stop learning as well.
+        affine: Whether weight and bias stop learning as well: their `requires_grad` becomes False.
 
     Returns:
         `model`. Layers that are already frozen stay as they are.
 
     Raises:
+        TypeError: If `model` is not a module.
         ValueError: If the model has no batch normalization, or one without running statistics, or one that has its own
             forward or cannot become ours; nothing is changed then.
         RuntimeError: If a lazy layer does not know its size yet.
@@ -56,7 +59,7 @@ def _check(found: Found) -> None:
     said = f"{name or 'the layer'} ({type(layer).__name__})"
     if is_unsized(layer):
         raise RuntimeError(f"{said} does not know its size yet: call the model on one batch first")
-    if not (keeps_statistics(layer) and layer.track_running_stats):
+    if not keeps_statistics(layer):
         raise ValueError(f"{said} keeps no running statistics to normalize by (track_running_stats=False)")
     if problem := reason or ("" if ours else hindrance(layer)):
         raise ValueError(f"{said} {problem}, so it cannot be frozen: freeze the other layers one by one")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch.call import is_tracing
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.running import Running
 from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics, expect
@@ -27,6 +29,13 @@ __all__ = [
 ]
 
 RUNNING, NOTHING = RunningStatistics(), Running()
+
+
+def counter(device: Any = None) -> Tensor:
+    """A counter at 0, which may go on in inference mode and outside it, wherever it is made."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.long, device=device)
+
 
 observers: list[Callable[[nn.Module, str], None]] = []
 """Functions that are called after each normalization, with the layer and the name of its route."""
@@ -53,7 +62,9 @@ class _Layer(_Base):
     Attributes:
         num_batches_skipped: The number of training batches that did not change the running statistics, because they
             were empty or because their own statistics were not finite (most often an overflow under mixed precision).
-            `num_batches_tracked` does not count them.
+            `num_batches_tracked` does not count them. This tensor is no buffer, so that the layer has the buffers of
+            PyTorch's: it is copied and pickled with the layer and moves with it, but it is in no state dict.
+            Exported and traced graphs, and the backward pass of a checkpoint, do not count.
 
     Raises:
         ValueError: If the activation is unknown.
@@ -82,23 +93,69 @@ class _Layer(_Base):
         parse_activation(activation)  # an unknown activation fails here, not at the first batch
         self.activation = activation
         self.statistics = statistics
-        device = None if self.num_batches_tracked is None else self.num_batches_tracked.device
-        self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+        self.num_batches_skipped = counter(
+            None if self.num_batches_tracked is None else self.num_batches_tracked.device
+        )
 
     def reset_running_stats(self) -> None:
-        """Reset the running statistics and the counters, including `num_batches_skipped`."""
+        """Reset the running statistics and all counters. A frozen layer keeps its own."""
+        if vars(self).get("statistics") == RUNNING:
+            return
         super().reset_running_stats()
-        if "num_batches_skipped" in self._buffers:  # PyTorch's constructor calls this before the buffer exists
+        if "num_batches_skipped" in vars(self):  # PyTorch's constructor calls this before the counter exists
             self.num_batches_skipped.zero_()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        # The counter is in no state dict, and `to_empty` and the meta device leave no value to keep.
-        if self.num_batches_tracked is not None:
-            if self.num_batches_skipped.device == self.num_batches_tracked.device:
-                self.num_batches_skipped.zero_()
-            else:
-                self.num_batches_skipped = torch.zeros_like(self.num_batches_tracked)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the counter, too: `to`, `cuda`, `share_memory`. What comes from the meta device starts anew."""
+        was_empty = self.num_batches_skipped.is_meta
+        super()._apply(fn, recurse)
+        with torch.inference_mode(False):
+            self.num_batches_skipped = fn(self.num_batches_skipped).to(torch.long)
+        if was_empty and not self.num_batches_skipped.is_meta:
+            self.num_batches_skipped.zero_()
+            if self.running_mean is not None and not is_lazy(self.running_mean):
+                super().reset_running_stats()  # of a frozen layer, too: there is nothing to keep
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load what PyTorch's layer loads. The counter starts anew, unless a version that saved it left its value."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = f"{prefix}num_batches_skipped"
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        skipped = self._skipped()
+        if skipped is not None:
+            skipped.copy_(state_dict[key]) if key in state_dict else skipped.zero_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle, also one of a version in which the counter was a buffer."""
+        super().__setstate__(state)
+        if "num_batches_skipped" in self._buffers:
+            skipped = self._buffers.pop("num_batches_skipped")
+            self._non_persistent_buffers_set.discard("num_batches_skipped")
+            self.num_batches_skipped = counter() if skipped is None else skipped
+
+    def _skipped(self) -> Tensor | None:
+        """The counter of skipped batches, on the device of the others; None if this graph cannot keep it."""
+        if torch.compiler.is_exporting() or is_tracing():
+            return None
+        beside = self.running_mean if self.num_batches_tracked is None else self.num_batches_tracked
+        if beside is not None and self.num_batches_skipped.device != beside.device:  # a replica on another device
+            before, self.num_batches_skipped = self.num_batches_skipped, counter(beside.device)
+            if not (before.is_meta or beside.is_meta):
+                self.num_batches_skipped.copy_(before)
+        return self.num_batches_skipped
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`; in training, update the running statistics.
@@ -150,9 +207,9 @@ class _Layer(_Base):
         tracks = self.training and self.track_running_stats
         if tracks:
             running = Running(
-                self.running_mean, self.running_var, self.momentum, self.num_batches_tracked, self.num_batches_skipped
+                self.running_mean, self.running_var, self.momentum, self.num_batches_tracked, self._skipped()
             )
-        elif self.training:
+        elif self.training and source != RUNNING:  # a frozen layer has its statistics, whatever the flag says
             running = NOTHING
         else:
             running = Running(self.running_mean, self.running_var)
@@ -228,11 +285,12 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         activation: ActivationSpec = None,
         statistics: Statistics | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, dtype=dtype, device=device,
+            num_features, eps, momentum, affine, track_running_stats, dtype=dtype, device=device, bias=bias,
             activation=activation, statistics=SyncStatistics(process_group) if statistics is None else statistics,
         )  # fmt: skip
         if statistics is not None and process_group is not None:

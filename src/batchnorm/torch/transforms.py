@@ -187,10 +187,11 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _count(running: Running, moved: bool | Tensor) -> None:
-    """Add to the counters of a layer, which may be those of an ensemble."""
-    if running.batches is None or running.skipped is None:
+    """Add to the counters of a layer. Where they belong to a whole ensemble, all of it counts, or any that skipped."""
+    if running.batches is None:
         return
     told = torch.as_tensor(moved, device=running.batches.device)
-    for counter, said in ((running.batches, told), (running.skipped, ~told)):
-        plain, _ = _unwrap(counter)
-        plain.add_(said if plain.dim() else said.all())
+    for counter, said, pooled in ((running.batches, told, told.all()), (running.skipped, ~told, (~told).any())):
+        if counter is not None:
+            plain, _ = _unwrap(counter)
+            plain.add_(said if plain.dim() else pooled)
