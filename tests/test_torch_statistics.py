@@ -598,6 +598,66 @@ def test_wrong_data_changes_nothing() -> None:
         bn.Standardize(0)
 
 
+@pytest.mark.parametrize("value", [0.1, -7.3e5, 1e-30, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [1, 7, 333, 1000])
+def test_a_constant_is_constant_however_it_is_split(size: int, dtype: torch.dtype, value: float) -> None:
+    x = torch.full((1000, 2), value, dtype=torch.float64).clamp(-6e4, 6e4).to(dtype)
+    x[:, 1] = torch.linspace(0, 1, 1000)
+    weights = torch.linspace(0.1, 0.7, 1000)
+    for mask in (None, lambda batch: weights[: len(batch)]):
+        found = bn.Standardize(2, dtype=torch.float64).fit(x.split(size), mask=mask)
+        assert found.std[0] == 1
+        assert found.std[1] < 0.5
+        assert found(x.double())[:, 0].abs().max() <= 1e-12 * max(1, abs(value))
+
+
+@pytest.mark.parametrize("relative", [1e-9, 1e-12])
+def test_what_varies_a_little_is_not_constant(relative: float) -> None:
+    x = 1e3 * (1 + relative * torch.randn(1000, 1, dtype=torch.float64))
+    found = bn.Standardize(1, dtype=torch.float64).fit(x.split(100))
+    assert found.std[0] == pytest.approx(float(x.std(correction=0)), rel=1e-2)
+
+
+def test_whether_it_has_statistics_is_in_its_buffers() -> None:
+    x = torch.randn(20, 3)
+    fitted, empty = bn.Standardize(3).fit(x), bn.Standardize(3)
+    want = fitted(x)
+    assert torch.equal(torch.func.functional_call(empty, dict(fitted.named_buffers()), (x,)), want)
+    with pytest.raises(RuntimeError, match="no statistics yet"):
+        torch.func.functional_call(fitted, dict(empty.named_buffers()), (x,))
+    for buffer, other in zip(empty.buffers(), fitted.buffers(), strict=True):
+        buffer.copy_(other)
+    assert torch.equal(empty(x), want)
+    for module in (pickle.loads(pickle.dumps(fitted)), copy.deepcopy(fitted)):
+        assert torch.equal(module(x), want)
+    fitted.load_state_dict(bn.Standardize(3).state_dict())
+    with pytest.raises(RuntimeError, match="no statistics yet"):
+        fitted(x)
+
+
+def test_without_statistics_graphs_give_nan() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(20, 3)
+    for module, is_fitted in ((bn.Standardize(3), False), (bn.Standardize(3).fit(x), True)):
+        for y in (
+            torch.compile(module, backend="eager", fullgraph=True)(x),
+            torch.func.vmap(module, 2, 2)(x[:, :, None])[..., 0],
+            torch.export.export(module, (x,)).module()(x),
+        ):
+            assert y.isnan().all() if not is_fitted else torch.equal(y, module(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_a_default_device_does_not_matter_to_the_fit(default: str) -> None:
+    x = torch.randn(20, 3)
+    module = bn.Standardize(3)
+    with torch.device(default):
+        module.fit([x, (x > 0).int()])
+        assert module(x).isfinite().all()
+
+
 @pytest.mark.parametrize("path", ["numba", "native"])
 @pytest.mark.parametrize(
     "statistics",

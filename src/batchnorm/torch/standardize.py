@@ -6,19 +6,46 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.definition import Moments, merge_moments
+from batchnorm.torch.call import is_eager, is_plain
 from batchnorm.torch.functional import moments
 from batchnorm.torch.pool import Pool
 
 __all__ = ["Standardize"]
 
 
+_positive = WeakTensorKeyDictionary()
+"""Counts that were found positive, each with its version: to look at one on a GPU is to wait for the GPU."""
+
+
+def _is_positive(count: Tensor) -> bool:
+    version = None if count.is_inference() else count._version
+    if version is not None and _positive.get(count) == version:
+        return True
+    if not bool(count > 0):
+        return False
+    if version is not None:
+        _positive[count] = version
+    return True
+
+
+def _rounding(found: Moments) -> Any:
+    """A bound of the standard deviation that rounding gives to a constant channel, `(C,)`.
+
+    All sums start from a value of the channel and are merged by differences, so a constant's mean is off by a few units
+    in the last place. Sums of weighted values, on other devices, add one for each value; they are independent.
+    """
+    return np.finfo(np.float64).eps * (8 + np.sqrt(found.count)) * np.abs(found.mean)
+
+
 class Standardize(nn.Module):
     """`y = (x - mean) / std` for each channel, and its inverse, with constants that `fit` takes from the data.
 
     Before a model it normalizes the inputs. After one, `inverse` turns its outputs into the units of the targets. A
-    constant channel is only centered.
+    constant channel is only centered: one whose standard deviation is not above `eps * (8 + sqrt(count)) * |mean|`,
+    with the `eps` of float64, which is what rounding may make of a constant.
 
     Args:
         num_features: The number of channels, `C`.
@@ -27,8 +54,9 @@ class Standardize(nn.Module):
 
     Attributes:
         mean: `(C,)`, in the units of the data. A buffer: it is saved with the model.
-        std: `(C,)`, the square root of the biased variance, 1 where that is 0.
-        count: The number of values per channel that were seen; 0 before `fit`.
+        std: `(C,)`, the square root of the biased variance; 1 for a constant channel.
+        count: The number of values per channel that were seen; 0 before `fit`. Without statistics, a call is an error;
+            in compiled graphs and under `torch.func`, where nothing can be raised, the result is NaN.
 
     Raises:
         ValueError: If `num_features` is not a positive integer.
@@ -48,11 +76,6 @@ class Standardize(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("std", torch.ones(num_features, device=device, dtype=dtype))
         self.register_buffer("count", torch.zeros((), device=device, dtype=dtype))
-        self._fitted = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._fitted = self.count.is_meta or bool(self.count > 0)
 
     def fit(
         self,
@@ -105,10 +128,10 @@ class Standardize(nn.Module):
                 f"mean and std are not finite in {self.mean.dtype}, in channels {channels}: mask such values, or give "
                 "Standardize a wider dtype"
             )
+        varies = torch.from_numpy(np.sqrt(found[name].var) > _rounding(found[name]))
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 0, std, 1.0))
+        self.std.copy_(torch.where(varies & (std > 0), std, 1.0))
         self.count.fill_(found[name].count)
-        self._fitted = True
         return self
 
     def _select(self, batch: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
@@ -131,11 +154,14 @@ class Standardize(nn.Module):
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check(x)
-        if not self._fitted:
+        std = self.std
+        if not is_eager() or not is_plain(self.count) or self.count.is_meta:  # here code must not depend on values
+            std = torch.where(self.count > 0, std, torch.nan)
+        elif not _is_positive(self.count):
             raise RuntimeError("Standardize has no statistics yet: call fit(data), or load a state dict")
         shape = (1, -1) + (1,) * (x.dim() - 2)
         dtype = x.dtype if x.is_floating_point() else self.mean.dtype
-        return self.mean.to(dtype).reshape(shape), self.std.to(dtype).reshape(shape)
+        return self.mean.to(dtype).reshape(shape), std.to(dtype).reshape(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(x - mean) / std`.
