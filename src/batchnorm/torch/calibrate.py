@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.torch import batches
 from batchnorm.torch.functional import moments
 from batchnorm.torch.pool import Pool
-from batchnorm.torch.survey import is_frozen, is_unsized, keeps_statistics, survey
+from batchnorm.torch.survey import expect_module, is_frozen, is_unsized, keeps_statistics, survey
 from batchnorm.whole import calibrate as whole
 from batchnorm.whole.calibrate import Calibration, Method
 
@@ -75,7 +75,8 @@ def calibrate(
         ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
             `max_samples` is wrong; if the data can be read only once and `method` is "sequential".
         RuntimeError: If another process of the group failed; if a lazy layer has not seen its first batch.
-        TypeError: If `data` is one batch; if it is not clear how to call the model.
+        TypeError: If `model` is not a module; if `data` gives no batches, or is one; if it is not clear how to call the
+            model.
 
     Differs from `torch.optim.swa_utils.update_bn`:
         1. The statistics are pooled. An average over batches counts a short last batch as a full one, and leaves out
@@ -85,6 +86,7 @@ def calibrate(
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
     """
+    expect_module(model)
     return whole.calibrate(
         _Model(model, forward or batches.call),
         data,

@@ -16,7 +16,7 @@ from torch import nn
 from batchnorm.torch.adopt import adopt, before_freeze, hindrance, original, release, take
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
 from batchnorm.torch.sources import Statistics, expect
-from batchnorm.torch.survey import survey
+from batchnorm.torch.survey import expect_module, survey
 
 __all__ = ["adopt_layers", "convert", "revert"]
 
@@ -47,7 +47,7 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
         `model`. Layers with a forward of their own stay as they are; `explain` says why.
 
     Raises:
-        TypeError: If `statistics` is of another type.
+        TypeError: If `model` is not a module; if `statistics` is of another type.
     """
     expect(statistics)
     adopt_layers(model, statistics)
@@ -87,6 +87,7 @@ def revert(model: M) -> M:
     Returns:
         `model`.
     """
+    expect_module(model)
     for module in model.modules():
         module.__class__ = original_class(module)
     for _, layer, ours, _ in survey(model):

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm.kernels import launch, threads
 from batchnorm.torch.call import Call, Part
@@ -34,7 +35,7 @@ Tables = tuple[Any, Any]
 
 def moments(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros if `x` is empty."""
-    mean, var = torch.zeros((2, call.x.shape[1]), dtype=STATISTICS)
+    mean, var = torch.zeros((2, call.x.shape[1]), dtype=STATISTICS, device="cpu")
     if call.x.numel() > 0:
         laid = memory_format(call.x)
         with torch.no_grad():
@@ -48,7 +49,7 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
     y = torch.empty_like(x, memory_format=laid)
     statistics = how.statistics
     if statistics is None:
-        statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS)
+        statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
     if x.numel() == 0:
         return y, statistics, affine
     arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid), _counts(call, laid)
@@ -76,7 +77,7 @@ def backward(
     dx = torch.empty_like(x, memory_format=laid) if needs[0] else None
     d_residual = torch.empty_like(x, memory_format=laid) if needs[1] and call.residual is not None else None
     group = how.plan.group if needs[0] else None
-    sums = torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS)
+    sums = torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
     if x.numel() == 0:
         if group is not None:
             group.reduce(sums.clone())
@@ -113,6 +114,8 @@ def _array(t: Tensor | None, laid: torch.memory_format) -> Any:
     if t is None:
         return None
     t = t.contiguous(memory_format=laid)
+    if type(t if t._base is None else t._base) is Parameter:
+        t = t.detach().clone()  # sharding could not free the memory of a parameter that NumPy has seen
     if t.dtype is torch.bfloat16:
         t = t.detach().view(torch.uint16)
     if laid is torch.contiguous_format:

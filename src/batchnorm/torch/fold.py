@@ -26,7 +26,7 @@ from batchnorm.torch.dataflow import Flow, Link, is_watched
 from batchnorm.torch.linear import read_map, read_normalization, write_map
 from batchnorm.torch.outputs import arrays, dtypes, run
 from batchnorm.torch.rewrite import original_class
-from batchnorm.torch.survey import deviation, is_frozen
+from batchnorm.torch.survey import deviation, expect_module, is_frozen
 from batchnorm.torch.tracing import duplicate, trace
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Stays, fold_network
@@ -79,8 +79,7 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    expect_module(model)
     return fold_network(_Network(model, example_inputs))
 
 

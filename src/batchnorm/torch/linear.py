@@ -70,5 +70,5 @@ def _make_plain(layer: Any) -> None:
 
 
 def _float64(values: Tensor) -> Array:
-    array: Array = values.detach().cpu().double().numpy()
+    array: Array = values.detach().to("cpu", torch.float64, copy=True).numpy()
     return array

@@ -53,7 +53,7 @@ def _asked(arguments: tuple[Any, ...]) -> tuple[Call, function.How]:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, how = _asked(arguments)
     if call.x.numel() == 0:
-        return _like_forward(*arguments)[0], torch.zeros((3, call.x.shape[1]), dtype=cpu.STATISTICS)
+        return _like_forward(*arguments)[0], call.x.new_zeros((3, call.x.shape[1]), dtype=cpu.STATISTICS)
     with torch.no_grad():
         y, statistics, _ = cpu.forward(call, how)
     return y, statistics[:, 0]

@@ -14,7 +14,7 @@ from batchnorm.torch.adopt import FORWARDS
 from batchnorm.torch.fuse import is_ours
 from batchnorm.torch.sources import RunningStatistics
 
-__all__ = ["Found", "deviation", "is_frozen", "is_unsized", "keeps_statistics", "survey"]
+__all__ = ["Found", "deviation", "expect_module", "is_frozen", "is_unsized", "keeps_statistics", "survey"]
 
 
 class Found(NamedTuple):
@@ -33,8 +33,19 @@ class Found(NamedTuple):
     reason: str
 
 
+def expect_module(model: Any) -> None:
+    """Check that this is a module.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def survey(model: nn.Module) -> list[Found]:
     """All batch normalizations of a model, each once, in the order of `named_modules`."""
+    expect_module(model)
     return [
         Found(name, module, is_ours(module), deviation(module))
         for name, module in model.named_modules()

@@ -89,8 +89,8 @@ class Group:
         self._gather(self._row([FAILED], device))
 
     def _row(self, header: list[int], device: torch.device) -> Tensor:
-        row = torch.zeros(HEADER + 2 * _widths.setdefault(self.group, FIRST_WIDTH), dtype=torch.float64)
-        row[: len(header)] = torch.tensor(header, dtype=torch.float64)
+        row = torch.zeros(HEADER + 2 * _widths.setdefault(self.group, FIRST_WIDTH), dtype=torch.float64, device="cpu")
+        row[: len(header)] = torch.tensor(header, dtype=torch.float64, device="cpu")
         return row.to(device)
 
     def _make_room(self, channels: int, device: torch.device) -> None:

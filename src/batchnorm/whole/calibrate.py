@@ -211,7 +211,7 @@ def calibrate(
     Raises:
         ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
             `max_samples` is wrong; if the data can be read only once and `method` is "sequential".
-        TypeError: If `data` is one batch.
+        TypeError: If `data` gives no batches, or is one.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
     """
@@ -221,6 +221,8 @@ def calibrate(
         raise ValueError(f"max_samples must be positive, got {max_samples}")
     if isinstance(data, Mapping | str) or (hasattr(data, "shape") and hasattr(data, "dtype")):
         raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
+    if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(f"data must give batches, one after the other, got {data!r}: pass a data loader or a list")
     with processes.all_or_none():
         if method == "sequential" and isinstance(data, Iterator):
             raise ValueError(
