@@ -171,20 +171,26 @@ def bench(
 def fold(
     source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model, with its external data beside it.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write; it may be IN.onnx.")],
-    no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not compare the two models on random inputs before writing.")
-    ] = False,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Inputs to compare the two models on: an .npz file with an array for each, by name, or an .npy file "
+            "for a model with one. [default: random ones]",
+        ),
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare the two models before writing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
 ) -> None:
     """Fold the batch normalizations of an ONNX model into the layers beside them.
 
-    Prints the layer that each one went into, or why it stays. The new model is written only if its outputs equal those
-    of the old one up to rounding. The comparison needs onnxruntime.
+    Prints the layer that each one went into, or why it stays. The new model is written only if each of its parts, given
+    what the old one has there, computes the same up to rounding. The comparison needs onnxruntime.
     """
     with _one_sentence("folding", "onnx"):
         from batchnorm.onnx.command import fold_file
 
-        fold_file(source, target, not no_check, quiet)
+        fold_file(source, target, inputs, not no_check, quiet)
 
 
 def main() -> None:
