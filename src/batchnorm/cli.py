@@ -75,8 +75,9 @@ def study(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Images to train on: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10 (binary), "
-            "gzipped or not, or an .npz file with x_train, y_train, x_test, y_test (or x, y, which are split). "
+            help="Images to train on: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10, gzipped or "
+            "not, or an .npz file with x_train, y_train, x_test, y_test (or MedMNIST's names, or x, y, which are "
+            "split). "
             "[default: scikit-learn's digits]",
         ),
     ] = None,

@@ -43,12 +43,15 @@ def study(
         resume: Whether to keep the runs of an earlier study in `folder`, and run only the rest.
 
     Raises:
-        InputError: If the images, the network, the claims or the folder are unusable; then nothing has been trained or
-            written. Or if writing fails; then finished runs are kept.
+        InputError: If the images, the network, the claims or the folder are unusable, or if an earlier study would be
+            replaced; then nothing has been trained or written. Or if writing fails; then finished runs are kept.
         KeyboardInterrupt: If it is interrupted. Its message says what is kept.
     """
     experiments, judged = chosen(claims or [])
-    output.check_writable(folder, (RESULTS, REPORT, MARKDOWN, TABLE, RUNS))
+    names = (RESULTS, REPORT, MARKDOWN, TABLE, RUNS)
+    output.check_writable(folder, names)
+    if not resume:
+        output.check_nothing_lost(folder, names, RUNS)
     setup = Setup(settings, data.load(source))
     network = networks.check(settings.model, setup.dataset.shape, setup.dataset.classes)
     with together() as world:
@@ -67,8 +70,8 @@ def study(
             REPORT: report.page(records, experiments, findings),
         },
     )
-    names = f"{folder / REPORT}, {MARKDOWN}, {RESULTS} and {TABLE}"
-    console.print(f"Written: {names}", markup=False, highlight=False, soft_wrap=True)
+    written = f"Written: {folder / REPORT}, {MARKDOWN}, {RESULTS} and {TABLE}"
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
 
 
 def _records(
