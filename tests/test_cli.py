@@ -300,6 +300,23 @@ def test_help() -> None:
         assert option in text
 
 
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("study", ["--quick", "--full", "--resume"]),
+        ("bench", ["--compile", "--jax"]),
+        ("fold", ["--no-check", "--quiet"]),
+        ("env", ["--json"]),
+    ],
+)
+def test_flags_take_no_value(command: str, flags: list[str]) -> None:
+    lines = run(command, "--help").stdout.splitlines()
+    for flag in flags:
+        (line,) = (line for line in lines if f"{flag} " in line)
+        assert "<bool>" not in line
+        assert "BOOL" not in line.upper()
+
+
 def test_as_a_module_and_without_importing_a_framework() -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "batchnorm", "--version"], capture_output=True, text=True, check=True

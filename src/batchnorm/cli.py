@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import batchnorm
 from batchnorm.errors import InputError
+from batchnorm.extras import EXTRAS, missing
 
 try:
     import typer
@@ -23,7 +24,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich", "onnx")
+NEEDS = {package for packages in EXTRAS.values() for package in packages}
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -40,7 +41,7 @@ def _one_sentence(what: str, extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
-        _stop(f'{what} needs {error.name}, which is not installed; pip install "batchnorm[{extra}]" brings it.', 2)
+        _stop(missing(what, str(error.name), extra), 2)
     except KeyboardInterrupt as error:
         _stop(str(error) or "interrupted.", 130)
 
@@ -57,10 +58,15 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _flag(name: str, help: str, **options: Any) -> Any:
+    """An option that takes no value, and says so."""
+    return typer.Option(name, help=help, metavar="", **options)
+
+
 @app.callback()
 def _batchnorm(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, _flag("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Batch normalization: fast layers, tools for whole models, and a study of what it does."""
@@ -92,10 +98,10 @@ def study(
     claims: Annotated[
         str, typer.Option(metavar="A,B", help="Check only these claims or sections, by id. [default: all]")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More seeds and steps: several times as long.")] = False,
+    quick: Annotated[bool, _flag("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
+    full: Annotated[bool, _flag("--full", help="More seeds and steps: several times as long.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the runs that an interrupted study left in DIR, and do the rest.")
+        bool, _flag("--resume", help="Keep the runs that an interrupted study left in DIR, and do the rest.")
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(metavar="N", help="Number of seeds. [default: 6; quick 5, full 12]")
@@ -149,9 +155,9 @@ def bench(
         float, typer.Option(metavar="S", help="Seconds per case, in training and in evaluation each.")
     ] = 1.0,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Time torch.compile too. Compiling takes seconds per case.")
+        bool, _flag("--compile", help="Time torch.compile too. Compiling takes seconds per case.")
     ] = False,
-    jax: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
+    jax: Annotated[bool, _flag("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the numbers and all versions to this CSV file.")
     ] = None,
@@ -180,8 +186,8 @@ def fold(
             "for a model with one. [default: random ones]",
         ),
     ] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare the two models before writing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
+    no_check: Annotated[bool, _flag("--no-check", help="Do not compare the two models before writing.")] = False,
+    quiet: Annotated[bool, _flag("--quiet", help="Print only errors, and what could not be compared.")] = False,
 ) -> None:
     """Fold the batch normalizations of an ONNX model into the layers beside them.
 
@@ -192,6 +198,22 @@ def fold(
         from batchnorm.onnx.command import fold_file
 
         fold_file(source, target, inputs, not no_check, quiet)
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, _flag("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print where the package runs: versions, threads, caches, devices and routes.
+
+    Put this into a bug report. Nothing in it identifies a machine or a person.
+    """
+    import json
+
+    from batchnorm.environment import environment, text
+
+    found = environment()
+    typer.echo(json.dumps(found, indent=2) if as_json else text(found))
 
 
 def main() -> None:

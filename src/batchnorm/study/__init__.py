@@ -6,3 +6,7 @@ tasks in parallel and keeps the results, `verdicts` is the rule, `claims` apply 
 combine these, `report` writes the texts, `output` writes the files, and `terminal` is the command. It needs
 `pip install "batchnorm[study]"`.
 """
+
+from batchnorm.extras import require
+
+require("study")

@@ -11,8 +11,6 @@ import os
 import platform
 from collections import Counter
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, get_args
 
@@ -20,6 +18,7 @@ import jinja2
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 import batchnorm
+from batchnorm.environment import cpu, system, versions
 from batchnorm.study.claims import Claim, Finding, Numbers, facts, final_accuracy, steps_to_target
 from batchnorm.study.experiments import Experiment
 from batchnorm.study.figures import Plot, strip
@@ -175,10 +174,10 @@ def environment(records: Records) -> dict[str, Any]:
         "versions": {
             "batchnorm": batchnorm.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "numpy", "numba", "scikit-learn")},
+            **versions(("torch", "numpy", "numba", "scikit-learn")),
         },
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "system": system(),
+        "cpu": cpu(),
         "processes": processes(),
         "training_together": int(os.environ.get("WORLD_SIZE", "1")),
         "threads_per_process": 1,
@@ -194,16 +193,6 @@ def environment(records: Records) -> dict[str, Any]:
         "seeds": list(settings.all_seeds),
         "settings": {**asdict(settings), "optimizer": "Adam", "learning_rates": settings.size.rates},
     }
-
-
-def _cpu() -> str:
-    """The processor's model from Linux, otherwise what Python reports."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 # --- report.html and report.md ----------------------------------------------------------------------------------------
