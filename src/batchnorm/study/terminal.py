@@ -17,6 +17,7 @@ from batchnorm.study.claims import Finding, facts, judge
 from batchnorm.study.experiments import Experiment, chosen
 from batchnorm.study.runner import Store, first, perform_all, together
 from batchnorm.study.settings import Settings
+from batchnorm.study.summary import disagrees, sentences
 from batchnorm.study.tasks import Records, Run, Setup, Task
 
 __all__ = ["study"]
@@ -61,6 +62,7 @@ def study(
     findings = [judge(claim, records) for claim in judged]
     console = Console()
     console.print(_verdicts(records, findings))
+    console.print(" ".join(sentences(findings)), markup=False, highlight=False)
     output.write(
         folder,
         {
@@ -194,6 +196,6 @@ def _verdicts(records: Records, findings: list[Finding]) -> Table:
             f"{escape(claim.quantity.format(**known))}: {numbers}",
             report.effect(finding),
             report.interval(finding),
-            f"[{style}]{finding.verdict}[/{style}]",
+            f"[{style}]{finding.verdict}[/{style}]" + "\nnot as published" * disagrees(finding),
         )
     return table
