@@ -99,3 +99,13 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").exists()
     assert "BatchNorm2d" in (tmp_path / "reference/torch.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras", "onnx"])
+def test_the_reference_has_every_public_name(framework: str) -> None:
+    source = (ROOT / f"src/batchnorm/{framework}/__init__.py").read_text(encoding="utf-8")
+    public = set(re.findall(r'^    "(\w+)",$|__all__ = \["(\w+)"\]', source, re.MULTILINE))
+    names = {one or other for one, other in public}
+    page = (ROOT / f"docs/reference/{framework}.md").read_text(encoding="utf-8")
+    assert names
+    assert names == set(re.findall(r"^::: \S+\.(\w+)$", page, re.MULTILINE))

@@ -1,5 +1,6 @@
 """What `examples` promise, run as a user runs it."""
 
+import json
 import os
 import re
 import subprocess
@@ -75,6 +76,20 @@ def test_from_training_to_a_file() -> None:
     lines = said("ship.py")
     assert any(line.startswith("2 of 2 batch normalizations folded") for line in lines)
     assert percents(lines[-1])[0] > 93
+
+
+def test_the_notebook(tmp_path: Path) -> None:
+    for module in ("torch", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    cells = json.loads((EXAMPLES / "learn.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code"), "kept without its pictures"
+    program = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "notebook.py").write_text(program, encoding="utf-8")
+    process = subprocess.run(
+        [sys.executable, str(tmp_path / "notebook.py")], env=os.environ | {"MPLBACKEND": "agg"},
+        capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
