@@ -15,8 +15,8 @@ from rich.console import Console
 from batchnorm.bench import layers, table
 from batchnorm.bench.cases import CASES
 from batchnorm.bench.clock import Record
-from batchnorm.bench.environment import environment
 from batchnorm.bench.terminal import check, comparison, watch
+from batchnorm.environment import columns
 from benchmarks import (
     folding,
     gradients,
@@ -117,7 +117,7 @@ def main(
     check(compiled, others)
     settings = Settings(quick, compiled, others, 1 if quick else seeds)
     out = out or (HERE.parent / "build/bench" if quick else HERE)
-    sources = environment() | {"commit": commit()}
+    sources = columns() | {"commit": commit()}
     console = Console()
     for name in names or Name:
         if name is Name.REPORT:

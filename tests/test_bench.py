@@ -19,7 +19,7 @@ from batchnorm import cli
 from batchnorm.bench import clock, layers, peers, summary, table, terminal
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Record
-from batchnorm.bench.environment import environment
+from batchnorm.environment import columns
 from batchnorm.errors import InputError
 
 TINY = "4x32x4x4"
@@ -138,7 +138,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     assert len(rows) == 2 * 2 * 4
     assert {row["mode"] for row in rows} == set(layers.MODES)
     for row in rows:
-        assert row.items() >= {name: str(value) for name, value in environment().items()}.items()
+        assert row.items() >= {name: str(value) for name, value in columns().items()}.items()
     assert str(tmp_path) not in out.read_text()
 
 
@@ -146,6 +146,24 @@ def test_without_a_file_the_command_only_prints(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert run("--only", f"{TINY} channels-last", "--seconds", 0).exit_code == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [-1, "nan"])
+def test_seconds_that_are_none(seconds: object) -> None:
+    result = run("--only", TINY, "--seconds", seconds)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"batchnorm: seconds must be 0 or more, got {seconds}.\n"
+
+
+def test_a_folder_that_is_missing_is_made_and_a_file_that_cannot_be_is_said_before_timing(tmp_path: Path) -> None:
+    out = tmp_path / "missing" / "layers.csv"
+    assert run("--only", f"{TINY} channels-last", "--seconds", 0, "--out", out).exit_code == 0
+    assert out.is_file()
+    for path in (out.parent, out / "below.csv"):
+        result = run("--only", TINY, "--seconds", 0, "--out", path)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"batchnorm: {path} cannot be written: ")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["layers.csv", "missing"]
 
 
 def test_a_case_that_is_not_there() -> None:
@@ -352,7 +370,7 @@ def section(text: str, name: str) -> str:
 
 def test_the_report(tmp_path: Path) -> None:
     for name, records in TABLES.items():
-        table.write(tmp_path / "results" / f"{name}.csv", records, environment() | {"commit": "abc"})
+        table.write(tmp_path / "results" / f"{name}.csv", records, columns() | {"commit": "abc"})
     report.write(tmp_path, README)
     text = (tmp_path / "README.md").read_text()
     assert "**missed**" in section(text, "goals")
@@ -388,7 +406,7 @@ def test_the_report(tmp_path: Path) -> None:
 
 def test_the_report_of_a_gpu(tmp_path: Path) -> None:
     for name, records in GPU.items():
-        table.write(tmp_path / "results" / f"{name}.csv", records, environment() | CARD)
+        table.write(tmp_path / "results" / f"{name}.csv", records, columns() | CARD)
     report.write(tmp_path, README)
     text = (tmp_path / "README.md").read_text()
     assert section(text, "environment") == report.EMPTY, "the GPU's tables tell theirs themselves"

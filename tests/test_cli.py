@@ -18,7 +18,8 @@ for module in ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich"):
 
 import batchnorm
 from batchnorm import cli
-from batchnorm.study import terminal
+from batchnorm.errors import InputError
+from batchnorm.study import output, terminal
 
 SMALL = ("--quick", "--seeds", "1", "--epochs", "1", "--claims", "rates,gradients,renorm-mends")
 FILES = ["report.html", "report.md", "results.json", "runs.csv", "runs.jsonl"]
@@ -195,8 +196,30 @@ def test_more_seeds_go_on_from_what_is_there(tmp_path: Path, monkeypatch: pytest
     )
     assert run("study", *gradients, "--seeds", 2, "--resume").exit_code == 0
     assert run("study", *gradients, "--seeds", 2, "--resume").exit_code == 0
-    assert run("study", *gradients, "--seeds", 2).exit_code == 0
-    assert trained == [4, 0, 8]
+    assert trained == [4, 0]
+
+
+def test_an_earlier_study_is_not_thrown_away(studied: tuple[Any, Path]) -> None:
+    _, folder = studied
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = run("study", *SMALL, "--out", folder)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"batchnorm: {folder} holds an earlier study (results.json, report.html, report.md, runs.csv, runs.jsonl); "
+        "--resume keeps its runs and does the rest, and to begin anew, choose another folder with --out or remove this "
+        "one.\n"
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "text", "lost"), [("runs.jsonl", "{}\n", False), ("results.json", "{}", True)])
+def test_what_is_worth_keeping(tmp_path: Path, name: str, text: str, lost: bool) -> None:
+    (tmp_path / name).write_text(text)
+    if lost:
+        with pytest.raises(InputError, match=r"holds an earlier study \(results.json\); --resume keeps"):
+            output.check_nothing_lost(tmp_path, ("results.json", "runs.jsonl"), "runs.jsonl")
+    else:
+        output.check_nothing_lost(tmp_path, ("results.json", "runs.jsonl"), "runs.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +298,23 @@ def test_help() -> None:
     text = run("study", "--help").stdout
     for option in ("--out", "--data", "--model", "--claims", "--resume", "--seeds", "--target"):
         assert option in text
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("study", ["--quick", "--full", "--resume"]),
+        ("bench", ["--compile", "--jax"]),
+        ("fold", ["--no-check", "--quiet"]),
+        ("env", ["--json"]),
+    ],
+)
+def test_flags_take_no_value(command: str, flags: list[str]) -> None:
+    lines = run(command, "--help").stdout.splitlines()
+    for flag in flags:
+        (line,) = (line for line in lines if f"{flag} " in line)
+        assert "<bool>" not in line
+        assert "BOOL" not in line.upper()
 
 
 def test_as_a_module_and_without_importing_a_framework() -> None:

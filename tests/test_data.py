@@ -157,6 +157,63 @@ def test_fashion_mnist_has_the_files_of_mnist(tmp_path: Path) -> None:
     np.testing.assert_allclose(dataset.test.images * images.max(), images.reshape(120, 784), rtol=1e-6)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_content_tells_what_is_gzipped_not_the_name(tmp_path: Path, zipped: bool) -> None:
+    for name, array in (("train-images-idx3-ubyte", IMAGES), ("train-labels-idx1-ubyte", LABELS)):
+        path = tmp_path / (name if zipped else f"{name}.gz")
+        path.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    assert sizes(load(tmp_path)) == [57, 15, 18]
+
+
+@pytest.mark.parametrize("dot", [False, True])
+def test_files_in_folders_of_their_own_names(tmp_path: Path, dot: bool) -> None:
+    for name, array in (("train-images-idx3-ubyte", IMAGES), ("train-labels-idx1-ubyte", LABELS)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / (name.replace("-idx", ".idx") if dot else name)).write_bytes(idx(array))
+    assert sizes(load(tmp_path)) == [57, 15, 18]
+
+
+@pytest.mark.parametrize("given", ["", "MNIST", "MNIST/raw"])
+def test_the_folders_of_torchvision(tmp_path: Path, given: str) -> None:
+    (tmp_path / "MNIST/raw").mkdir(parents=True)
+    write_pair(tmp_path / "MNIST/raw", "train", IMAGES, LABELS)
+    write_pair(tmp_path / "MNIST/raw", "train", IMAGES, LABELS, zipped=True)  # as torchvision leaves it
+    dataset = load(tmp_path / given)
+    assert (dataset.name, sizes(dataset)) == ("MNIST", [57, 15, 18])
+
+
+def test_several_data_sets_below_one_folder(tmp_path: Path) -> None:
+    for place in ("MNIST/raw", "FashionMNIST/raw"):
+        (tmp_path / place).mkdir(parents=True)
+        write_pair(tmp_path / place, "train", IMAGES, LABELS)
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert_one_sentence(error, "holds MNIST and FashionMNIST; name the folder of one of them")
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_npz_like_that_of_medmnist(tmp_path: Path, validation: bool) -> None:
+    parts = {"train": (IMAGES, LABELS), "test": images_and_labels(4, 1), "val": images_and_labels(6, 2)}
+    arrays = {f"{name}_images": images for name, (images, _) in parts.items()}
+    arrays |= {f"{name}_labels": labels[:, None] for name, (_, labels) in parts.items()}
+    kept = {name: array for name, array in arrays.items() if validation or not name.startswith("val")}
+    np.savez(tmp_path / "pneumonia.npz", **kept)  # type: ignore[arg-type]
+    dataset = load(tmp_path / "pneumonia.npz")
+    assert sizes(dataset) == ([90, 18, 12] if validation else [72, 18, 12])
+    for part, name in ((dataset.test, "test"), (dataset.validation, "val")):
+        if name != "val" or validation:
+            expected = parts[name][0].reshape(-1, 20) / np.float32(IMAGES.max())
+            np.testing.assert_allclose(part.images, expected, rtol=1e-6)
+            np.testing.assert_array_equal(part.labels, parts[name][1])
+
+
+def test_labels_may_be_whole_numbers_stored_as_floats(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x_train=IMAGES, y_train=LABELS.astype(float), x_test=IMAGES, y_test=LABELS)
+    dataset = load(tmp_path / "d.npz")
+    assert dataset.train.labels.dtype == np.int64
+    assert dataset.classes == CLASSES
+
+
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
 
 BATCHES = [f"data_batch_{number}.bin" for number in range(1, 6)]
@@ -225,6 +282,85 @@ def test_a_damaged_file_of_cifar10(tmp_path: Path, damage: str) -> None:
     with pytest.raises(InputError) as error:
         load(tmp_path)
     assert_one_sentence(error, str(tmp_path / "data_batch_2.bin"), "copy it again", *parts)
+
+
+def python2_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
+    """The pickle of `{"data": images, "labels": labels}` as Python 2 and NumPy 1 wrote CIFAR-10's, byte by byte."""
+
+    def short(text: bytes) -> bytes:
+        return b"U" + bytes([len(text)]) + text
+
+    def small(number: int) -> bytes:
+        return b"K" + bytes([number])
+
+    dtype = b"cnumpy\ndtype\n(" + short(b"u1") + small(0) + small(1) + b"tR(" + small(3) + short(b"|") + b"NNN"
+    dtype += b"J\xff\xff\xff\xff" * 2 + small(0) + b"tb"
+    shape = b"".join(b"J" + struct.pack("<i", size) for size in images.shape)
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + small(0) + b"\x85" + short(b"b") + b"tR("
+    array += small(1) + b"(" + shape + b"t" + dtype + b"\x89T" + struct.pack("<i", images.size) + images.tobytes()
+    array += b"tb"
+    listed = b"](" + b"".join(map(small, labels.tolist())) + b"e"
+    return b"\x80\x02}(" + short(b"data") + array + short(b"labels") + listed + b"u."
+
+
+def python3_pickle(images: np.ndarray, labels: np.ndarray) -> bytes:
+    return pickle.dumps({"data": images, "labels": labels.tolist(), "batch_label": "training batch 1 of 5"}, protocol=4)
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("written", [python2_pickle, python3_pickle])
+def test_the_python_version_of_cifar10(tmp_path: Path, written: Any, below: bool) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    _, images = cifar10_file(LABELS)
+    content = written(images.astype(np.uint8).reshape(90, 3072), LABELS)
+    (folder / "data_batch_1").write_bytes(content)
+    (folder / "test_batch").write_bytes(gzip.compress(content))
+    dataset = load(tmp_path if below else folder)
+    assert (dataset.name, dataset.shape, sizes(dataset)) == ("cifar-10-batches-py", (3, 32, 32), [72, 18, 90])
+    np.testing.assert_allclose(dataset.test.images * images.max(), images.reshape(90, 3072), rtol=1e-6)
+    np.testing.assert_array_equal(dataset.test.labels, LABELS)
+
+
+class Touch:
+    """Its pickle makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda path: Touch(path), "it asks for pathlib"),
+        (lambda path: {"data": Touch(path), "labels": []}, "it asks for pathlib"),
+        (lambda path: [1], "it holds a list and not a dictionary"),
+        (lambda path: {"labels": [1]}, "its data are not a matrix of bytes"),
+        (lambda path: {"data": np.zeros((2, 3072)), "labels": [1, 2]}, "its data are not a matrix of bytes"),
+        (lambda path: {"data": np.zeros((2, 3072), np.uint8), "labels": [1.5, 2]}, "its labels are not a list of"),
+        (lambda path: {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [1, 2]}, "its labels are not a list of"),
+        (lambda path: {"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, "it has 2 images and 1 labels"),
+        (lambda path: {"data": np.zeros((2, 3000), np.uint8), "labels": [1, 2]}, "cannot reshape"),
+    ],
+)
+def test_a_pickle_runs_nothing_and_is_checked(tmp_path: Path, content: Any, said: str) -> None:
+    made = tmp_path / "made"
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(content(made), protocol=4))
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert_one_sentence(error, str(tmp_path / "data_batch_1"), said, "copy it again")
+    assert not made.exists()
+
+
+def test_a_pickle_cut_short(tmp_path: Path) -> None:
+    images = np.zeros((90, 3072), np.uint8)
+    (tmp_path / "data_batch_1").write_bytes(python2_pickle(images, LABELS)[:-2000])
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    assert_one_sentence(error, "data_batch_1 is damaged or no file of CIFAR-10's Python version")
 
 
 # --- Shapes -----------------------------------------------------------------------------------------------------------
@@ -373,7 +509,8 @@ def test_an_empty_folder_is_told_the_names(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         load(tmp_path)
     assert_one_sentence(error, "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte", "[.gz]", "mnist.npz")
-    assert_one_sentence(error, *(f"{name}[.gz]" for name in [*BATCHES, "test_batch.bin"]), "cifar-10-batches-bin")
+    names = [*BATCHES, "test_batch.bin", *(name.removesuffix(".bin") for name in BATCHES), "test_batch"]
+    assert_one_sentence(error, *(f"{name}[.gz]" for name in names), "cifar-10-batches-bin", "MNIST/raw")
 
 
 @pytest.mark.parametrize("missing", ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
@@ -414,10 +551,10 @@ def test_a_damaged_idx_file(tmp_path: Path, damage: str) -> None:
 
 def test_a_file_named_gz_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "train-images-idx3-ubyte.gz"
-    path.write_bytes(b"Not a gzip file")
+    path.write_bytes(b"Not a gzip file, and no images")
     with pytest.raises(InputError) as error:
         read_idx(path, axes=3)
-    assert_one_sentence(error, "damaged gzip")
+    assert_one_sentence(error, str(path), "magic number", "so it is no IDX file")
 
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
@@ -426,7 +563,9 @@ def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte").mkdir()
     with pytest.raises(InputError) as error:
         load(tmp_path)
-    assert_one_sentence(error, "train-images-idx3-ubyte cannot be read")
+    assert_one_sentence(error, "train-labels-idx1-ubyte is there without train-images-idx3-ubyte[.gz]")
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES)))
+    assert len(load(tmp_path).train.labels) == 57
 
 
 def npz_error(tmp_path: Path, **arrays: Any) -> pytest.ExceptionInfo[InputError]:
@@ -438,7 +577,9 @@ def npz_error(tmp_path: Path, **arrays: Any) -> pytest.ExceptionInfo[InputError]
 
 def test_npz_without_the_keys(tmp_path: Path) -> None:
     error = npz_error(tmp_path, inputs=np.zeros(3), x_train=np.zeros(3))
-    assert_one_sentence(error, "inputs, x_train", "x_train/y_train/x_test/y_test or x/y or images/labels")
+    assert_one_sentence(
+        error, "inputs, x_train", "x_train/y_train/x_test/y_test or train_images/", "or x/y or images/labels"
+    )
 
 
 def test_npz_with_pickled_objects_is_not_unpickled(tmp_path: Path) -> None:

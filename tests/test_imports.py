@@ -18,6 +18,7 @@ ORDER = [
     "batchnorm",
     "batchnorm.definition",
     "batchnorm.errors",
+    "batchnorm.extras",
     "batchnorm.whole",  # its tools know no framework
     "batchnorm.onnx",
     "batchnorm.kernels",
@@ -42,6 +43,7 @@ ORDER = [
     "batchnorm.torch",
     "batchnorm.keras.*",
     "batchnorm.keras",
+    "batchnorm.environment",
     "batchnorm.study",
     "batchnorm.bench",
     "batchnorm.cli",
@@ -70,6 +72,7 @@ ALLOWED = {
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},
     "batchnorm.onnx": {"onnx", "onnxruntime"},
+    "batchnorm.environment": {"torch"},
     "batchnorm.bench": {"torch", "jax", "tensorflow"},
 }
 """The frameworks that a package may import; all others none."""

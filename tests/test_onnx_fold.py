@@ -20,9 +20,9 @@ from onnx import helper, numpy_helper
 
 from batchnorm import cli, definition
 from batchnorm.errors import InputError
-from batchnorm.onnx import files, fold, outputs
+from batchnorm.onnx import comparison, files, fold, outputs
 from batchnorm.whole import linear
-from batchnorm.whole.comparison import difference, rounding
+from batchnorm.whole.comparison import OutputsDiffer, difference, rounding
 
 Array = NDArray[Any]
 Model = Any
@@ -230,8 +230,54 @@ def test_back_into_matmul_makes_it_a_gemm(rng: np.random.Generator) -> None:
 def test_back_into_matmul_and_add(rng: np.random.Generator, offset: tuple[int, ...], inputs: str) -> None:
     constants = {"w": rng.normal(size=(4, CHANNELS)), "c": np.asarray(rng.normal(size=offset)), **statistics(rng)}
     nodes = [node("MatMul", "x w", "h"), node("Add", inputs, "a"), normalization("a")]
-    new = assert_folds(build(nodes, constants, ("n", 4)), rng.normal(size=(3, 4)).astype(np.float32), {"bn": "add"})
-    assert operations(new) == ["MatMul", "Add"]
+    new = assert_folds(build(nodes, constants, ("n", 4)), rng.normal(size=(3, 4)).astype(np.float32), {"bn": "matmul"})
+    assert operations(new) == ["Gemm"]
+
+
+def test_back_into_gemm_and_add(rng: np.random.Generator) -> None:
+    constants = {"w": rng.normal(size=(4, CHANNELS)), "b": rng.normal(size=CHANNELS), "c": rng.normal(size=CHANNELS)}
+    nodes = [node("Gemm", "x w b", "h"), node("Add", "h c", "a"), normalization("a")]
+    model = build(nodes, constants | statistics(rng), ("n", 4))
+    new = assert_folds(model, rng.normal(size=(3, 4)).astype(np.float32), {"bn": "gemm"})
+    assert operations(new) == ["Gemm"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs", ["h c", "c h"])
+@pytest.mark.parametrize("offset", [(), (1,), (CHANNELS, 1, 1), (1, CHANNELS, 1, 1)])
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_back_into_convolution_and_add(
+    rng: np.random.Generator, op: str, offset: tuple[int, ...], inputs: str, bias: bool
+) -> None:
+    shape = (CHANNELS, 4, 3, 2) if op == "Conv" else (4, CHANNELS, 3, 2)
+    constants = {"w": rng.normal(size=shape), "c": np.asarray(rng.normal(size=offset)), **statistics(rng)}
+    if bias:
+        constants["b"] = rng.normal(size=CHANNELS)
+    nodes = [
+        node(op, "x w b" if bias else "x w", "h"),
+        node("Identity", "h", "i", "i"),
+        node("Add", inputs.replace("h", "i"), "a"),
+        normalization("a"),
+    ]
+    model = build(nodes, constants, ("n", 4, 5, 6))
+    x = rng.normal(size=(2, 4, 5, 6)).astype(np.float32)
+    new = assert_folds(model, x, {"bn": op.lower()})
+    assert operations(new) == [op, "Identity"]
+    assert constants_of(new).keys() == ({"w", "b"} if bias else {"w", f"{op.lower()}.offset"})
+
+
+def test_forward_into_a_convolution_whose_add_went_back(rng: np.random.Generator) -> None:
+    nodes = [
+        node("Relu", "x", "r"),
+        normalization("r", "h"),
+        node("Conv", "h w", "f"),
+        node("Add", "f c", "a"),
+        normalization("a", of="m", name="second"),
+    ]
+    constants = {"w": rng.normal(size=(4, CHANNELS, 3, 3)), "c": rng.normal(size=(4, 1, 1)), **statistics(rng)}
+    model = build(nodes, constants | statistics(rng, 4, "m"), ("n", CHANNELS, 5, 5))
+    x = rng.normal(size=(2, CHANNELS, 5, 5)).astype(np.float32)
+    assert operations(assert_folds(model, x, {"bn": "conv", "second": "conv"})) == ["Relu", "Conv"]
 
 
 def naive_conv(x: Array, w: Array, b: Array | float, group: int) -> Array:
@@ -387,6 +433,48 @@ def test_identity_and_dropout_in_between(rng: np.random.Generator, back: bool, o
     assert_folds(model, rng.normal(size=shape).astype(np.float32), {"bn": "conv" if back else "gemm"})
 
 
+@pytest.mark.parametrize("like", [False, True])
+@pytest.mark.parametrize("back", [True, False])
+def test_casts_that_change_no_type_in_between(rng: np.random.Generator, back: bool, like: bool) -> None:
+    cast = node("CastLike", "h w", "g") if like else node("Cast", "h", "g", "cast", to=onnx.TensorProto.FLOAT)
+    if back:
+        nodes, shape = [node("Conv", "x w", "h"), cast, normalization("g")], (2, 4, 5, 5)
+        constants = {"w": conv(rng), **statistics(rng)}
+    else:
+        nodes, shape = [normalization("x", "h"), cast, node("Conv", "g w")], (2, CHANNELS, 5, 5)
+        constants = {"w": rng.normal(size=(4, CHANNELS, 3, 3)), **statistics(rng)}
+    model = build(nodes, constants, ("n", *shape[1:]))
+    assert_folds(model, rng.normal(size=shape).astype(np.float32), {"bn": "conv"})
+
+
+def test_constants_by_way_of_a_cast(rng: np.random.Generator) -> None:
+    constants = {"w": conv(rng), **statistics(rng)}
+    constants["mean"] = constants.pop("n.mean")
+    cast = node("Cast", "mean", "n.mean", "cast", to=onnx.TensorProto.FLOAT)
+    model = build([cast, *FROM_CONV], constants, ("n", 4, 5, 5))
+    new = assert_folds(model, rng.normal(size=(2, 4, 5, 5)).astype(np.float32), {"bn": "conv"})
+    assert operations(new) == ["Conv"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_in_ir_version_3_initializers_are_constants(rng: np.random.Generator, bias: bool, shared: bool) -> None:
+    constants = {"w": conv(rng), **({"b": rng.normal(size=CHANNELS)} if bias else {}), **statistics(rng)}
+    nodes = [node("Conv", "x w b" if bias else "x w", "h"), normalization("h")]
+    if shared:
+        nodes = [*nodes[:-1], normalization("h", "g"), node("Conv", "x w", "k", "other"), node("Add", "g k")]
+    model = build(nodes, constants, ("n", 4, 5, 5), opset=8, ir=3, overridable=tuple(constants))
+    x = rng.normal(size=(2, 4, 5, 5)).astype(np.float32)
+    result = fold(model, {"x": x})
+    assert (result.folded, result.skipped) == ({"bn": "conv"}, {})
+    onnx.checker.check_model(result.model, full_check=True)
+    assert result.model.graph.input[0].name == "x"
+    assert {each.name for each in result.model.graph.input} == {"x", *constants_of(result.model)}
+    assert len(constants_of(result.model)) == 2 + shared
+    (old,), (new,) = (run(each, {"x": x}) for each in (model, result.model))
+    assert np.abs(new - old).max() <= 1e-5 * np.abs(old).max()
+
+
 @pytest.mark.parametrize("opset", [7, 8, 9, 13, 15, 21])
 def test_opsets(rng: np.random.Generator, opset: int) -> None:
     attributes = {"spatial": 1} if opset < 9 else {}
@@ -429,8 +517,8 @@ def test_around_matmul_and_add_both_go_into_one_map(rng: np.random.Generator) ->
     ]
     constants = {"w": rng.normal(size=(CHANNELS, 4)), "c": rng.normal(size=4), **statistics(rng)}
     model = build(nodes, constants | statistics(rng, 4, "m"), ("n", CHANNELS))
-    new = assert_folds(model, rng.normal(size=(3, CHANNELS)).astype(np.float32), {"bn": "add", "second": "add"})
-    assert operations(new) == ["Relu", "MatMul", "Add"]
+    new = assert_folds(model, rng.normal(size=(3, CHANNELS)).astype(np.float32), {"bn": "matmul", "second": "matmul"})
+    assert operations(new) == ["Relu", "Gemm"]
 
 
 def test_between_two_layers_it_goes_back(rng: np.random.Generator) -> None:
@@ -519,8 +607,8 @@ def test_nothing_to_fold() -> None:
     model = build([node("Relu", "x")], {}, ("n", 4))
     result = fold(model, {"x": np.ones((2, 4), np.float32)})
     assert result.model == model
-    assert result.max_error == 0
-    assert str(result) == "0 of 0 batch normalizations folded; outputs differ by at most 0.0e+00 of the largest"
+    assert result.max_error is None, "a model is not compared with itself"
+    assert str(result) == "there is no batch normalization to fold"
 
 
 def test_float16(rng: np.random.Generator) -> None:
@@ -577,10 +665,10 @@ def stays(
         ("has a mean that is not finite", FROM_CONV, {"n.mean": np.full(CHANNELS, np.inf)}, {}),
         ("opset 6 is older than 7", [FROM_CONV[0], normalization("h", is_test=1)], {}, {"opset": 6}),
         (
-            "in IR version 3 all initializers are inputs of the graph",
-            FROM_CONV,
-            {},
-            {"ir": 3, "opset": 8, "overridable": ("w", "n.scale", "n.b", "n.mean", "n.var")},
+            "its mean is an input of the graph",
+            [FROM_CONV[0], node("BatchNormalization", "h n.scale n.b x n.var", "y", "bn")],
+            {"n.mean": np.ones(CHANNELS)},
+            {"ir": 3, "opset": 8, "overridable": ("w", "n.scale", "n.b", "n.var")},
         ),
         (f"its mean {DEFAULT}", FROM_CONV, {}, {"overridable": ("n.mean",)}),
         ("its mean is not a constant", [node("Abs", "m", "n.mean"), *FROM_CONV], {"m": np.ones(CHANNELS)}, {}),
@@ -695,10 +783,32 @@ def ones(*shape: int) -> Array:
             {},
         ),
         (
-            "Add 'add' adds to Conv 'conv', not to a MatMul",
-            [node("Conv", "x w", "h"), node("Add", "h c", "a"), normalization("a")],
-            (4, 5, 5),
+            "Add 'add' adds to Relu 'relu', which is none of Conv, ConvTranspose, Gemm, MatMul",
+            [node("Relu", "x", "h"), node("Add", "h c", "a"), normalization("a")],
+            (CHANNELS, 5, 5),
             {"c": ones(CHANNELS, 1, 1)},
+            {},
+        ),
+        *(
+            (
+                "the offset of Add 'add' is not one value per channel",
+                [node("Conv", "x w", "h"), node("Add", "h c", "a"), normalization("a")],
+                (4, 5, CHANNELS),
+                {"w": ones(CHANNELS, 4, 1, 1), "c": ones(*shape)},
+                {},
+            )
+            for shape in ((CHANNELS,), (1, CHANNELS), (5, 1), (2, CHANNELS, 1, 1), (1, 1, CHANNELS, 1, 1))
+        ),
+        (
+            "Cast 'cast' before it is none of Conv, ConvTranspose, Gemm, MatMul, Add",
+            [
+                node("Cast", "x", "u", "up", to=onnx.TensorProto.DOUBLE),
+                node("Conv", "u w", "h"),
+                node("Cast", "h", "g", to=onnx.TensorProto.FLOAT),
+                normalization("g"),
+            ],
+            (4, 5, 5),
+            {},
             {},
         ),
         (
@@ -912,6 +1022,111 @@ def test_an_error_is_caught(rng: np.random.Generator, monkeypatch: pytest.Monkey
         fold(model, {"x": x})
 
 
+def delicate(rng: np.random.Generator, nodes: Nodes, **options: Any) -> tuple[Model, dict[str, Array]]:
+    """A convolution, its normalization, `h`, and nodes that amplify rounding; and inputs."""
+    constants = {"w": conv(rng), "large": np.asarray(1e6), "half": np.asarray(0.5), **statistics(rng)}
+    taken = {name for each in nodes for name in each.input}
+    constants = {name: each for name, each in constants.items() if name not in ("large", "half") or name in taken}
+    model = build([node("Conv", "x w", "c"), normalization("c", "h"), *nodes], constants, ("n", 4, 8, 8), **options)
+    return model, {"x": rng.normal(size=(2, 4, 8, 8)).astype(np.float32)}
+
+
+LARGE = node("Mul", "h large", "l")
+
+
+def test_outputs_may_differ_by_as_much_as_the_model_makes_of_rounding(rng: np.random.Generator) -> None:
+    model, inputs = delicate(rng, [LARGE, node("Sin", "l")])
+    result = fold(model, inputs)
+    assert result.folded == {"bn": "conv"}
+    assert result.max_error > 1e-2
+    parts, output = result.notes
+    assert float(parts.partition("at most ")[2].split()[0]) < 1e-6
+    assert output.startswith(f"output 'y' differs by {result.max_error:.1e} of its largest value; the original, as ")
+    assert float(output.split()[-1]) > 1e-2
+    assert str(result).splitlines()[2:] == [f"  {note}" for note in result.notes]
+
+
+def test_whole_numbers_may_change_where_rounding_does(rng: np.random.Generator) -> None:
+    nodes = [
+        LARGE,
+        node("Floor", "l", "f"),
+        node("Cast", "f", "y", to=onnx.TensorProto.INT64),
+        node("Relu", "h", "z"),
+        node("ArgMax", "h", "a"),
+    ]
+    model, inputs = delicate(rng, nodes, outputs=("y", "z", "a"), kinds={"y": np.int64, "a": np.int64})
+    result = fold(model, inputs)
+    assert result.folded == {"bn": "conv"}
+    assert result.max_error < 1e-6, "of those that were compared"
+    assert [note.partition(":")[0] for note in result.notes[1:]] == ["output 'y' was not compared as a whole"]
+
+
+def test_shapes_may_depend_on_rounding(rng: np.random.Generator) -> None:
+    nodes = [LARGE, node("Sin", "l", "s"), node("Greater", "s half", "g"), node("NonZero", "g")]
+    model, inputs = delicate(rng, nodes, kinds={"y": np.int64})
+    result = fold(model, inputs)
+    assert (result.folded, result.max_error) == ({"bn": "conv"}, None)
+    assert result.notes[1].startswith("output 'y' was not compared: its shape was (4, ")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_random_outputs_are_not_compared(rng: np.random.Generator, before: bool) -> None:
+    noisy = [node("RandomNormalLike", "h", "noise"), node("Add", "h noise")]
+    if before:
+        noisy = [node("RandomNormalLike", "x", "noise"), node("Add", "x noise", "v"), node("Conv", "v w", "c")]
+        model = build([*noisy, normalization("c")], {"w": conv(rng), **statistics(rng)}, ("n", 4, 8, 8))
+        inputs = {"x": rng.normal(size=(2, 4, 8, 8)).astype(np.float32)}
+    else:
+        model, inputs = delicate(rng, noisy)
+    result = fold(model, inputs)
+    assert (result.folded, result.max_error) == ({"bn": "conv"}, None)
+    assert result.notes[1:] == ("output 'y' was not compared: it is random",)
+
+
+def test_what_is_not_a_tensor_is_not_compared(rng: np.random.Generator) -> None:
+    model, inputs = delicate(rng, [node("SequenceConstruct", "h h", "s"), node("Relu", "h")])
+    model.graph.output.append(helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, None))
+    result = fold(model, inputs)
+    assert result.max_error < 1e-6
+    assert result.notes[1:] == ("output 's' was not compared: it is not a tensor",)
+
+
+@pytest.mark.parametrize("end", ["Sin", "RandomNormalLike", "Floor"])
+def test_an_error_is_caught_whatever_comes_after_it(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    model, inputs = delicate(rng, [LARGE, node(end, "l")])
+    monkeypatch.setattr(linear, "fold_linear", planted)
+    with pytest.raises(InputError, match=r"by \d\.\de-0[34] of the largest, where rounding explains"):
+        fold(model, inputs)
+
+
+@pytest.mark.parametrize("change", [("Relu", "Abs"), ("Sigmoid", "Tanh")])
+def test_a_change_elsewhere_is_caught(rng: np.random.Generator, change: tuple[str, str]) -> None:
+    nodes = [
+        node("Conv", "x w", "c"), normalization("c", "h"), node("Relu", "h", "r"),
+        node("Conv", "r v", "d", "second"), normalization("d", "g", name="m"), node("Sigmoid", "g"),
+    ]  # fmt: skip
+    constants = {"w": conv(rng), "v": rng.normal(size=(CHANNELS, CHANNELS, 1, 1)), **statistics(rng)}
+    model = build(nodes, constants, ("n", 4, 8, 8))
+    inputs = {"x": rng.normal(size=(2, 4, 8, 8)).astype(np.float32)}
+    result = fold(model, inputs)
+    cuts = {"h", "g", "r"}
+    assert comparison.compared(model, result.model, cuts, [inputs]).notes == ()
+    for each in result.model.graph.node:
+        each.op_type = change[1] if each.op_type == change[0] else each.op_type
+    with pytest.raises(OutputsDiffer, match="the folded model's outputs differ"):
+        comparison.compared(model, result.model, cuts, [inputs])
+
+
+def test_a_model_that_runs_no_more(rng: np.random.Generator) -> None:
+    model, inputs = delicate(rng, [node("Relu", "h")])
+    new = fold(model).model
+    del new.graph.node[-1].input[:]
+    with pytest.raises(InputError, match=r"^onnxruntime runs the model, but not the folded one \(.*\)\.$"):
+        comparison.compared(model, new, {"h"}, [inputs])
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_what_is_allowed_is_of_the_type(rng: np.random.Generator, dtype: Any) -> None:
     model = build(
@@ -932,7 +1147,8 @@ def test_what_is_allowed_is_of_the_type(rng: np.random.Generator, dtype: Any) ->
         ([], [], 0.0),
         ([1, 3], [1, 2], 1 / 3),
         ([True], [False], 1.0),
-        (["a"], ["b"], 0.0),
+        (["a"], ["b"], np.inf),
+        (["a"], ["a"], 0.0),
     ],
 )
 def test_distance(expected: list[Any], found: list[Any], distance: float) -> None:
@@ -961,6 +1177,8 @@ def test_random_inputs(rng: np.random.Generator) -> None:
             helper.make_tensor_value_info("lengths", onnx.TensorProto.INT64, ("n", "height")),
             helper.make_tensor_value_info("half", onnx.TensorProto.FLOAT16, ("height", "n")),
             helper.make_tensor_value_info("one", onnx.TensorProto.DOUBLE, ()),
+            helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, (16, 16)),
+            helper.make_tensor_value_info("text", onnx.TensorProto.STRING, (1,)),
         ]
     )
     inputs = outputs.random_inputs(model, 8)
@@ -969,7 +1187,11 @@ def test_random_inputs(rng: np.random.Generator) -> None:
         "lengths": ("int64", (2, 2)),
         "half": ("float16", (2, 2)),
         "one": ("float64", ()),
+        "image": ("uint8", (16, 16)),
+        "text": ("object", (1,)),
     }
+    assert len(np.unique(inputs["image"])) > 100
+    assert list(inputs["text"]) == [""]
 
 
 # --- Models of PyTorch's ----------------------------------------------------------------------------------------------
@@ -1168,20 +1390,98 @@ def test_an_error_is_caught_before_anything_is_written(folder: Path, monkeypatch
     assert "the folded model's outputs differ by" in refused(folder, "in.onnx", "in.onnx")
 
 
-def test_a_model_that_onnxruntime_does_not_run(folder: Path) -> None:
-    model = build([node("Unheard", "x", domain="other")], {}, ("n", 4))
-    onnx.save_model(model, "odd.onnx")
-    assert "onnxruntime does not run the model" in refused(folder, "odd.onnx", "out.onnx")
+WAYS_OUT = "; --inputs FILE.npz compares the models on inputs that fit, --no-check does not compare them."
+
+
+def test_a_model_that_onnxruntime_does_not_run(folder: Path, rng: np.random.Generator) -> None:
+    nodes = [*FROM_CONV[:1], normalization("h", "g"), node("Unheard", "g", domain="other")]
+    onnx.save_model(build(nodes, {"w": conv(rng), **statistics(rng)}, ("n", 4, 5, 5)), "odd.onnx")
+    said = refused(folder, "odd.onnx", "out.onnx")
+    assert "onnxruntime does not run the model, to compare its outputs (" in said
+    assert said.endswith(f"{WAYS_OUT}\n")
     assert command("odd.onnx", "out.onnx", "--no-check").exit_code == 0
 
 
-def test_an_input_that_cannot_be_made_up(folder: Path) -> None:
+def test_an_input_that_cannot_be_made_up(folder: Path, rng: np.random.Generator) -> None:
+    nodes = [node("SequenceAt", "s first", "x"), node("Conv", "x w", "h"), normalization("h")]
+    model = build(nodes, {"w": conv(rng), "first": np.asarray(0), **statistics(rng)}, ("n", 4, 5, 5))
+    sequence = helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, ("n", 4, 5, 5))
+    model.graph.input[0].CopyFrom(sequence)
+    onnx.save_model(model, "odd.onnx")
+    assert f"the axes of input 's' are not known{WAYS_OUT}" in refused(folder, "odd.onnx", "out.onnx")
+
+
+def test_one_array_for_one_input(folder: Path, rng: np.random.Generator) -> None:
+    np.save("x.npy", rng.normal(size=(1, 4, 9, 8)).astype(np.float32))
+    result = command("in.onnx", "out.onnx", "--inputs", "x.npy")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("1 of 2 batch normalizations folded; outputs differ by at most ")
+
+
+@pytest.fixture
+def two_inputs(folder: Path, rng: np.random.Generator) -> None:
+    """`two.onnx` needs two inputs whose sizes go together as no made-up ones do."""
+    nodes = [node("Concat", "x v", "u", axis=3), node("Reshape", "u shape", "r"), node("Conv", "r w", "h")]
+    constants = {"w": conv(rng), "shape": np.array([1, 4, 5, 35]), **statistics(rng)}
+    model = build([*nodes, normalization("h")], constants, (1, 4, "height", "width"))
+    model.graph.input.append(helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, (1, 4, "height", "other")))
+    onnx.save_model(model, "two.onnx")
+    np.savez("fit.npz", x=np.ones((1, 4, 7, 5), np.float32), v=rng.normal(size=(1, 4, 7, 20)).astype(np.float32))
+
+
+@pytest.mark.usefixtures("two_inputs")
+def test_inputs_of_the_users_own(folder: Path) -> None:
+    assert refused(folder, "two.onnx", "out.onnx").endswith(f"{WAYS_OUT}\n")
+    result = command("two.onnx", "out.onnx", "--inputs", "fit.npz")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("1 of 1 batch normalization folded; outputs differ by at most ")
+
+
+@pytest.mark.usefixtures("two_inputs")
+def test_inputs_that_are_of_no_use(folder: Path) -> None:
+    def said(*arguments: str) -> str:
+        return refused(folder, "two.onnx", "out.onnx", *arguments)
+
+    Path("text.npz").write_text("not what it says")
+    np.savez("other.npz", x=np.ones((1, 4, 7, 5), np.float32), w=np.ones(1))
+    np.savez("objects.npz", x=np.array([{}]), v=np.ones(1))
+    np.save("one.npy", np.ones(1))
+    unsound = "is no sound .npz or .npy file of plain arrays; save it with numpy.savez."
+    assert "nowhere.npz cannot be read (No such file or directory)." in said("--inputs", "nowhere.npz")
+    assert f"text.npz {unsound}" in said("--inputs", "text.npz")
+    assert f"objects.npz {unsound}" in said("--inputs", "objects.npz")
+    assert "other.npz holds the inputs x, w; the model takes x, v." in said("--inputs", "other.npz")
+    assert "one.npy holds the inputs none; the model takes x, v." in said("--inputs", "one.npy")
+    assert "exclude each other; give at most one" in said("--inputs", "fit.npz", "--no-check")
+
+
+def test_nothing_to_fold_is_success(folder: Path) -> None:
     sequence = helper.make_tensor_sequence_value_info("x", onnx.TensorProto.FLOAT, ("n", 4))
     output = helper.make_tensor_value_info("y", onnx.TensorProto.INT64, ())
     graph = helper.make_graph([node("SequenceLength", "x")], "graph", [sequence], [output])
-    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "odd.onnx")
-    said = refused(folder, "odd.onnx", "out.onnx")
-    assert "the axes of input 'x' are not known; --no-check folds without an example of it." in said
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save_model(model, "odd.onnx")
+    result = command("odd.onnx", "out.onnx")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "there is no batch normalization to fold\nout.onnx holds the model as it was\n"
+    assert onnx.load_model("out.onnx") == model
+
+
+def test_nothing_that_can_be_folded_is_success(folder: Path, rng: np.random.Generator) -> None:
+    model = build([node("Relu", "x", "r"), normalization("r")], statistics(rng), ("n", CHANNELS))
+    onnx.save_model(model, "odd.onnx")
+    result = command("odd.onnx", "out.onnx")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("0 of 1 batch normalization folded\n  bn stays: Relu 'relu' before it is none of")
+    assert result.stdout.endswith("\nout.onnx holds the model as it was\n")
+    assert onnx.load_model("out.onnx") == model
+
+
+def test_what_was_not_compared_is_said_though_quiet(folder: Path, rng: np.random.Generator) -> None:
+    onnx.save_model(delicate(rng, [node("RandomNormalLike", "h")])[0], "random.onnx")
+    result = command("random.onnx", "out.onnx", "--quiet")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "batchnorm: output 'y' was not compared: it is random\n" in result.stderr
 
 
 def test_weights_in_a_file_of_their_own(folder: Path) -> None:

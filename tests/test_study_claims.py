@@ -31,7 +31,7 @@ from batchnorm.study.measures import COUNTS, watched
 from batchnorm.study.settings import RATES, SAME_RATE, Settings
 from batchnorm.study.tasks import Records, Run, Setup, Task
 from batchnorm.study.training import checks
-from batchnorm.study.verdicts import FEWEST_SEEDS, bootstrap, verdict
+from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, bootstrap, more_to_decide, verdict
 
 SEEDS = 6
 STEPS = 256
@@ -99,6 +99,34 @@ def test_steps_that_the_tests_speak_of_are_checks() -> None:
 def test_verdict(interval: tuple[float, float] | None, effect: str, no_harm: str) -> None:
     assert verdict(interval, margin=1.0) == effect
     assert verdict(interval, margin=1.0, rule="no harm") == no_harm
+
+
+def test_as_many_more_effects_as_are_said_decide() -> None:
+    """The interval is undecided with two fewer, if mean and deviation are what they were."""
+    cases: list[tuple[float, float, Rule]] = [(2.0, 1.6, "effect"), (2.0, 2.4, "effect"), (-1.2, 1.6, "no harm")]
+    for centre, margin, rule in cases:
+        few = [centre - 1.0, centre + 1.0] * 3
+        more = more_to_decide(few, margin, rule)
+        assert more is not None
+        deviation = float(np.std(few, ddof=1))
+        for count, decided in ((len(few) + more, True), (len(few) + more - 2, False)):
+            half = 1.96 * deviation / float(np.sqrt(count))
+            assert (verdict((centre - half, centre + half), margin, rule) != "undecided") == decided
+
+
+@pytest.mark.parametrize(
+    ("effects", "more"),
+    [
+        ([], None),
+        ([1.0], None),
+        ([0.9, 1.1, 1.0, 1.0, 1.0, 1.0], None),  # at the margin
+        ([5.0, 5.1, 4.9], FEWEST_SEEDS - 3),
+        ([5.0] * 4, 1),
+        ([5.0] * 6, 1),  # it is decided already
+    ],
+)
+def test_how_many_more_it_takes_at_the_ends(effects: list[float], more: int | None) -> None:
+    assert more_to_decide(effects, 1.0) == more
 
 
 def test_bootstrap_covers_the_mean_of_many_samples() -> None:

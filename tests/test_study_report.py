@@ -20,7 +20,7 @@ for module in ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich"):
 
 from test_study_claims import setup, tiny, world
 
-from batchnorm.study import report
+from batchnorm.study import report, summary
 from batchnorm.study.claims import Finding, final_accuracy, judge
 from batchnorm.study.experiments import CLAIMS, EXPERIMENTS
 from batchnorm.study.tasks import Records, Setup
@@ -194,8 +194,10 @@ def test_the_environment_names_versions_and_neither_paths_nor_hosts(mixed: Findi
 @pytest.mark.parametrize(
     ("bound", "effect", "interval", "shown"),
     [
-        ("", 2.816, (2.357, 3.421), ("2.82×", "2.36 to 3.42")),
-        ("at least", 3.0, (3.0, 3.0), ("at least 3.00×", "3.00 to 3.00")),
+        ("", 2.816, (2.357, 3.421), ("2.8×", "2.4 to 3.4")),
+        ("", 2.816, (2.79, 2.84), ("2.82×", "2.79 to 2.84")),
+        ("", 14.37, (9.3, 24.8), ("14×", "9 to 25")),
+        ("at least", 3.0, (3.0, 3.0), ("at least 3.0×", "3.0 to 3.0")),
         ("", None, None, ("nothing to compare", "no interval")),
         ("", 0.5, None, ("0.50×", "no interval")),
     ],
@@ -207,8 +209,9 @@ def test_numbers_as_text(mixed: Findings, bound: Any, effect: Any, interval: Any
 
 def test_differences_have_a_sign(mixed: Findings) -> None:
     finding = replace(mixed[1][3], effect=1.493, interval=(-0.5, 2.431))
-    assert (report.effect(finding), report.interval(finding)) == ("+1.49 points", "-0.50 to +2.43")
-    assert report.effect(replace(mixed[1][4], effect=-3.6)) == "-3.60 decades"
+    assert (report.effect(finding), report.interval(finding)) == ("+1.5 points", "-0.5 to +2.4")
+    assert report.effect(replace(mixed[1][4], effect=-3.6, interval=(-3.65, -3.58))) == "-3.60 decades"
+    assert report.effect(replace(mixed[1][4], effect=-0.04, interval=(-1.0, 0.9))) == "+0.0 decades"
 
 
 def test_a_median_of_seeds_that_mostly_never_arrive_is_never(mixed: Findings) -> None:
@@ -228,6 +231,110 @@ def test_the_meaning_is_two_sentences_and_follows_the_verdict(mixed: Findings) -
     assert texts["not supported"].endswith(CLAIMS[0].if_false)
     assert texts["contradicted"].startswith("Here it is the other way round.")
     assert len(set(texts.values())) == 4
+
+
+# --- What was learned -------------------------------------------------------------------------------------------------
+
+
+def test_three_sentences(mixed: Findings) -> None:
+    none = [replace(finding, verdict="undecided") for finding in mixed[1][:2]]
+    assert summary.sentences(none) == (
+        "Of 2 claims 0 hold here, 0 do not, and 2 are left undecided.",
+        "No effect is clear enough to be named.",
+        "Nothing that was decided disagrees with what is published.",
+    )
+    by_id = {finding.claim.id: finding for finding in mixed[1]}
+    some = [
+        replace(by_id["faster-at-same-rate"], verdict="supported", effect=3.0, interval=(2.5, 4.0)),
+        replace(by_id["small-batches-hurt"], verdict="contradicted"),
+        replace(by_id["reduces-covariate-shift"], verdict="supported", effect=1.3, interval=(1.2, 1.4)),
+    ]
+    counted, clearest, against = summary.sentences(some)
+    assert counted == "Of 3 claims 2 hold here, 1 does not, and 0 are left undecided."
+    statement = some[0].claim.statement
+    assert clearest == f"The clearest effect: {statement[0].lower()}{statement[1:]}"
+    assert against.startswith("The literature has it otherwise for 2 findings: contradicted is “")
+    assert "; supported is “It reduces internal covariate shift”." in against
+
+
+@pytest.mark.parametrize(
+    ("claim", "verdict", "otherwise"),
+    [
+        ("reduces-covariate-shift", "supported", True),
+        ("reduces-covariate-shift", "contradicted", False),
+        ("reduces-covariate-shift", "not supported", False),
+        ("reduces-covariate-shift", "undecided", False),
+        ("steadiness-is-why", "supported", True),
+        ("gradient-flow-relu", "contradicted", False),
+        ("gradient-flow-relu", "supported", True),
+        ("faster-at-same-rate", "supported", False),
+        ("faster-at-same-rate", "not supported", True),
+        ("beats-weight-norm", "supported", True),
+        ("beats-output-norm", "contradicted", False),
+    ],
+)
+def test_disagreement_with_the_literature_is_marked(mixed: Findings, claim: str, verdict: Any, otherwise: bool) -> None:
+    records, found = mixed
+    (finding,) = (replace(each, verdict=verdict) for each in found if each.claim.id == claim)
+    assert summary.disagrees(finding) == otherwise
+    words = Page(report.page(records, list(EXPERIMENTS), [finding])).words
+    assert words.count("≠") == (2 if otherwise else 0) + 1, "in the table, in the section, and in what explains it"
+    assert ("**Not so here:**" in report.markdown(records, list(EXPERIMENTS), [finding])) == otherwise
+    assert report.results(records, [finding])["claims"][0]["disagrees"] == otherwise
+
+
+def test_every_claim_without_a_published_result_disagrees_with_none() -> None:
+    assert all(claim.published or claim.literature is None for claim in CLAIMS)
+
+
+def test_the_page_opens_with_what_was_learned_then_all_effects_then_the_contents(mixed: Findings) -> None:
+    text = page(mixed)
+    read = Page(text)
+    words = " ".join(read.words.split())
+    learned = " ".join(summary.sentences(mixed[1]))
+    places = [
+        words.index(learned),
+        words.index("All effects"),
+        words.index("Contents"),
+        words.index("Claim, and what was measured"),
+    ]
+    assert places == sorted(places)
+    ids = [experiment.id for experiment in EXPERIMENTS]
+    assert [link for link in read.links if link.startswith("#")][: len(ids) + 2] == [
+        "#claims", *(f"#{each}" for each in ids), "#method"
+    ]  # fmt: skip
+    assert " ".join(summary.sentences(mixed[1])).split(".")[0] in report.markdown(
+        *mixed[:1], list(EXPERIMENTS), mixed[1]
+    )
+
+
+def test_the_forest_has_a_row_for_every_effect(mixed: Findings) -> None:
+    figures = json.loads(page(mixed).split('id="figures">')[1].split("</script>")[0])
+    rows = {
+        name: (trace["name"], x)
+        for trace in figures["effects"]["data"]
+        for name, x in zip(trace["y"], trace["x"], strict=True)
+    }
+    shown = [finding for finding in mixed[1] if finding.interval is not None]
+    assert len(rows) == len(shown)
+    for finding in shown:
+        name = finding.claim.id.replace("-", " ") + " ≠" * summary.disagrees(finding)
+        group, x = rows[name]
+        assert group == finding.verdict
+        assert finding.effect is not None
+        in_margins = finding.effect / finding.claim.margin
+        if finding.claim.unit == "ratio":
+            in_margins = math.log(finding.effect) / math.log(finding.claim.margin)
+        assert math.sinh(x) == pytest.approx(in_margins, rel=0.02, abs=0.01)
+
+
+def test_an_undecided_finding_says_how_many_more_seeds_it_would_take(mixed: Findings) -> None:
+    finding = replace(mixed[1][0], verdict="undecided", more_seeds=9)
+    assert report.meaning(finding).endswith("About 9 more seeds would decide it, if the effect is what it seems.")
+    assert "About 1 more seed would" in report.meaning(replace(finding, more_seeds=1))
+    assert "may never decide it" in report.meaning(replace(finding, more_seeds=None))
+    assert "Fewer than 5 seeds decide nothing." in report.meaning(replace(finding, effects=[1.0]))
+    assert report.more(replace(finding, verdict="supported")) == ""
 
 
 # --- The page, in a browser -------------------------------------------------------------------------------------------
@@ -266,7 +373,7 @@ def test_every_plot_is_drawn_without_a_word_or_a_request(opened: Any, mixed: Fin
     tab, said = opened(width, height)
     assert said == []
     plots = sum(len(experiment.plots(mixed[0])) for experiment in EXPERIMENTS)
-    plots += sum(bool(finding.effects) for finding in mixed[1])
+    plots += sum(bool(finding.effects) for finding in mixed[1]) + 1
     drawn = tab.evaluate(
         "[...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('.main-svg .trace').length)"
     )

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from batchnorm import environment
 from batchnorm.bench.clock import Record
-from batchnorm.bench.environment import environment
 from benchmarks.gpu import checks, host, layers, models, sweep
 from benchmarks.gpu.cases import is_compiled, timed
 from benchmarks.gpu.kernels import needed
@@ -80,7 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sources(device: torch.device) -> dict[str, Any]:
     """What every number comes from."""
-    found: dict[str, Any] = {**environment(), "commit": commit(), "gpu": platform.processor() or "cpu", "cuda": ""}
+    found: dict[str, Any] = {
+        **environment.columns(),
+        "commit": commit(),
+        "gpu": platform.processor() or "cpu",
+        "cuda": "",
+    }
     found["triton"] = ""
     try:
         import triton

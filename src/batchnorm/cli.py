@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import batchnorm
 from batchnorm.errors import InputError
+from batchnorm.extras import EXTRAS, missing
 
 try:
     import typer
@@ -23,7 +24,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["app", "main"]
 
-NEEDS = ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich", "onnx")
+NEEDS = {package for packages in EXTRAS.values() for package in packages}
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
@@ -40,7 +41,7 @@ def _one_sentence(what: str, extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
-        _stop(f'{what} needs {error.name}, which is not installed; pip install "batchnorm[{extra}]" brings it.', 2)
+        _stop(missing(what, str(error.name), extra), 2)
     except KeyboardInterrupt as error:
         _stop(str(error) or "interrupted.", 130)
 
@@ -57,10 +58,15 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _flag(name: str, help: str, **options: Any) -> Any:
+    """An option that takes no value, and says so."""
+    return typer.Option(name, help=help, metavar="", **options)
+
+
 @app.callback()
 def _batchnorm(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, _flag("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Batch normalization: fast layers, tools for whole models, and a study of what it does."""
@@ -75,8 +81,9 @@ def study(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Images to train on: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10 (binary), "
-            "gzipped or not, or an .npz file with x_train, y_train, x_test, y_test (or x, y, which are split). "
+            help="Images to train on: a folder with the files of MNIST, Fashion-MNIST (IDX) or CIFAR-10, gzipped or "
+            "not, or an .npz file with x_train, y_train, x_test, y_test (or MedMNIST's names, or x, y, which are "
+            "split). "
             "[default: scikit-learn's digits]",
         ),
     ] = None,
@@ -91,10 +98,10 @@ def study(
     claims: Annotated[
         str, typer.Option(metavar="A,B", help="Check only these claims or sections, by id. [default: all]")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More seeds and steps: several times as long.")] = False,
+    quick: Annotated[bool, _flag("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
+    full: Annotated[bool, _flag("--full", help="More seeds and steps: several times as long.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the runs that an interrupted study left in DIR, and do the rest.")
+        bool, _flag("--resume", help="Keep the runs that an interrupted study left in DIR, and do the rest.")
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(metavar="N", help="Number of seeds. [default: 6; quick 5, full 12]")
@@ -148,9 +155,9 @@ def bench(
         float, typer.Option(metavar="S", help="Seconds per case, in training and in evaluation each.")
     ] = 1.0,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Time torch.compile too. Compiling takes seconds per case.")
+        bool, _flag("--compile", help="Time torch.compile too. Compiling takes seconds per case.")
     ] = False,
-    jax: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
+    jax: Annotated[bool, _flag("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the numbers and all versions to this CSV file.")
     ] = None,
@@ -171,20 +178,42 @@ def bench(
 def fold(
     source: Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model, with its external data beside it.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.onnx", help="The file to write; it may be IN.onnx.")],
-    no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not compare the two models on random inputs before writing.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors.")] = False,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Inputs to compare the two models on: an .npz file with an array for each, by name, or an .npy file "
+            "for a model with one. [default: random ones]",
+        ),
+    ] = None,
+    no_check: Annotated[bool, _flag("--no-check", help="Do not compare the two models before writing.")] = False,
+    quiet: Annotated[bool, _flag("--quiet", help="Print only errors, and what could not be compared.")] = False,
 ) -> None:
     """Fold the batch normalizations of an ONNX model into the layers beside them.
 
-    Prints the layer that each one went into, or why it stays. The new model is written only if its outputs equal those
-    of the old one up to rounding. The comparison needs onnxruntime.
+    Prints the layer that each one went into, or why it stays. The new model is written only if each of its parts, given
+    what the old one has there, computes the same up to rounding. The comparison needs onnxruntime.
     """
     with _one_sentence("folding", "onnx"):
         from batchnorm.onnx.command import fold_file
 
-        fold_file(source, target, not no_check, quiet)
+        fold_file(source, target, inputs, not no_check, quiet)
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, _flag("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print where the package runs: versions, threads, caches, devices and routes.
+
+    Put this into a bug report. Nothing in it identifies a machine or a person.
+    """
+    import json
+
+    from batchnorm.environment import environment, text
+
+    found = environment()
+    typer.echo(json.dumps(found, indent=2) if as_json else text(found))
 
 
 def main() -> None:

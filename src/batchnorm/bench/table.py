@@ -12,6 +12,22 @@ from batchnorm.errors import InputError
 __all__ = ["read", "write"]
 
 
+def check_writable(path: Path) -> None:
+    """Check, before minutes of timing, that a file can be written. Folders above it are created.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def write(path: Path, records: Sequence[Record], environment: Mapping[str, Any]) -> None:
     """Write records, each with the environment.
 

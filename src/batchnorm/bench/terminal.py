@@ -11,7 +11,7 @@ from rich.table import Table
 from batchnorm.bench import layers, peers, summary, table
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Record
-from batchnorm.bench.environment import environment
+from batchnorm.environment import columns
 from batchnorm.errors import InputError
 
 __all__ = ["bench", "check", "select", "watch"]
@@ -30,9 +30,13 @@ def bench(only: str, seconds: float, compiled: bool, others: bool, out: Path | N
         out: The CSV file; none is written if None.
 
     Raises:
-        InputError: If no case matches, or if a requested candidate cannot run.
+        InputError: If no case matches, if a requested candidate cannot run, or if the file cannot be written.
     """
+    if not seconds >= 0:
+        raise InputError(f"seconds must be 0 or more, got {seconds:g}.")
     cases = select(only)
+    if out is not None:
+        table.check_writable(out)
     check(compiled, others)
     console = Console()
     found: list[Record] = []
@@ -42,7 +46,7 @@ def bench(only: str, seconds: float, compiled: bool, others: bool, out: Path | N
         console.print(comparison(records))
         found += records
     if out is not None:
-        table.write(out, found, environment())
+        table.write(out, found, columns())
         console.print(f"Written: {out}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,5 +1,9 @@
 """Batch normalization for Keras 3, on TensorFlow, JAX and PyTorch: the layer, and tools for whole models."""
 
+from batchnorm.extras import require
+
+require("keras")
+
 from batchnorm.keras.calibrate import Calibration, calibrate
 from batchnorm.keras.convert import convert, revert
 from batchnorm.keras.fold import fold

@@ -24,7 +24,7 @@ from numba.core import config
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
-__all__ = ["DIGEST", "keep"]
+__all__ = ["DIGEST", "folder", "keep"]
 
 SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT")
 """Settings of Numba, from its environment variables, that change the code of a kernel but not Numba's key."""
@@ -115,6 +115,14 @@ def keep(kernel: Any) -> None:
         if "no locator available" not in str(error):
             raise
         _warn()
+
+
+def folder() -> Path | None:
+    """Where compiled kernels are kept; None if nowhere."""
+    try:
+        return Path(_KernelCache(folder).cache_path) if DIGEST else None  # the choice depends on the file alone
+    except RuntimeError:
+        return None
 
 
 @functools.cache  # once for all kernels

@@ -3,27 +3,28 @@
 In inference a normalization goes
 
 ```
-back      into the Conv, ConvTranspose, Gemm, MatMul, or MatMul and Add, that its input comes from
+back      into the Conv, ConvTranspose, Gemm or MatMul, or one of these and an Add, that its input comes from
 forward   into the Conv without padding, Gemm or MatMul, or Flatten and one of the last two, that its output goes to
 ```
 
 if nothing else takes the value in between, and the weights and the four vectors of the normalization are constants.
-Identity, and Dropout, which does nothing in inference, may lie in between. What is decided, in which order and why not,
-is in `batchnorm.whole.fold`; here is what it needs to know of a graph.
+Identity, a Cast that changes no type, and Dropout, which does nothing in inference, may lie in between. What is
+decided, in which order and why not, is in `batchnorm.whole.fold`; here is what it needs to know of a graph.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from onnx import ModelProto, NodeProto, checker
 
 from batchnorm.errors import InputError
+from batchnorm.onnx.comparison import compared
 from batchnorm.onnx.files import check_valid, first_line
 from batchnorm.onnx.graph import Array, Graph, attribute, operation, subgraphs
-from batchnorm.onnx.outputs import UNCHECKED, Inputs, can_run, dtypes, run, run_first
+from batchnorm.onnx.outputs import UNCHECKED, Inputs, can_run
 from batchnorm.whole.comparison import Outputs, OutputsDiffer
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization, exchange_ends
@@ -32,9 +33,6 @@ __all__ = ["fold", "fold_on"]
 
 OLDEST_OPSET = 7
 """Since then Gemm and Add broadcast as they do today, and a single output means inference."""
-
-OLDEST_IR = 4
-"""Since then initializers need not be inputs of the graph, which the caller may set."""
 
 
 def fold(model: ModelProto, example_inputs: Inputs | None = None) -> Folded[ModelProto]:
@@ -53,9 +51,11 @@ def fold(model: ModelProto, example_inputs: Inputs | None = None) -> Folded[Mode
         The new model, the node that each normalization went into, and the reason why others did not.
 
     Raises:
-        InputError: If the model is not valid or does not run on the inputs, or if the outputs differ by more than
+        InputError: If the model is not valid or does not run on the inputs. Or if a part of the new model, between the
+            places where a normalization was folded, differs from the original's on the same values by more than
             rounding explains: relative to the largest value 1e-10 in float64, 1e-4 in float32, 0.02 in float16 and 0.1
-            in bfloat16 (the coarsest type counts); or if they have other shapes.
+            in bfloat16 (the coarsest type counts). The outputs as a whole may differ by more, where the model
+            amplifies rounding; the result says so, and by how much the original differs from itself.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
@@ -146,7 +146,7 @@ def _matmul(graph: Graph, i: int) -> _Linear:
     values, dtype = graph.weight(i, 1)
     if values.ndim != 2:
         raise Stays(f"the weight of {graph.call(i)} has {values.ndim} axes, not 2")
-    rank = graph.ranks.get(node.input[0])
+    rank = graph.rank(node.input[0])
     if rank != 2:
         found = "an unknown number of axes" if rank is None else f"{rank} axes"
         raise Stays(f"the input of {graph.call(i)} has {found}; only with 2 are its columns the channels")
@@ -159,8 +159,13 @@ def _matmul(graph: Graph, i: int) -> _Linear:
     return _Linear(LinearMap(values.T, np.zeros(values.shape[1]), dtype=dtype.name), write)
 
 
-def _matmul_of(graph: Graph, i: int) -> tuple[int, int]:
-    """The MatMul whose output an Add takes, and the slot of the constant that it adds.
+LINEAR = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul}
+BACK = (*LINEAR, "Add")
+FORWARD = ("Conv", "Gemm", "MatMul")
+
+
+def _summand(graph: Graph, i: int) -> tuple[int, int]:
+    """The linear node whose output an Add takes, and the slot of the constant that it adds.
 
     Raises:
         Stays: If the Add is not of this kind.
@@ -169,29 +174,39 @@ def _matmul_of(graph: Graph, i: int) -> tuple[int, int]:
     if sum(constant) != 1:
         raise Stays(f"{graph.call(i)} adds no constant")
     slot = constant.index(False)
-    matmul = graph.before(i, slot)
-    if graph.op(matmul) != "MatMul":
-        raise Stays(f"{graph.call(i)} adds to {graph.call(matmul)}, not to a MatMul")
-    return matmul, 1 - slot
+    linear = graph.before(i, slot)
+    if graph.op(linear) not in LINEAR:
+        raise Stays(f"{graph.call(i)} adds to {graph.call(linear)}, which is none of {', '.join(LINEAR)}")
+    return linear, 1 - slot
 
 
-def _matmul_add(graph: Graph, i: int) -> _Linear:
-    matmul, slot = _matmul_of(graph, i)
-    map = _matmul(graph, matmul).map
-    dtype = graph.weight(matmul, 1)[1]
+def _with_add(graph: Graph, i: int, add: int) -> _Linear:
+    """A linear node and the Add after it as one: the constant goes into the offset of the node."""
+    map, write = LINEAR[graph.op(i)](graph, i)
+    slot = _summand(graph, add)[1]
+    rank = map.matrix.ndim if graph.op(i) in ("Conv", "ConvTranspose") else 2
 
-    def write(map: LinearMap) -> None:
-        graph.put(matmul, 1, map.matrix.T, dtype)
-        graph.put(i, slot, map.offset, dtype)
+    def write_both(map: LinearMap) -> None:
+        write(map)
+        graph.bypass(add, 1 - slot)
 
-    return _Linear(replace(map, offset=graph.offset(i, slot, map.outputs)), write)
-
-
-BACK = {"Conv": _conv, "ConvTranspose": _conv_transpose, "Gemm": _gemm, "MatMul": _matmul, "Add": _matmul_add}
-FORWARD = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
+    return _Linear(replace(map, offset=map.offset + graph.offset(add, slot, map.outputs, rank)), write_both)
 
 
 # --- What folding needs to know ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Beside(Place):
+    """A linear node beside a normalization.
+
+    Attributes:
+        forward: Whether the normalization goes forward into it, and not back.
+        add: The Add after the node that it contains, if any.
+    """
+
+    forward: bool = False
+    add: int | None = None
 
 
 class _Network:
@@ -200,9 +215,10 @@ class _Network:
     Attributes:
         graph: The copy's graph.
         numbers: The number of each node, by its label.
-        linear: What nodes beside normalizations compute, by their labels.
-        taken: The labels of the nodes that normalizations have gone into.
-        adds: By the label of a MatMul, the label of an Add in `taken` whose map contains it.
+        linear: What nodes beside normalizations compute, by their labels and the Adds that they contain.
+        adds: By the labels of the nodes that normalizations have gone into, the Adds that they contain.
+        starts: By the same labels, the value before the node and its normalizations.
+        ends: The value after them. Both models have these values; what lies between is not the same.
     """
 
     constants = ("mean", "variance", "scale", "B", "epsilon")
@@ -212,9 +228,10 @@ class _Network:
         self.graph = graph = Graph(original)
         self.numbers = {label: i for i, label in enumerate(graph.labels)}
         self.inner = dict(_inner_normalizations(graph))
-        self.linear: dict[str, _Linear] = {}
-        self.taken: set[str] = set()
-        self.adds: dict[str, str] = {}
+        self.linear: dict[tuple[str, int | None], _Linear] = {}
+        self.adds: dict[str, int | None] = {}
+        self.starts: dict[str, str] = {}
+        self.ends: dict[str, str] = {}
 
     def names(self) -> list[str]:
         """Those of the main graph, and then those of subgraphs and functions, which all stay."""
@@ -227,8 +244,6 @@ class _Network:
             raise Stays(self.inner[name])
         graph = self.graph
         node = graph.node(self.numbers[name])
-        if graph.model.ir_version < OLDEST_IR:
-            raise Stays(f"in IR version {graph.model.ir_version} all initializers are inputs of the graph")
         if graph.opset < OLDEST_OPSET:
             raise Stays(f"opset {graph.opset} is older than {OLDEST_OPSET}")
         if attribute(node, "training_mode", 0) or any(node.output[1:]):
@@ -243,67 +258,75 @@ class _Network:
             raise Stays("its constants are not one value per channel")
         return Normalization(mean, var, weight, bias, attribute(node, "epsilon", 1e-5))
 
-    def before(self, name: str) -> Place:
+    def before(self, name: str) -> _Beside:
         graph = self.graph
         target = graph.before(self.numbers[name])
-        place = self._beside(target, "before", BACK)
-        if graph.op(target) == "Add":
-            matmul = graph.labels[_matmul_of(graph, target)[0]]
-            if matmul in self.taken:
-                raise Stays(f"{place.said} adds to {graph.call(self.numbers[matmul])}, which has an offset by now")
-        return place
+        said = self._said(target, "before", BACK)
+        if graph.op(target) != "Add":
+            return _Beside(graph.labels[target], said)
+        linear, _ = _summand(graph, target)
+        label = graph.labels[linear]
+        if self.adds.get(label, target) != target:
+            raise Stays(f"{said} adds to {graph.call(linear)}, which has an offset by now")
+        return _Beside(label, said, add=target)
 
-    def after(self, name: str) -> Place:
+    def after(self, name: str) -> _Beside:
         graph = self.graph
         i = self.numbers[name]
         target = graph.after(i)
         flat = graph.op(target) == "Flatten" and attribute(graph.node(target), "axis", 1) == 1
         if flat:
             target = graph.after(target)
-        place = self._beside(target, "after", FORWARD)
-        place = replace(place, layer=self.adds.get(place.layer, place.layer))
+        said, label = self._said(target, "after", FORWARD), graph.labels[target]
         node = graph.node(target)
         if any(attribute(node, "pads", ())) or attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            raise Stays(f"{place.said} pads with zeros, which the shift does not reach")
+            raise Stays(f"{said} pads with zeros, which the shift does not reach")
         if attribute(node, "transA", 0):
-            raise Stays(f"{place.said} transposes its input")
+            raise Stays(f"{said} transposes its input")
+        place = _Beside(label, said, forward=True, add=self.adds.get(label))
         if not flat:
             return place
         channels = graph.constant(graph.node(i).input[3], "its mean")[0].size
         positions = self.linear_map(place).inputs // channels
         return replace(place, channels=np.repeat(np.arange(channels), positions))
 
-    def linear_map(self, place: Place) -> LinearMap:
-        target = self.numbers[place.layer]
-        if place.layer not in self.linear:
-            self.linear[place.layer] = BACK[self.graph.op(target)](self.graph, target)
-        return self.linear[place.layer].map
+    def linear_map(self, place: _Beside) -> LinearMap:
+        key = place.layer, place.add
+        if key not in self.linear:
+            graph, i = self.graph, self.numbers[place.layer]
+            self.linear[key] = LINEAR[graph.op(i)](graph, i) if place.add is None else _with_add(graph, i, place.add)
+        return self.linear[key].map
 
-    def take_out(self, name: str, place: Place) -> None:
-        target = self.numbers[place.layer]
-        if self.graph.op(target) == "Add":
-            self.adds[self.graph.labels[_matmul_of(self.graph, target)[0]]] = place.layer
-        self.taken.add(place.layer)
-        self.graph.bypass(self.numbers[name])
+    def take_out(self, name: str, place: _Beside) -> None:
+        graph, i, label = self.graph, self.numbers[name], place.layer
+        node, linear = graph.node(i), graph.node(self.numbers[label])
+        if place.forward:
+            self.starts[label] = node.input[0]
+            self.ends.setdefault(label, linear.output[0])
+        else:
+            self.starts.setdefault(label, linear.input[0])
+            self.ends[label] = node.output[0]
+        self.adds[label] = place.add
+        graph.bypass(i, forward=place.forward)
 
     def finish(self, maps: Mapping[str, LinearMap]) -> ModelProto:
         for label, map in maps.items():
-            self.linear[label].write(map)
+            self.linear[label, self.adds[label]].write(map)
         self.graph.finish()
         check_valid(self.graph.model)
         return self.graph.model
 
     def outputs(self) -> Outputs | None:
-        if self.candidates is None:
+        if self.candidates is None or not self.ends:
             return None
-        inputs, expected = run_first(self.original, self.candidates)
-        return Outputs(expected, run(self.graph.model, inputs), dtypes(self.original))
+        cuts = {*self.starts.values(), *self.ends.values()} & self.graph.makers.keys()
+        return compared(self.original, self.graph.model, cuts, self.candidates)
 
-    def _beside(self, target: int, where: str, kinds: Iterable[str]) -> Place:
+    def _said(self, target: int, where: str, kinds: Iterable[str]) -> str:
         said = f"{self.graph.call(target)} {where} it"
         if self.graph.op(target) not in kinds:
             raise Stays(f"{said} is none of {', '.join(kinds)}")
-        return Place(self.graph.labels[target], said)
+        return said
 
 
 def _inner_normalizations(graph: Graph) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
 from batchnorm.whole.fold import Stays
 
@@ -19,6 +19,9 @@ DType = np.dtype[Any]
 
 SMALL = 1024
 """Constants of up to so many values may be sizes, which shape inference reads."""
+
+SETTABLE_IR = 4
+"""Since this IR version the caller may set an initializer that is listed among the inputs. Before, all had to be."""
 
 OUTSIDE = -1
 """Stands for the caller among the nodes that take a value."""
@@ -68,6 +71,8 @@ class Graph:
         labels: A unique label for each node: its name, or else the name of its first output.
         makers: The node that each value comes from.
         takers: The nodes that take each value; a node that takes it twice is there twice.
+        inputs: The values that the caller may set.
+        initializers: The initializers that are left, by name.
         values: New constants and their types, in float64 until `finish` rounds them.
     """
 
@@ -81,8 +86,9 @@ class Graph:
             node.name if named[node.name] == 1 and node.name else next(iter(node.output), "")
             for node in model.graph.node
         ]
-        self.inputs = {value.name for value in model.graph.input}
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.listed = model.ir_version < SETTABLE_IR
+        self.inputs = {each.name for each in model.graph.input} - (self.initializers.keys() if self.listed else set())
         self.values: dict[str, tuple[Array, DType]] = {}
         self.makers: dict[str, int] = {}
         self.takers: dict[str, list[int]] = defaultdict(list)
@@ -113,9 +119,18 @@ class Graph:
         return next((each.version for each in self.model.opset_import if each.domain in DEFAULT_DOMAIN), 1)
 
     @cached_property
-    def ranks(self) -> dict[str, int]:
-        """The number of axes of each value, where it follows from the model."""
-        return _ranks(self.original)
+    def _known(self) -> dict[str, TypeProto.Tensor]:
+        return _inferred(self.original)
+
+    def rank(self, name: str) -> int | None:
+        """The number of axes of a value, if it follows from the model."""
+        known = self._known.get(name)
+        return len(known.shape.dim) if known is not None and known.HasField("shape") else None
+
+    def kind(self, name: str) -> int:
+        """The type of a value's elements as ONNX numbers them; 0 if it does not follow from the model."""
+        known = self._known.get(name)
+        return 0 if known is None else int(known.elem_type)
 
     # What is there
 
@@ -125,7 +140,7 @@ class Graph:
         Raises:
             Stays: If it is not a constant, or if the caller may set it.
         """
-        while name not in self.initializers and name in self.makers and self.op(self.makers[name]) == "Identity":
+        while name not in self.initializers and name in self.makers and self._copies(self.makers[name]):
             name = self.node(self.makers[name]).input[0]
         if name in self.values:
             return self.values[name]
@@ -161,14 +176,21 @@ class Graph:
             raise Stays(f"{what} is of type {dtype.name}")
         return values, dtype
 
-    def offset(self, i: int, slot: int, size: int) -> Array:
-        """The offset among the inputs of a node, `(size,)`; 0 if there is none."""
+    def offset(self, i: int, slot: int, size: int, rank: int = 2) -> Array:
+        """The offset among the inputs of a node, `(size,)`; 0 if there is none.
+
+        Args:
+            i: The node.
+            slot: Which of its inputs.
+            size: The number of channels.
+            rank: The number of axes of what it is added to; the channels are axis 1.
+        """
         node, what = self.node(i), f"the offset of {self.call(i)}"
         if len(node.input) <= slot or not node.input[slot]:
             return np.zeros(size)
         values, _ = self.constant(node.input[slot], what)
         try:
-            return np.broadcast_to(values, (1, size)).reshape(size)
+            return np.broadcast_to(values, (1, size, *[1] * (rank - 2))).reshape(size)
         except ValueError:
             raise Stays(f"{what} is not one value per channel") from None
 
@@ -178,7 +200,18 @@ class Graph:
         if self.op(i) == "Dropout" and not any(self.takers[name] for name in node.output[1:]):
             training = next(iter(node.input[2:]), "")
             return not training or (self.is_constant(training) and not self.constant(training, training)[0].any())
-        return self.op(i) == "Identity"
+        return self._copies(i)
+
+    def _copies(self, i: int) -> bool:
+        """Whether a node is an Identity, or a Cast to the type that its input has."""
+        node = self.node(i)
+        match self.op(i):
+            case "Cast":
+                return bool(attribute(node, "to", 0) == self.kind(node.input[0]))
+            case "CastLike":
+                return 0 != self.kind(node.input[0]) == self.kind(node.input[1])
+            case operation:
+                return operation == "Identity"
 
     def before(self, i: int, slot: int = 0) -> int:
         """The node that an input of this one comes from, past those that only hand it on.
@@ -235,30 +268,38 @@ class Graph:
             self.initializers.pop(name, None)
             self.values.pop(name, None)
         maker = self.makers.get(name)
-        if maker is not None and self.op(maker) in ("Constant", "Identity"):
+        if maker is not None and (self.op(maker) == "Constant" or self._copies(maker)):
             del self.makers[name]
             for source in self.node(maker).input:
                 self.release(source, maker)
             self.nodes[maker] = None
 
-    def bypass(self, i: int) -> None:
-        """Take out a node: its first input takes the place of its output. Names of the graph's own stay."""
+    def bypass(self, i: int, slot: int = 0, forward: bool = False) -> None:
+        """Take out a node of which one input takes the place of its output.
+
+        Args:
+            i: The node.
+            slot: Which of its inputs.
+            forward: Which name the value keeps: the input's if the only node that takes the output changes; otherwise
+                the output's, and the node that the input comes from changes, which no other takes.
+        """
         node = self.node(i)
-        source, result = node.input[0], node.output[0]
-        for name in node.input[1:]:
-            self.release(name, i)
-        if self.takers[source] == [i] and source in self.makers:
-            del self.takers[source]
-            maker = self.makers.pop(source)
-            outputs = self.node(maker).output
-            outputs[list(outputs).index(source)] = result
-            self.makers[result] = maker
-        else:
+        source, result = node.input[slot], node.output[0]
+        for other, name in enumerate(node.input):
+            if other != slot:
+                self.release(name, i)
+        if forward:
             (taker,) = self.takers.pop(result)
             inputs = self.node(taker).input
             inputs[list(inputs).index(result)] = source
             self.takers[source] = [*(each for each in self.takers[source] if each != i), taker]
             del self.makers[result]
+        else:
+            del self.takers[source]
+            maker = self.makers.pop(source)
+            outputs = self.node(maker).output
+            outputs[list(outputs).index(source)] = result
+            self.makers[result] = maker
         self.nodes[i] = None
 
     def finish(self) -> None:
@@ -277,14 +318,30 @@ class Graph:
             elif name not in self.initializers:
                 del graph.initializer[i]
         graph.initializer.extend(tensors.values())
+        if self.listed:
+            self._list_initializers()
         known = (self.makers.keys() | self.initializers.keys() | self.inputs) - self.values.keys()
         for i in reversed(range(len(graph.value_info))):
             if graph.value_info[i].name not in known:
                 del graph.value_info[i]
 
+    def _list_initializers(self) -> None:
+        """Make the inputs of the graph those that the caller sets, in their order, and all initializers."""
+        graph = self.model.graph
+        left = {tensor.name: tensor for tensor in graph.initializer}
+        for i in reversed(range(len(graph.input))):
+            name = graph.input[i].name
+            if name in left:
+                del left[name]
+            elif name not in self.inputs:
+                del graph.input[i]
+        graph.input.extend(
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in left.values()
+        )
 
-def _ranks(model: ModelProto) -> dict[str, int]:
-    """The number of axes of each value, where it follows from the model."""
+
+def _inferred(model: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """What follows from the model of the type and shape of each value."""
     graph = model.graph
     skeleton = helper.make_graph(graph.node, graph.name, graph.input, graph.output, value_info=graph.value_info)
     inputs = {each.name for each in graph.input}
@@ -297,8 +354,9 @@ def _ranks(model: ModelProto) -> dict[str, int]:
         skeleton, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
     )
     found = shape_inference.infer_shapes(bare).graph
-    return {
-        each.name: len(each.type.tensor_type.shape.dim)
+    known = {
+        each.name: each.type.tensor_type
         for each in (*found.input, *found.value_info, *found.output)
-        if each.type.tensor_type.HasField("shape")
+        if each.type.HasField("tensor_type")
     }
+    return {tensor.name: TypeProto.Tensor(elem_type=tensor.data_type) for tensor in graph.initializer} | known

@@ -1,17 +1,20 @@
 """What onnxruntime computes from a model."""
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from batchnorm.errors import InputError
 from batchnorm.onnx.files import first_line, portable
 
-__all__ = ["UNCHECKED", "can_run", "dtypes", "random_inputs", "run", "run_first"]
+__all__ = ["UNCHECKED", "DoesNotRun", "can_run", "dtypes", "random_inputs", "read_inputs", "run", "run_first"]
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -27,34 +30,56 @@ def can_run() -> bool:
     return find_spec("onnxruntime") is not None
 
 
-def run(model: ModelProto, inputs: Inputs) -> dict[str, NDArray[Any]]:
-    """The outputs of a model that are arrays, by name."""
+class DoesNotRun(InputError):
+    """onnxruntime does not run a model on inputs. The message says why."""
+
+
+def run(model: ModelProto, inputs: Inputs, *, times: int = 1, optimized: bool = False) -> list[dict[str, NDArray[Any]]]:
+    """The outputs of a model that are arrays, by name.
+
+    Args:
+        model: Any model.
+        inputs: An array for every input.
+        times: How often to run it.
+        optimized: Whether onnxruntime may fold and fuse by itself.
+
+    Returns:
+        The outputs of every run.
+
+    Raises:
+        DoesNotRun: If it does not run.
+    """
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would fold by itself
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     options.log_severity_level = 4  # errors come as exceptions
-    with portable(model) as given:
-        session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-        values = session.run(None, dict(inputs))
-    names = (output.name for output in model.graph.output)
-    return {name: y for name, y in zip(names, values, strict=True) if isinstance(y, np.ndarray)}
+    try:
+        with portable(model) as given:
+            session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+            runs = [session.run(None, dict(inputs)) for _ in range(times)]
+    except Exception as error:  # the errors of onnxruntime have no class in common
+        raise DoesNotRun(first_line(error)) from error
+    names = [output.name for output in model.graph.output]
+    return [{name: y for name, y in zip(names, values, strict=True) if isinstance(y, np.ndarray)} for values in runs]
 
 
-def run_first(model: ModelProto, candidates: Iterable[Inputs]) -> tuple[Inputs, dict[str, NDArray[Any]]]:
-    """The first inputs on which a model runs, and its outputs.
+def run_first(
+    model: ModelProto, candidates: Iterable[Inputs], times: int = 1
+) -> tuple[Inputs, list[dict[str, NDArray[Any]]]]:
+    """The first inputs on which a model runs, and its outputs in every run.
 
     Raises:
-        InputError: If it runs on none of them.
+        DoesNotRun: If it runs on none of them.
     """
     problem = None
     for inputs in candidates:
         try:
-            return inputs, run(model, inputs)
-        except Exception as error:  # the errors of onnxruntime have no class in common
+            return inputs, run(model, inputs, times=times)
+        except DoesNotRun as error:
             problem = error
-    assert problem is not None
-    raise InputError(f"onnxruntime does not run the model, to compare its outputs ({first_line(problem)}).")
+    raise DoesNotRun(f"onnxruntime does not run the model, to compare its outputs ({problem}).") from problem
 
 
 def dtypes(model: ModelProto) -> set[str]:
@@ -65,22 +90,42 @@ def dtypes(model: ModelProto) -> set[str]:
     return {helper.tensor_dtype_to_np_dtype(each).name for each in types if each != TensorProto.UNDEFINED}
 
 
+def read_inputs(path: Path, model: ModelProto) -> dict[str, NDArray[Any]]:
+    """The inputs of a model from a file: `.npz` with an array for each, by name, or `.npy` for a model with one.
+
+    Raises:
+        InputError: If the file cannot be read, or if it has not exactly the arrays that the model takes.
+    """
+    names = [each.name for each in _free_inputs(model)]
+    try:
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
+            arrays = dict(found) if isinstance(found, Mapping) else {names[0]: found} if len(names) == 1 else {}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is no sound .npz or .npy file of plain arrays; save it with numpy.savez.") from error
+    if arrays.keys() != set(names):
+        held, wanted = (", ".join(each) or "none" for each in (arrays, names))
+        raise InputError(f"{path} holds the inputs {held}; the model takes {wanted}.")
+    return arrays
+
+
 def random_inputs(model: ModelProto, size: int) -> dict[str, NDArray[Any]]:
-    """Normal numbers, and zeros for integers.
+    """Normal numbers, all values of bytes, and zeros for other integers, which may be indices; empty strings.
 
     Args:
         model: Any model.
         size: The size of axes without a fixed one, except for the batch's.
 
     Raises:
-        InputError: If an input is not a tensor, or the number of its axes is not fixed.
+        DoesNotRun: If an input is not a tensor, or the number of its axes is not fixed.
     """
     rng = np.random.default_rng(0)
-    given = {tensor.name for tensor in model.graph.initializer}
-    tensors = {each.name: each.type.tensor_type for each in model.graph.input if each.name not in given}
+    tensors = {each.name: each.type.tensor_type for each in _free_inputs(model)}
     for name, tensor in tensors.items():
         if not tensor.HasField("shape"):
-            raise InputError(f"the axes of input {name!r} are not known; --no-check folds without an example of it.")
+            raise DoesNotRun(f"the axes of input {name!r} are not known.")
     batch = {tensor.shape.dim[0].dim_param for tensor in tensors.values() if tensor.shape.dim} - {""}
     inputs = {}
     for name, tensor in tensors.items():
@@ -89,5 +134,18 @@ def random_inputs(model: ModelProto, size: int) -> dict[str, NDArray[Any]]:
             for axis, dim in enumerate(tensor.shape.dim)
         ]
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        inputs[name] = np.asarray(rng.normal(size=shape) if dtype.kind == "f" else np.zeros(shape), dtype)
+        values: NDArray[Any]
+        if dtype.kind == "f":
+            values = rng.normal(size=shape)
+        elif dtype == np.uint8:
+            values = rng.integers(256, size=shape)
+        else:
+            values = np.full(shape, "" if tensor.elem_type == TensorProto.STRING else 0)
+        inputs[name] = np.asarray(values, dtype)
     return inputs
+
+
+def _free_inputs(model: ModelProto) -> list[ValueInfoProto]:
+    """The inputs of a model that have no value of their own."""
+    given = {tensor.name for tensor in model.graph.initializer}
+    return [each for each in model.graph.input if each.name not in given]

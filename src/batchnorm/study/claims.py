@@ -13,7 +13,7 @@ from typing import Literal
 
 from batchnorm.study.tasks import Records, Run, Task
 from batchnorm.study.training import checks
-from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, Verdict, bootstrap, verdict
+from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, Verdict, bootstrap, more_to_decide, verdict
 
 __all__ = [
     "Claim",
@@ -45,6 +45,7 @@ class Claim:
         statement: The claim, as a sentence.
         measured: How it is measured, as a sentence.
         published: The published result and its source; empty if there is none.
+        literature: The verdict of what is published; None if there is none.
         quantity: The measured number, as a heading.
         sides: The names of the two sides: first the one without, then the one that the claim is about.
         measure: The number of each side for every seed; None where there is none (a target never reached).
@@ -76,6 +77,7 @@ class Claim:
     rule: Rule = "effect"
     unmeasured: Callable[[Records], float] | None = None
     best_seen: Callable[[Records], float] | None = None
+    literature: Verdict | None = "supported"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Finding:
         interval: The mean's 95% bootstrap interval. None with fewer than two effects.
         bound: `"at least"` or `"at most"` where numbers are missing or at the limit of what could be seen; else empty.
         verdict: One of the four verdicts.
+        more_seeds: About how many more seeds would decide an undecided verdict; None if that cannot be told, or if it
+            would take too many.
     """
 
     claim: Claim
@@ -102,6 +106,7 @@ class Finding:
     interval: tuple[float, float] | None
     bound: Literal["", "at least", "at most"]
     verdict: Verdict
+    more_seeds: int | None = None
 
 
 def judge(claim: Claim, records: Records) -> Finding:
@@ -116,6 +121,8 @@ def judge(claim: Claim, records: Records) -> Finding:
     interval = bootstrap(effects)
     ratio = claim.unit == "ratio"
     linear: Callable[[float], float] = math.exp if ratio else float
+    margin = math.log(claim.margin) if ratio else claim.margin
+    decided = verdict(interval if len(effects) >= FEWEST_SEEDS else None, margin, claim.rule)
     return Finding(
         claim,
         without,
@@ -124,12 +131,15 @@ def judge(claim: Claim, records: Records) -> Finding:
         effect=linear(fmean(effects)) if effects else None,
         interval=(linear(interval[0]), linear(interval[1])) if interval else None,
         bound=_bound(without, with_, best_seen) if claim.unmeasured or claim.best_seen else "",
-        verdict=verdict(
-            interval if len(effects) >= FEWEST_SEEDS else None,
-            math.log(claim.margin) if ratio else claim.margin,
-            claim.rule,
-        ),
+        verdict=decided,
+        more_seeds=_more_seeds(effects, len(without), margin, claim.rule) if decided == "undecided" else None,
     )
+
+
+def _more_seeds(effects: list[float], seeds: int, margin: float, rule: Rule) -> int | None:
+    """As `more_to_decide`, of seeds, of which some have no effect."""
+    more = more_to_decide(effects, margin, rule)
+    return None if more is None else math.ceil(more * seeds / len(effects))
 
 
 def _effects(

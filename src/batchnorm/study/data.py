@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.errors import InputError
+from batchnorm.study.pickles import read_pickled_batch
 
 __all__ = ["Dataset", "Part", "load", "load_digits", "read_cifar10", "read_idx"]
 
@@ -34,19 +35,32 @@ FILES = {
 }  # fmt: skip
 """MNIST's names, and Fashion-MNIST's, of images and labels; each may end in `.gz`."""
 
-CIFAR10_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
-CIFAR10_TEST = "test_batch.bin"
-CIFAR10_FOLDER = "cifar-10-batches-bin"
-"""CIFAR-10's names, and that of the folder in its archive; each file may end in `.gz`."""
+CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+CIFAR10_TEST = "test_batch"
+CIFAR10_ENDS = (".bin", "")
+"""CIFAR-10's names, and how they end in its binary and in its Python version; each file may end in `.gz`."""
+
+FOLDERS = (
+    "cifar-10-batches-bin", "cifar-10-batches-py", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw",
+)  # fmt: skip
+"""Where archives and torchvision put the files, below the folder that they are given."""
 
 CIFAR10_SHAPE = (3, 32, 32)
 CIFAR10_CLASSES = 10
 
+PICKLE = b"\x80"
+"""The first byte of a pickle."""
+
 CHANNELS = (1, 3, 4)
 """The numbers of channels that an image may have; they tell the channel axis from height and width."""
 
-KEYS = (("x_train", "y_train", "x_test", "y_test"), ("x", "y"), ("images", "labels"))
-"""The names that arrays in an `.npz` file may have."""
+KEYS = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels", "val_images", "val_labels"),
+    ("x", "y"),
+    ("images", "labels"),
+)
+"""The names that arrays in an `.npz` file may have: Keras', MedMNIST's, and plain ones, which are split."""
 
 AT_ONCE = 64
 """The number of images that are converted at once."""
@@ -120,8 +134,9 @@ def load(path: Path | None = None) -> Dataset:
 
     Args:
         path: An `.npz` file, or a folder with one named `mnist.npz`, with the IDX files of MNIST or Fashion-MNIST, or
-            with CIFAR-10's binary files, all or some; a file may be gzipped. If there are only training images, or only
-            test images, they are split.
+            with CIFAR-10's files, binary or Python's, all or some. A file may be gzipped, whatever its name says, and
+            the folder may be the one that torchvision is given. If there are only training images, or only test images,
+            they are split.
 
     Raises:
         InputError: If there is no such data, or it is damaged or inconsistent.
@@ -150,7 +165,7 @@ def load_digits() -> Dataset:
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
-    """The array in an IDX file of unsigned bytes, gzipped or not.
+    """The array in an IDX file of unsigned bytes, gzipped or not, whatever its name says.
 
     The file begins with big-endian 32-bit integers: the magic number `0x0800 + axes`, then the length of every axis.
 
@@ -182,9 +197,10 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
 
 
 def _content(path: Path) -> bytes:
+    """What a file holds. Its first bytes tell whether it is gzipped; they begin no file of images or labels."""
     try:
         content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" or path.suffix == ".gz" else content
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (EOFError, RuntimeError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is a damaged gzip file ({error}); copy it again.") from error
 
@@ -199,13 +215,14 @@ def _idx_pair(folder: Path, prefix: str) -> tuple[NDArray[np.uint8], NDArray[np.
     return read_idx(images, axes=3), read_idx(labels, axes=1)
 
 
-# --- CIFAR-10's binary files ------------------------------------------------------------------------------------------
+# --- CIFAR-10's files -------------------------------------------------------------------------------------------------
 
 
 def read_cifar10(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The images, `(N, 3, 32, 32)`, and the labels in one of CIFAR-10's binary files, gzipped or not.
+    """The images, `(N, 3, 32, 32)`, and the labels in one of CIFAR-10's files, gzipped or not.
 
-    An image takes 3,073 bytes: its label, then its red, its green and its blue plane, each row by row.
+    In the binary version an image takes 3,073 bytes: its label, then its red, its green and its blue plane, each row by
+    row. The Python version is a pickle, which begins with a byte that is no label.
 
     Args:
         path: The file.
@@ -213,32 +230,46 @@ def read_cifar10(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     Raises:
         InputError: If the file is damaged or of another kind.
 
-    Source: Krizhevsky, "The CIFAR-10 dataset", the section on the binary version.
+    Source: Krizhevsky, "The CIFAR-10 dataset", the sections on the binary and the Python version.
     """
     content = _content(path)
     record = 1 + math.prod(CIFAR10_SHAPE)
-    if not content or len(content) % record:
-        raise InputError(
-            f"{path} has {len(content)} bytes, which is not a whole number of images of {record} bytes; copy it again."
-        )
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
-    images, labels = records[:, 1:].reshape(-1, *CIFAR10_SHAPE), records[:, 0]
+    if content[:1] == PICKLE:
+        try:
+            images, labels = read_pickled_batch(content)
+            images = images.reshape(-1, *CIFAR10_SHAPE)
+        except ValueError as error:
+            raise InputError(
+                f"{path} is damaged or no file of CIFAR-10's Python version ({error}); copy it again."
+            ) from error
+    else:
+        if not content or len(content) % record:
+            raise InputError(
+                f"{path} has {len(content)} bytes, which is not a whole number of images of {record} bytes; copy it "
+                "again."
+            )
+        records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
+        images, labels = records[:, 1:].reshape(-1, *CIFAR10_SHAPE), records[:, 0]
     if labels.max() >= CIFAR10_CLASSES:
         first = int((labels >= CIFAR10_CLASSES).argmax())
         raise InputError(
             f"{path} has the label {labels[first]} at image {first} where CIFAR-10 has labels from 0 to "
-            f"{CIFAR10_CLASSES - 1}, so it is damaged or no file of CIFAR-10's binary version; copy it again."
+            f"{CIFAR10_CLASSES - 1}, so it is damaged or no file of CIFAR-10; copy it again."
         )
     return images, labels
 
 
-def _from_cifar10(folder: Path, train: list[Path], test: Path | None) -> Dataset:
+def _from_cifar10(folder: Path) -> Dataset | None:
+    train = [path for name in CIFAR10_TRAIN if (path := _find(folder, name, CIFAR10_ENDS))]
+    test = _find(folder, CIFAR10_TEST, CIFAR10_ENDS)
+    if not train and test is None:
+        return None
     parts = []
     for paths in filter(None, (train, [test] if test else [])):
         images, labels = zip(*map(read_cifar10, paths), strict=True)
         where = f"{folder}, {' and '.join(path.name for path in paths)}"
         parts.append(_checked(np.concatenate(images), np.concatenate(labels), where))
-    return _in_parts(folder.resolve().name, parts[0], parts[1] if len(parts) == 2 else None)
+    return _in_parts(_name(folder), *parts)
 
 
 # --- .npz files -------------------------------------------------------------------------------------------------------
@@ -250,7 +281,7 @@ def _from_npz(path: Path) -> Dataset:
         _checked(arrays[images], arrays[labels], f"{path}, {images} and {labels}")
         for images, labels in zip(list(arrays)[::2], list(arrays)[1::2], strict=True)
     ]
-    return _in_parts(path.stem, parts[0], parts[1] if len(parts) == 2 else None)
+    return _in_parts(path.stem, *parts)
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -258,11 +289,15 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for keys in KEYS:
-                if all(key in archive.files for key in keys):
-                    return {key: archive[key] for key in keys}
+                given = [key for key in keys if key in archive.files]
+                if given == list(keys) or (len(keys) == 6 and given == list(keys[:4])):  # validation is not needed
+                    return {key: archive[key] for key in given}
             found = ", ".join(archive.files) or "(none)"
     except (EOFError, RuntimeError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is not a sound .npz file of plain arrays; save it with numpy.savez.") from error
+        raise InputError(
+            f"{path} is not a sound .npz file of plain arrays; save it with numpy.savez, or name the folder of MNIST's "
+            "or CIFAR-10's files."
+        ) from error
     wanted = " or ".join("/".join(keys) for keys in KEYS)
     raise InputError(f"{path} holds the arrays {found}; it needs {wanted}.")
 
@@ -270,32 +305,52 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    """The file `name`, also gzipped, also with a dot before its type, as some copies of MNIST have it."""
-    for spelling in (name, name.replace("-idx", ".idx")):
-        for path in (folder / spelling, folder / f"{spelling}.gz"):
-            if path.exists():
-                return path
+def _find(folder: Path, name: str, ends: tuple[str, ...] = ("",)) -> Path | None:
+    """The file `name`, also gzipped, also with a dot before its type, also in a folder of its own name.
+
+    Some copies of MNIST have the dot, and unpacking some archives makes a folder for each file.
+    """
+    for end in ends:
+        for spelling in (f"{name}{end}", f"{name}{end}".replace("-idx", ".idx")):
+            for path in (folder / spelling, folder / f"{spelling}.gz"):
+                if path.is_file():
+                    return path
+                if path.is_dir() and (inside := _find(path, name, ends)):
+                    return inside
     return None
 
 
 def _from_folder(folder: Path) -> Dataset:
+    dataset = _in_place(folder)
+    if dataset is not None:
+        return dataset
+    below = [each for each in (_in_place(folder / place) for place in FOLDERS if (folder / place).is_dir()) if each]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise InputError(f"{folder} holds {' and '.join(each.name for each in below)}; name the folder of one of them.")
+    names = [name for names in FILES.values() for name in names]
+    names += [f"{name}{end}" for end in CIFAR10_ENDS for name in (*CIFAR10_TRAIN, CIFAR10_TEST)]
+    raise InputError(
+        f"{folder} holds no images; looked for {', '.join(f'{name}[.gz]' for name in names)} and mnist.npz, the files "
+        f"also in {', '.join(FOLDERS)}."
+    )
+
+
+def _in_place(folder: Path) -> Dataset | None:
+    """The images in a folder itself."""
     pairs = [(prefix, pair) for prefix in FILES if (pair := _idx_pair(folder, prefix))]
     if pairs:
-        parts = [_checked(*pair, f"{folder}, {prefix} files") for prefix, pair in pairs]
-        return _in_parts(folder.resolve().name, parts[0], parts[1] if len(parts) == 2 else None)
-    for place in (folder, folder / CIFAR10_FOLDER):
-        train = [path for name in CIFAR10_TRAIN if (path := _find(place, name))]
-        test = _find(place, CIFAR10_TEST)
-        if train or test:
-            return _from_cifar10(place, train, test)
+        return _in_parts(_name(folder), *(_checked(*pair, f"{folder}, {prefix} files") for prefix, pair in pairs))
     if (folder / "mnist.npz").is_file():
         return _from_npz(folder / "mnist.npz")
-    names = [name for names in FILES.values() for name in names] + [*CIFAR10_TRAIN, CIFAR10_TEST]
-    raise InputError(
-        f"{folder} holds no images; looked for {', '.join(f'{name}[.gz]' for name in names)}, the last "
-        f"{len(CIFAR10_TRAIN) + 1} also in {CIFAR10_FOLDER}, and mnist.npz."
-    )
+    return _from_cifar10(folder)
+
+
+def _name(folder: Path) -> str:
+    """The name of the data in a folder."""
+    path = folder.resolve()
+    return path.parent.name if path.name == "raw" else path.name
 
 
 # --- Checks and parts -------------------------------------------------------------------------------------------------
@@ -317,7 +372,8 @@ def _checked(images: NDArray[Any], labels: NDArray[Any], where: str) -> _Images:
     if images.ndim < 2 or images.dtype.kind not in "buif":
         raise InputError(f"{where}: images must be numbers of shape (N, ...), got {images.dtype} {images.shape}.")
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+    whole = labels.dtype.kind in "bui" or (labels.dtype.kind == "f" and (labels == np.round(labels)).all())
+    if labels.ndim != 1 or not whole:
         raise InputError(f"{where}: labels must be integers of shape (N,), got {labels.dtype} {labels.shape}.")
     if len(images) != len(labels):
         raise InputError(f"{where}: {len(images)} images and {len(labels)} labels; their numbers must be equal.")
@@ -341,7 +397,7 @@ def _channels_first(images: NDArray[Any]) -> NDArray[Any]:
     return images.reshape(len(images), -1)
 
 
-def _in_parts(name: str, train: _Images, test: _Images | None) -> Dataset:
+def _in_parts(name: str, train: _Images, test: _Images | None = None, validation: _Images | None = None) -> Dataset:
     """Split the data where needed, and scale them by the largest magnitude in the training images."""
     classes = np.unique(train.labels)
     if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
@@ -355,24 +411,30 @@ def _in_parts(name: str, train: _Images, test: _Images | None) -> Dataset:
         )
     kept = np.arange(len(train.labels))
     if test is not None:
-        _check_test(name, train, test)
+        _check_fits(name, "test", train, test)
         reported = _part(test, np.arange(len(test.labels)))
     else:
         kept, held_out = _split(kept, train.labels)
         reported = _part(train, held_out)
-    learned, chosen_on = (_part(train, rows) for rows in _split(kept, train.labels))
+    if validation is not None:
+        _check_fits(name, "validation", train, validation)
+        learned, chosen_on = _part(train, kept), _part(validation, np.arange(len(validation.labels)))
+    else:
+        learned, chosen_on = (_part(train, rows) for rows in _split(kept, train.labels))
     scale = max(learned.images.max(), -learned.images.min()) or np.float32(1)
     for part in (learned, chosen_on, reported):
         np.divide(part.images, scale, out=part.images)
     return Dataset(name, learned, chosen_on, reported, train.shape)
 
 
-def _check_test(name: str, train: _Images, test: _Images) -> None:
-    if test.shape != train.shape:
-        raise InputError(f"{name}: test images are of shape {test.shape} and training images of shape {train.shape}.")
-    if test.labels.min() < 0 or test.labels.max() > train.labels.max():
+def _check_fits(name: str, part: str, train: _Images, other: _Images) -> None:
+    if other.shape != train.shape:
         raise InputError(
-            f"{name}: test labels go from {test.labels.min()} to {test.labels.max()}, "
+            f"{name}: {part} images are of shape {other.shape} and training images of shape {train.shape}."
+        )
+    if other.labels.min() < 0 or other.labels.max() > train.labels.max():
+        raise InputError(
+            f"{name}: {part} labels go from {other.labels.min()} to {other.labels.max()}, "
             f"training labels from 0 to {train.labels.max()}."
         )
 

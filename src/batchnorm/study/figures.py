@@ -3,6 +3,7 @@
 The page sets the colours of text, axes and grids, because it knows whether it is light, dark or printed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 
-__all__ = ["Line", "Plot", "Slider", "bars", "lines", "seeds_and_median", "strip"]
+__all__ = ["Effect", "Line", "Plot", "Slider", "bars", "forest", "lines", "seeds_and_median", "strip"]
 
 Curves = Sequence[Sequence[float | None]]
 
@@ -51,6 +52,25 @@ class Line(NamedTuple):
     x: Sequence[float]
     curves: Curves
     dash: str = ""
+
+
+class Effect(NamedTuple):
+    """An effect in units of its margin, as one row of a forest plot.
+
+    Attributes:
+        name: The row's name.
+        group: Effects of one group have one colour, and one entry in the legend.
+        value: The effect.
+        low, high: The ends of its interval.
+        said: What is shown on pointing at it.
+    """
+
+    name: str
+    group: str
+    value: float
+    low: float
+    high: float
+    said: str
 
 
 @dataclass(frozen=True)
@@ -196,6 +216,59 @@ def strip(
     if ratio:
         ticks = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}×" for tick in ticks])
+    return figure
+
+
+GROUPS = {
+    "supported": ("#1f8a4f", "circle"),
+    "not supported": ("#b08900", "circle-open"),
+    "contradicted": ("#d1453b", "x"),
+    "undecided": ("#8a8f98", "diamond-open"),
+}
+"""The colour and the symbol of each verdict; any two also differ in grey print."""
+
+
+def forest(effects: Sequence[Effect]) -> Any:
+    """A row for each effect: a point, and its interval as a line, from top to bottom.
+
+    The axis is linear up to the margin and logarithmic beyond it (the inverse hyperbolic sine), so that an effect of
+    twice its margin and one of fifty times it both can be read.
+
+    Args:
+        effects: In units of their margins: 0 is no effect, positive is as claimed.
+    """
+    figure = _figure("effect, in units of the smallest that matters", "", log=False, percent=False)
+    for group, (color, symbol) in GROUPS.items():
+        rows = [effect for effect in effects if effect.group == group]
+        if not rows:
+            continue
+        at, low, high = (
+            [_short(math.asinh(value)) for value in values]
+            for values in ([row.value for row in rows], [row.low for row in rows], [row.high for row in rows])
+        )
+        figure.add_scatter(
+            x=at,
+            y=[row.name for row in rows],
+            mode="markers",
+            marker={"size": 10, "color": color, "symbol": symbol, "line": {"width": 2, "color": color}},
+            error_x={
+                "type": "data",
+                "array": [max(end - value, 0.0) for value, end in zip(at, high, strict=True)],
+                "arrayminus": [max(value - end, 0.0) for value, end in zip(at, low, strict=True)],
+                "thickness": 2,
+                "width": 0,
+                "color": color,
+            },
+            text=[row.said for row in rows],
+            hovertemplate="%{text}",
+            name=group,
+        )
+    for value, dash in ((-1.0, "dot"), (0.0, "solid"), (1.0, "dot")):
+        figure.add_vline(math.asinh(value), line={"width": 1, "dash": dash})
+    ticks = (-100, -10, -1, 0, 1, 10, 100)
+    figure.update_xaxes(tickvals=[_short(math.asinh(tick)) for tick in ticks], ticktext=[f"{tick:g}" for tick in ticks])
+    figure.update_yaxes(autorange="reversed", categoryorder="array", categoryarray=[effect.name for effect in effects])
+    figure.update_layout(hovermode="closest", height=110 + 24 * len(effects))
     return figure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchnorm.errors import InputError
 
-__all__ = ["check_writable", "write"]
+__all__ = ["check_nothing_lost", "check_writable", "write"]
 
 
 def check_writable(folder: Path, names: tuple[str, ...]) -> None:
@@ -28,6 +28,30 @@ def check_writable(folder: Path, names: tuple[str, ...]) -> None:
             pass
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def check_nothing_lost(folder: Path, names: tuple[str, ...], runs: str) -> None:
+    """Check that no file of an earlier study is replaced.
+
+    Args:
+        folder: Where the files are to be written.
+        names: Their names.
+        runs: The name of the one that holds runs, each on a line after the first.
+
+    Raises:
+        InputError: If there is one that is worth keeping.
+    """
+    try:
+        found = [name for name in names if (folder / name).is_file()]
+        if runs in found and (folder / runs).read_bytes().count(b"\n") <= 1:
+            found.remove(runs)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
+    if found:
+        raise InputError(
+            f"{folder} holds an earlier study ({', '.join(found)}); --resume keeps its runs and does the rest, and to "
+            "begin anew, choose another folder with --out or remove this one."
+        )
 
 
 def write(folder: Path, files: dict[str, str]) -> None:

@@ -11,8 +11,6 @@ import os
 import platform
 from collections import Counter
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, get_args
 
@@ -20,10 +18,12 @@ import jinja2
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 import batchnorm
+from batchnorm.environment import cpu, system, versions
 from batchnorm.study.claims import Claim, Finding, Numbers, facts, final_accuracy, steps_to_target
 from batchnorm.study.experiments import Experiment
-from batchnorm.study.figures import Plot, strip
+from batchnorm.study.figures import Effect, Plot, forest, strip
 from batchnorm.study.runner import processes
+from batchnorm.study.summary import disagrees, in_margins, sentences
 from batchnorm.study.tasks import Records, Run
 from batchnorm.study.verdicts import FEWEST_SEEDS, Verdict
 
@@ -35,6 +35,7 @@ __all__ = [
     "interval",
     "markdown",
     "meaning",
+    "more",
     "page",
     "results",
     "table",
@@ -55,23 +56,28 @@ FIRST: dict[Verdict, str] = {
 
 
 def effect(finding: Finding) -> str:
-    """The effect, as `2.82×`, `at least +1.49 points` or `+0.50 decades`."""
+    """The effect, as `2.8×`, `at least +1.5 points` or `+0.50 decades`, with as many digits as the seeds tell."""
     if finding.effect is None:
         return "nothing to compare"
     unit = {"ratio": "×", "percentage points": " points", "decades": " decades"}[finding.claim.unit]
-    return f"{finding.bound} {_in_unit(finding.claim, finding.effect)}{unit}".lstrip()
+    return f"{finding.bound} {_in_unit(finding, finding.effect)}{unit}".lstrip()
 
 
 def interval(finding: Finding) -> str:
-    """The effect's interval, as `2.36 to 3.42`, in the effect's unit."""
+    """The effect's interval, as `2.4 to 3.4`, in the effect's unit."""
     if finding.interval is None:
         return "no interval"
-    low, high = (_in_unit(finding.claim, end) for end in finding.interval)
+    low, high = (_in_unit(finding, end) for end in finding.interval)
     return f"{low} to {high}"
 
 
-def _in_unit(claim: Claim, value: float) -> str:
-    return f"{value:.2f}" if claim.unit == "ratio" else f"{value:+.2f}"
+def _in_unit(finding: Finding, value: float) -> str:
+    """A number with the digits that the interval leaves certain: two of its width, and at most two decimals."""
+    low, high = finding.interval or (0.0, 0.0)
+    scale = high - low or abs(finding.effect or 0.0) or 1.0
+    decimals = min(max(1 - math.floor(math.log10(scale)), 0), 2)
+    value = round(value, decimals) + 0.0  # without the sign of a zero
+    return f"{value:.{decimals}f}" if finding.claim.unit == "ratio" else f"{value:+.{decimals}f}"
 
 
 def _number(claim: Claim, value: float | None) -> str:
@@ -91,9 +97,21 @@ def meaning(finding: Finding) -> str:
         "supported": finding.claim.if_true,
         "not supported": finding.claim.if_false,
         "contradicted": finding.claim.if_false,
-        "undecided": f"With more seeds the interval would be narrower; fewer than {FEWEST_SEEDS} decide nothing.",
+        "undecided": more(finding) or "The effect is so near to its margin that more seeds may never decide it.",
     }
     return f"{FIRST[finding.verdict]} {texts[finding.verdict]}"
+
+
+def more(finding: Finding) -> str:
+    """How many more seeds would decide an undecided finding, as a sentence; empty if that cannot be told."""
+    if finding.verdict != "undecided":
+        return ""
+    if len(finding.effects) < 2:
+        return f"Fewer than {FEWEST_SEEDS} seeds decide nothing."
+    if finding.more_seeds is None:
+        return ""
+    seeds = "1 more seed" if finding.more_seeds == 1 else f"{finding.more_seeds} more seeds"
+    return f"About {seeds} would decide it, if the effect is what it seems."
 
 
 def counted(findings: list[Finding]) -> dict[Verdict, int]:
@@ -122,6 +140,9 @@ def results(records: Records, findings: list[Finding]) -> dict[str, Any]:
                 "rule": finding.claim.rule,
                 "measured": finding.claim.measured.format(**known),
                 "published": finding.claim.published or None,
+                "literature": finding.claim.literature,
+                "disagrees": disagrees(finding),
+                "more_seeds": finding.more_seeds,
                 "quantity": finding.claim.quantity.format(**known),
                 "sides": finding.claim.sides,
                 "per_seed": {"first": finding.without, "second": finding.with_, "effect": finding.effects},
@@ -175,10 +196,10 @@ def environment(records: Records) -> dict[str, Any]:
         "versions": {
             "batchnorm": batchnorm.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "numpy", "numba", "scikit-learn")},
+            **versions(("torch", "numpy", "numba", "scikit-learn")),
         },
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "system": system(),
+        "cpu": cpu(),
         "processes": processes(),
         "training_together": int(os.environ.get("WORLD_SIZE", "1")),
         "threads_per_process": 1,
@@ -194,16 +215,6 @@ def environment(records: Records) -> dict[str, Any]:
         "seeds": list(settings.all_seeds),
         "settings": {**asdict(settings), "optimizer": "Adam", "learning_rates": settings.size.rates},
     }
-
-
-def _cpu() -> str:
-    """The processor's model from Linux, otherwise what Python reports."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 # --- report.html and report.md ----------------------------------------------------------------------------------------
@@ -267,19 +278,28 @@ def _strip(finding: Finding) -> Plot:
     return Plot(f"effects-{claim.id}", "", figure, caption)
 
 
-def _strength(finding: Finding) -> float:
-    """The effect in units of its margin, which makes effects of different units comparable."""
-    if finding.effect is None:
-        return 0.0
-    if finding.claim.unit == "ratio":
-        return math.log(finding.effect) / math.log(finding.claim.margin)
-    return finding.effect / finding.claim.margin
+def _forest(findings: list[Finding]) -> Plot | None:
+    """All effects that have an interval, in one plot; None if there are none."""
+    effects = []
+    for finding in findings:
+        if finding.interval is not None:
+            value, low, high = (in_margins(finding, each) for each in (finding.effect, *finding.interval))
+            name = finding.claim.id.replace("-", " ") + " ≠" * disagrees(finding)
+            said = f"{effect(finding)} ({interval(finding)})"
+            effects.append(Effect(name, finding.verdict, value, low, high, said))
+    if not effects:
+        return None
+    caption = "Every effect and its 95% interval, in units of its margin: right of 1 as claimed, left of -1 the other "
+    caption += "way round, in between too small to matter. ≠ marks what the literature has otherwise."
+    return Plot("effects", "All effects", forest(effects), caption)
 
 
 def page(records: Records, experiments: list[Experiment], findings: list[Finding]) -> str:
     """The report, as HTML."""
     sections = _sections(records, experiments, findings)
+    whole = _forest(findings)
     plots = [plot for section in sections for plot in (*section.plots, *(row.strip for row in section.rows)) if plot]
+    plots += [whole] if whole else []
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.study", "."),
         autoescape=True,
@@ -290,7 +310,11 @@ def page(records: Records, experiments: list[Experiment], findings: list[Finding
     return templates.get_template("report.html.j2").render(
         sections=sections,
         counts=counted(findings),
-        strength=_strength,
+        strength=lambda finding: in_margins(finding, finding.effect),
+        learned=sentences(findings),
+        forest=whole,
+        disagrees=disagrees,
+        more=more,
         marks=MARKS,
         model=facts(records)["model"],
         environment=environment(records),
@@ -313,6 +337,8 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
         f"{len(findings)} claims on {_cell(dataset.name)} ({len(dataset.train.labels):,} training images), "
         f"{_cell(facts(records)['model'])}, {settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'}: {counts}.",
         "",
+        " ".join(map(_cell, sentences(findings))),
+        "",
         "| claim | measured | effect (95% interval) | verdict | published |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -322,7 +348,8 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
             claim, verdict = row.finding.claim, row.finding.verdict
             figure = f"**{_cell(row.effect)}** ({_cell(row.interval)})"
             cells = (_cell(claim.statement), _cell(row.measured), figure, f"{MARKS[verdict]} {verdict}")
-            lines.append(f"| {' | '.join(cells)} | {_cell(claim.published)} |")
+            otherwise = "**Not so here:** " * disagrees(row.finding)
+            lines.append(f"| {' | '.join(cells)} | {otherwise}{_cell(claim.published)} |")
     for section in sections:
         lines += ["", f"## {section.experiment.title}", "", _cell(section.ran)]
         for row in section.rows:

@@ -133,13 +133,13 @@ class Store:
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path} cannot be read ({error}); leave out --resume to start anew.") from error
+            raise InputError(f"{self.path} cannot be read ({error}); choose another folder to begin anew.") from error
         head = _parsed(lines[0])
         if head != self.head:
             other = [key for key in self.head if not isinstance(head, dict) or head.get(key) != self.head[key]]
             raise InputError(
-                f"{self.path} holds runs of another study (other {', '.join(other)}); leave out --resume to start "
-                "anew, or choose another folder."
+                f"{self.path} holds runs of another study (other {', '.join(other)}); choose another folder, or "
+                "remove this one, to begin anew."
             )
         found = (_parsed(line) for line in lines[1:])
         runs = (Run(Task.of(one["task"]), one["finite"], one["values"]) for one in found if one)

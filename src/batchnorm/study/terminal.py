@@ -17,6 +17,7 @@ from batchnorm.study.claims import Finding, facts, judge
 from batchnorm.study.experiments import Experiment, chosen
 from batchnorm.study.runner import Store, first, perform_all, together
 from batchnorm.study.settings import Settings
+from batchnorm.study.summary import disagrees, sentences
 from batchnorm.study.tasks import Records, Run, Setup, Task
 
 __all__ = ["study"]
@@ -43,12 +44,15 @@ def study(
         resume: Whether to keep the runs of an earlier study in `folder`, and run only the rest.
 
     Raises:
-        InputError: If the images, the network, the claims or the folder are unusable; then nothing has been trained or
-            written. Or if writing fails; then finished runs are kept.
+        InputError: If the images, the network, the claims or the folder are unusable, or if an earlier study would be
+            replaced; then nothing has been trained or written. Or if writing fails; then finished runs are kept.
         KeyboardInterrupt: If it is interrupted. Its message says what is kept.
     """
     experiments, judged = chosen(claims or [])
-    output.check_writable(folder, (RESULTS, REPORT, MARKDOWN, TABLE, RUNS))
+    names = (RESULTS, REPORT, MARKDOWN, TABLE, RUNS)
+    output.check_writable(folder, names)
+    if not resume:
+        output.check_nothing_lost(folder, names, RUNS)
     setup = Setup(settings, data.load(source))
     network = networks.check(settings.model, setup.dataset.shape, setup.dataset.classes)
     with together() as world:
@@ -58,6 +62,7 @@ def study(
     findings = [judge(claim, records) for claim in judged]
     console = Console()
     console.print(_verdicts(records, findings))
+    console.print(" ".join(sentences(findings)), markup=False, highlight=False)
     output.write(
         folder,
         {
@@ -67,8 +72,8 @@ def study(
             REPORT: report.page(records, experiments, findings),
         },
     )
-    names = f"{folder / REPORT}, {MARKDOWN}, {RESULTS} and {TABLE}"
-    console.print(f"Written: {names}", markup=False, highlight=False, soft_wrap=True)
+    written = f"Written: {folder / REPORT}, {MARKDOWN}, {RESULTS} and {TABLE}"
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
 
 
 def _records(
@@ -191,6 +196,6 @@ def _verdicts(records: Records, findings: list[Finding]) -> Table:
             f"{escape(claim.quantity.format(**known))}: {numbers}",
             report.effect(finding),
             report.interval(finding),
-            f"[{style}]{finding.verdict}[/{style}]",
+            f"[{style}]{finding.verdict}[/{style}]" + "\nnot as published" * disagrees(finding),
         )
     return table

@@ -3,11 +3,13 @@
 It was fixed before anything was trained, and nothing in it depends on the results.
 """
 
+import math
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 
-__all__ = ["FEWEST_SEEDS", "Rule", "Verdict", "bootstrap", "verdict"]
+__all__ = ["FEWEST_SEEDS", "Rule", "Verdict", "bootstrap", "more_to_decide", "verdict"]
 
 Verdict = Literal["supported", "not supported", "contradicted", "undecided"]
 Rule = Literal["effect", "no harm"]
@@ -17,6 +19,9 @@ FEWEST_SEEDS = 5
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+
+MOST_MORE = 200
+"""If it takes more seeds than this beyond those that there are, an effect is too close to its margin to wait for."""
 
 
 def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "effect") -> Verdict:
@@ -70,3 +75,28 @@ def bootstrap(effects: list[float]) -> tuple[float, float] | None:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws.mean(axis=1), (tail, 1 - tail))
     return float(low), float(high)
+
+
+def more_to_decide(effects: list[float], margin: float, rule: Rule = "effect") -> int | None:
+    """About how many more effects would decide a verdict, if their mean and their spread stay what they are.
+
+    With `n` effects of standard deviation `s` the interval reaches about `1.96 s / sqrt(n)` to either side of the mean.
+    It decides when that is less than the distance from the mean to the nearest end of what `verdict` calls undecided:
+    the margin, or for a claim of no harm the margin on the other side.
+
+    Args:
+        effects: One per seed.
+        margin: As in `verdict`.
+        rule: As in `verdict`.
+
+    Returns:
+        The number, at least one; None if there are too few effects to tell, or if it would take too many.
+    """
+    if len(effects) < 2:
+        return None
+    distance = abs(float(np.mean(effects)) - (margin if rule == "effect" else -margin))
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * float(np.std(effects, ddof=1))
+    if reach > distance * math.sqrt(len(effects) + MOST_MORE):
+        return None
+    needed = math.ceil((reach / distance) ** 2) if distance else FEWEST_SEEDS
+    return max(needed, FEWEST_SEEDS, len(effects) + 1) - len(effects)

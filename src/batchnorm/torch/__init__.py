@@ -1,5 +1,9 @@
 """Batch normalization for PyTorch: the function, the layers, their sources of statistics, and tools for models."""
 
+from batchnorm.extras import require
+
+require("torch")
+
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain

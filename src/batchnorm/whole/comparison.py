@@ -23,11 +23,15 @@ class Outputs(NamedTuple):
         expected: The outputs of the original, by where they are: float64 or complex128, or what is not numbers.
         found: Those of the other model.
         dtypes: The types of the original's parameters and outputs, such as `"float32"`; others are ignored.
+        explained: Whether rounding is known to explain any difference, because the parts of the models are the same.
+        notes: What has to be said of these outputs, such as which of them could not be compared.
     """
 
     expected: Mapping[str, NDArray[Any]]
     found: Mapping[str, NDArray[Any]]
     dtypes: Iterable[str]
+    explained: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def compare(outputs: Outputs) -> float | None:
@@ -42,13 +46,13 @@ def compare(outputs: Outputs) -> float | None:
     Raises:
         OutputsDiffer: If rounding does not explain the difference, or if the outputs are not of the same shapes.
     """
-    expected, found, dtypes = outputs
+    expected, found, dtypes, explained, _ = outputs
     shapes, new_shapes = ({path: y.shape for path, y in of.items()} for of in (expected, found))
     if shapes != new_shapes:
         raise OutputsDiffer(f"the folded model's outputs are not of the same shapes: {new_shapes}, not {shapes}")
     error = max((difference(y, found[path]) for path, y in expected.items()), default=None)
     limit = rounding(dtypes)
-    if error is not None and not error <= limit:
+    if error is not None and not explained and not error <= limit:
         raise OutputsDiffer(
             f"the folded model's outputs differ by {error:.1e} of the largest, where rounding explains {limit:.1e}: "
             f"this model does something that its graph does not show, and must not be folded"
@@ -70,12 +74,12 @@ def difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
     Returns:
         The difference; infinity if the shapes are not the same, or if a number is not finite where the other array has
-        another one. 0 for what is not numbers, such as strings.
+        another one. What is not numbers, such as strings, is either equal, which is 0, or not, which is infinity.
     """
-    if expected.dtype.kind not in "biufc":
-        return 0.0
     if expected.shape != found.shape:
         return float("inf")
+    if expected.dtype.kind not in "biufc":
+        return 0.0 if np.array_equal(expected, found) else float("inf")
     wide = np.complex128 if expected.dtype.kind == "c" else np.float64
     expected, found = expected.astype(wide), found.astype(wide)
     same = (expected == found) | (np.isnan(expected) & np.isnan(found))

@@ -38,23 +38,27 @@ class Folded(Generic[Model]):
         folded: The layer that each normalization went into, in the order in which the normalizations run.
         skipped: The reason why each of the others is still there.
         max_error: The largest difference between the outputs of the two models on the example inputs, relative to the
-            largest output; None without example inputs.
+            largest output; None if no outputs were compared.
+        notes: What else the comparison found, such as which outputs could not be compared.
     """
 
     model: Model
     folded: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     max_error: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """A summary, and a line for each normalization."""
+        """A summary, a line for each normalization, and the notes."""
         total = len(self.folded) + len(self.skipped)
+        if not total:
+            return "there is no batch normalization to fold"
         head = f"{len(self.folded)} of {total} batch normalization{'s' * (total != 1)} folded"
         if self.max_error is not None:
             head += f"; outputs differ by at most {self.max_error:.1e} of the largest"
         lines = [f"  {name} -> {into}" for name, into in self.folded.items()]
         lines += [f"  {name} stays: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *(f"  {note}" for note in self.notes)])
 
 
 # --- What a framework brings ------------------------------------------------------------------------------------------
@@ -205,6 +209,7 @@ def fold_network(network: Network[P, Model]) -> Folded[Model]:
         {name: folded[name] for name in names if name in folded},
         {name: skipped[name] for name in names if name not in folded},
         None if outputs is None else compare(outputs),
+        () if outputs is None else outputs.notes,
     )
 
 

@@ -9,6 +9,7 @@ from batchnorm.study.figures import Line, Plot, lines
 from batchnorm.study.networks import VARIANTS
 from batchnorm.study.tasks import Records, Setup, Task
 from batchnorm.study.training import checks
+from batchnorm.study.verdicts import Verdict
 
 __all__ = ["ALTERNATIVES"]
 
@@ -40,6 +41,9 @@ OTHERS = {
     ),
 }
 """For each: what is published, and what it means if batch normalization is better, and if not."""
+
+LITERATURE: dict[str, Verdict] = {"weight_norm": "not supported"}
+"""What is published of the speed of the others is of other networks, or is not of their speed."""
 
 
 def _grid(setup: Setup, variant: str) -> list[Task]:
@@ -100,6 +104,7 @@ def _claim(other: str, published: str, if_true: str, if_false: str) -> Claim:
         measured="Steps until the test accuracy reaches {target}, each at the fastest for it of the rates {few_rates}: "
         f"{name} / batch normalization.",
         published=published,
+        literature=LITERATURE.get(other),
         quantity="Steps to {target}, fastest rate",
         sides=(name, "batch normalization"),
         measure=partial(_steps, other),

@@ -6,6 +6,7 @@ from batchnorm.study.claims import Claim, Numbers
 from batchnorm.study.experiments.experiment import SIDES, Experiment
 from batchnorm.study.figures import Line, Plot, lines
 from batchnorm.study.tasks import Records, Setup, Task
+from batchnorm.study.verdicts import Verdict
 
 __all__ = ["GRADIENTS"]
 
@@ -78,13 +79,14 @@ def _plots(records: Records) -> list[Plot]:
     return plots
 
 
-def _claim(activation: str, statement: str, published: str, if_true: str, if_false: str) -> Claim:
+def _claim(activation: str, statement: str, published: str, literature: Verdict, if_true: str, if_false: str) -> Claim:
     return Claim(
         id=f"gradient-flow-{activation}",
         statement=statement,
         measured="Powers of ten between the gradient norms of the first and the last of {deepest} "
         f"{NAMES[activation]} layers at initialization: without - with.",
         published=published,
+        literature=literature,
         quantity=f"Powers of ten over {{deepest}} {NAMES[activation]} layers",
         measure=lambda records: _measure(activation, records),
         better="less",
@@ -107,6 +109,7 @@ GRADIENTS = Experiment(
             "sigmoid",
             "It keeps gradients from vanishing in deep sigmoid networks.",
             "Ioffe & Szegedy 2015: Inception with sigmoids reaches 69.8% with it, stays at chance without.",
+            "supported",
             "With saturating activations, layers far from the loss learn only because of it.",
             "With saturating activations, it does not bring the gradient to layers far from the loss.",
         ),
@@ -114,6 +117,7 @@ GRADIENTS = Experiment(
             "relu",
             "It improves the flow of gradients in deep ReLU networks.",
             "Against it, Yang et al. 2019: with it gradients explode by a factor per layer, at initialization.",
+            "contradicted",
             "Even with a good initialization gradients come through more evenly.",
             "With ReLU and a good initialization gradients come through better without it: normalizing by the batch "
             "makes them grow from layer to layer, which is why very deep networks need shortcuts too.",

@@ -106,6 +106,7 @@ SHIFT = Experiment(
             measured="How much a step of the layers below changes a layer's gradient, relative to it, mean over layers "
             "and moments: without / with.",
             published=f"{SANTURKAR}, figure 3: not reduced, often larger with it.",
+            literature="not supported",
             quantity="Relative change of gradients",
             measure=_changes,
             better="less",
@@ -123,6 +124,7 @@ SHIFT = Experiment(
             f"at learning rate {SAME_RATE:g}: batch normalization with noise after it / none at all; of the seeds for "
             "which batch normalization saves steps.",
             published=f"{SANTURKAR}, figure 2: with noise it trains as well, though its inputs are less steady.",
+            literature="contradicted",
             quantity=f"Steps to {{target}}, rate {SAME_RATE:g}",
             sides=("batch normalization, then noise", "without"),
             measure=_steps,

@@ -1,0 +1,67 @@
+"""What the study says first: what was learned, in three sentences, and where it is not what others have published."""
+
+import math
+
+from batchnorm.study.claims import Finding
+
+__all__ = ["disagrees", "in_margins", "sentences"]
+
+
+def disagrees(finding: Finding) -> bool:
+    """Whether a decided finding is not what the literature has: one says yes, the other no."""
+    published = finding.claim.literature
+    if published is None or finding.verdict == "undecided":
+        return False
+    return (published == "supported") != (finding.verdict == "supported")
+
+
+def in_margins(finding: Finding, value: float | None) -> float:
+    """An effect, or an end of its interval, in units of its claim's margin, which makes effects comparable.
+
+    0 is no effect, 1 the smallest effect worth the name, as claimed, and -1 the same the other way round.
+    """
+    if value is None:
+        return 0.0
+    if finding.claim.unit == "ratio":
+        return math.log(value) / math.log(finding.claim.margin)
+    return value / finding.claim.margin
+
+
+def sentences(findings: list[Finding]) -> tuple[str, str, str]:
+    """How many claims hold, which holds most clearly, and where the literature has it otherwise."""
+    return _counted(findings), _clearest(findings), _against(findings)
+
+
+def _counted(findings: list[Finding]) -> str:
+    def having(*verdicts: str) -> int:
+        return sum(finding.verdict in verdicts for finding in findings)
+
+    number = len(findings)
+    of = f"Of {number} claims" if number != 1 else "Of one claim"
+    hold, fail, open_ = having("supported"), having("not supported", "contradicted"), having("undecided")
+    return f"{of} {hold} hold{'s' * (hold == 1)} here, {fail} {'does' if fail == 1 else 'do'} not, and {open_} " + (
+        "is left undecided." if open_ == 1 else "are left undecided."
+    )
+
+
+def _clearest(findings: list[Finding]) -> str:
+    """The supported claim whose interval is furthest beyond its margin."""
+    supported = [f for f in findings if f.verdict == "supported" and f.interval and f.claim.rule == "effect"]
+    if not supported:
+        return "No effect is clear enough to be named."
+    best = max(supported, key=lambda finding: in_margins(finding, (finding.interval or (0.0,))[0]))
+    return f"The clearest effect: {_lowered(best.claim.statement)}"
+
+
+def _against(findings: list[Finding]) -> str:
+    against = [finding for finding in findings if disagrees(finding)]
+    if not against:
+        return "Nothing that was decided disagrees with what is published."
+    number = "one finding" if len(against) == 1 else f"{len(against)} findings"
+    said = "; ".join(f"{finding.verdict} is “{finding.claim.statement.removesuffix('.')}”" for finding in against)
+    return f"The literature has it otherwise for {number}: {said}."
+
+
+def _lowered(statement: str) -> str:
+    """A sentence in the middle of another."""
+    return statement[0].lower() + statement[1:]
