@@ -2,6 +2,8 @@
 
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
+from batchnorm.torch.decay import parameter_groups
+from batchnorm.torch.diagnose import Finding, Report, diagnose
 from batchnorm.torch.explain import explain
 from batchnorm.torch.fold import fold
 from batchnorm.torch.freeze import freeze, unfreeze
@@ -32,11 +34,13 @@ __all__ = [
     "BatchNorm3d",
     "BatchStatistics",
     "Calibration",
+    "Finding",
     "GhostStatistics",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Renorm",
+    "Report",
     "RunningStatistics",
     "Standardize",
     "Statistics",
@@ -45,9 +49,11 @@ __all__ = [
     "batch_norm",
     "calibrate",
     "convert",
+    "diagnose",
     "explain",
     "fold",
     "freeze",
+    "parameter_groups",
     "revert",
     "route",
     "unfreeze",
