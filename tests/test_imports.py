@@ -19,6 +19,7 @@ ORDER = [
     "batchnorm.definition",
     "batchnorm.errors",
     "batchnorm.whole",  # its tools know no framework
+    "batchnorm.checkpoints",
     "batchnorm.onnx",
     "batchnorm.kernels",
     "batchnorm.kernels.gpu",
@@ -50,6 +51,7 @@ ORDER = [
 
 TOGETHER = [
     "batchnorm.whole",
+    "batchnorm.checkpoints",
     "batchnorm.kernels",
     "batchnorm.kernels.gpu",
     "batchnorm.torch.*",
@@ -64,6 +66,7 @@ LATE = {("batchnorm.torch.layers", "batchnorm.torch.convert")}
 """What a function imports of what imports it: `SyncBatchNorm` has a tool for whole models, because PyTorch's has it."""
 
 ALLOWED = {
+    "batchnorm.checkpoints": {"torch"},
     "batchnorm.kernels.gpu": {"torch", "triton"},
     "batchnorm.torch": {"torch"},
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below

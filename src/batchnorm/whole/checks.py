@@ -96,7 +96,7 @@ def stale_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
                 state.name,
                 "stale-statistics",
                 "error" if near.size >= WRONG else "warning",
-                f"{near.size:.2g} standard deviations from the data, {near.errors:.0f} standard errors",
+                f"{_number(near.size)} standard deviations from the data, {_number(near.errors)} standard errors",
                 f"The running statistics are not those of the data: they are from other weights or other data, or from "
                 f"batches that are not alike. {cause}",
                 remedies.calibrate(),
@@ -118,12 +118,17 @@ def train_eval_gap(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
         first.state.name,
         "train-eval-gap",
         "error" if distance.size >= WRONG else "warning",
-        f"{distance.size:.2g} standard deviations, {distance.errors:.0f} standard errors, between its input in "
+        f"{_number(distance.size)} standard deviations, {_number(distance.errors)} standard errors, between its input in "
         f"evaluation and its running statistics; {len(parted)} of {len(layers)} layers part{effect}",
         "In training the layer normalizes by the batch, in evaluation by its running statistics. Here the two part: "
         "what the network learnt behind this layer does not hold in evaluation.",
         remedies.calibrate(),
     )
+
+
+def _number(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
 def gap(layer: Layer) -> float | None:
@@ -193,7 +198,7 @@ def _without_input(layer: Layer) -> np.ndarray:
     moments, state = layer.trained.moments, layer.state
     if moments is not None:
         return np.asarray(moments.var <= (state.rounding * np.abs(moments.mean)) ** 2)
-    if state.var is None or not state.batches:
+    if state.var is None:
         return np.zeros(state.channels, bool)
     return state.var == 0
 
@@ -203,7 +208,7 @@ def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
     for layer in evidence.layers.values():
         state = layer.state
         var = state.var if layer.trained.moments is None else layer.trained.moments.var
-        if var is None or not state.batches and layer.trained.moments is None:
+        if var is None:
             continue
         alive = (var > 0) & ~_without_input(layer) & ~_without_gamma(layer)
         small = alive & (var < state.eps)

@@ -128,7 +128,7 @@ class Report:
             text = StringIO()
             width = max(60, shutil.get_terminal_size().columns)
             Console(file=text, width=width, color_system=None, legacy_windows=False).print(self.__rich__())
-            return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+            return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines() if line.strip())
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
