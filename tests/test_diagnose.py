@@ -48,7 +48,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.fc1(x)))
-        return self.fc3(torch.relu(self.bn2(self.drop(self.fc2(x)))))
+        x = self.fc2(x)
+        return self.fc3(torch.relu(self.bn2(self.drop(x) if self.drop.p else x)))
 
 
 class Block(nn.Module):
@@ -92,8 +93,8 @@ def frozen_backbone() -> nn.Module:
 NETWORKS: list[Callable[[], nn.Module]] = [Mlp, cnn, resnet, dropout_behind, frozen_backbone]
 
 
-def shuffled(samples: int = BATCH) -> list[Tensor]:
-    order = torch.randperm(len(X))[: len(X) // samples * samples]
+def shuffled(samples: int = BATCH, batches: int = 20) -> list[Tensor]:
+    order = torch.randperm(len(X))[: samples * batches]
     return [X[part] for part in order.split(samples)]
 
 
@@ -287,7 +288,7 @@ def test_batches_that_are_not_finite(model: Any, data: list[Tensor]) -> None:
     report = diagnose(model, spoiled)
     found = [finding for finding in report.findings if finding.check == "non-finite-statistics"]
     assert found[0].layer == "bn1"
-    assert "1 of 56 batches" in found[0].evidence
+    assert "1 of 20 batches" in found[0].evidence
     _, clean, _ = mend(found[0], model, spoiled)
     assert len(clean) == len(data) - 1
     assert diagnose(model, clean).findings == ()
@@ -309,13 +310,13 @@ def test_skipped_batches_are_told(model: Any, data: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("samples", [2, 4])
 def test_small_batches(samples: int, model: Any) -> None:
-    assert diagnose(model, shuffled(8)[:60]).findings == ()
-    report = diagnose(model, shuffled(samples)[:60])
+    assert diagnose(model, shuffled(8, 60)).findings == ()
+    report = diagnose(model, shuffled(samples, 60))
     found = [finding for finding in report.findings if finding.check == "small-batch"]
     assert [finding.layer for finding in found] == ["bn1", "bn2"]
     assert found[0].evidence.startswith(f"{samples}.0 independent values per channel")
     assert f"{samples / (samples - 1):.2f} times that of training" in found[0].evidence
-    model, data, _ = mend(found[0], model, shuffled(samples)[:60])
+    model, data, _ = mend(found[0], model, shuffled(samples, 60))
     assert said(diagnose(model, data), "small-batch") == set()
 
 
@@ -425,8 +426,8 @@ def test_a_layer_for_two_inputs(data: list[Tensor]) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) - self.net(x.flip(0) + self.shift)
 
-    assert said(diagnose(train(Siamese(0.0), 60), data), "unused") == set()
-    model = train(Siamese(1.0), 60)
+    assert said(diagnose(train(Siamese(0.0), 40), data), "unused") == set()
+    model = train(Siamese(1.0), 40)
     report = diagnose(model, data)
     found = next(finding for finding in report.findings if finding.check == "unused")
     assert found.layer == "net.bn1"
@@ -479,15 +480,17 @@ def test_a_tensor_has_the_statistics_of_its_values(masked: bool) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
-def test_chance_alone_gives_no_finding() -> None:
-    """Of 400 statements about batches that are alike, none is wrong, whatever their size."""
+def test_chance_alone_says_something_as_seldom_as_promised() -> None:
+    """Of 1,500 data sets whose batches are alike, one in a thousand may look otherwise."""
     generator = np.random.default_rng(0)
+    wrong = 0
     for size in (2, 5, 40):
-        for _ in range(100):
-            inputs = evidence.Inputs(tests=8)
-            for _ in range(10):
-                inputs.add(evidence.batch(generator.normal(size=(size, 8, 1))))
-            assert not inputs.spread()[2]
+        for _ in range(500):
+            inputs = evidence.Inputs(tests=4)
+            for x in generator.normal(size=(6, size, 4, 1)):
+                inputs.add(evidence.batch(x))
+            wrong += inputs.spread()[2]
+    assert wrong <= stats.binom.ppf(1 - 1e-6, 1500, chance.ALPHA)
 
 
 # --- Nothing changes --------------------------------------------------------------------------------------------------
@@ -585,7 +588,8 @@ def test_layers_without_statistics_or_parameters(data: list[Tensor]) -> None:
     )
     for batch in data:
         model(batch)
-    assert diagnose(model, data).findings == diagnose(model).findings == ()
+    for report in (diagnose(model, data), diagnose(model)):
+        assert {finding.severity for finding in report.findings} <= {"info"}, "some pixels are the same in all images"
 
 
 def test_processes_that_do_not_pool(model: Any) -> None:
@@ -593,7 +597,7 @@ def test_processes_that_do_not_pool(model: Any) -> None:
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
-        report = diagnose(model, shuffled(4)[:60])
+        report = diagnose(model, shuffled(4, 60))
         found = [finding for finding in report.findings if finding.severity in FAULTS]
         assert [(f.layer, f.check) for f in found] == [("bn1", "unsynchronized"), ("bn2", "unsynchronized")]
         assert "all 4 processes have 16" in found[0].evidence
@@ -614,9 +618,10 @@ def test_processes_that_do_not_pool(model: Any) -> None:
         (nn.BatchNorm1d(2), [], ValueError, "the data gave no batches"),
         (nn.BatchNorm1d(2), torch.ones(4, 2), TypeError, r"got a Tensor: pass \[data\]"),
         (nn.BatchNorm1d(2), {"x": 1}, TypeError, r"got a dict: pass \[data\]"),
-        (nn.BatchNorm1d(2), [torch.randn(4, 3)], ValueError, "takes 2 channels, got an input of shape \\(4, 3\\)"),
+        (nn.BatchNorm1d(2), [torch.ones(4, 3)], RuntimeError, r"fails on a batch of data of shape \(4, 3\): running_m"),
+        (Mlp(), [torch.ones(4, 3)], RuntimeError, r"fails on a batch of data of shape \(4, 3\): mat1 and mat2"),
         (nn.LazyBatchNorm1d(), None, RuntimeError, "does not know its size yet"),
-        (nn.BatchNorm2d(2), [object()], TypeError, "layer takes tensors, got a object"),
+        (nn.BatchNorm1d(2), [(torch.ones(1, 2), 0)], ValueError, r"shape \(1, 2\): Expected more than 1 value"),
     ],
 )
 def test_bad_input_is_one_sentence(model: Any, data: Any, error: type[Exception], words: str) -> None:

@@ -124,7 +124,7 @@ class _Model:
         evidence.is_training = self.is_training
         evidence.processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         batch = batches.move(batch, self.device)
-        with torch.no_grad(), not_compiled(), _quiet():
+        with torch.no_grad(), not_compiled(), _quiet(), _explained(batch):
             if not self.is_known:
                 self._look_around(batch, evidence)
             self._pass(batch, evidence, "trained")
@@ -145,7 +145,7 @@ class _Model:
             calls[name] = number + 1
             if layer.order is None:
                 layer.order, order = order, order + 1
-            seen = moments_of(x, mask if module.training else None)
+            seen = moments_of(x, mask)  # in evaluation, too: what is padding in one is padding in the other
             getattr(layer, mode).add(seen)
             if mode == "trained":
                 layer.calls = max(layer.calls, number + 1)
@@ -276,6 +276,19 @@ def _kind(data: Any) -> str:
         return "tensors"
     pairs = all(isinstance(batch, list | tuple) and all(isinstance(p, Tensor) for p in batch) for batch in data)
     return "tensor pairs" if pairs else ""
+
+
+@contextmanager
+def _explained(batch: Any) -> Iterator[None]:
+    """Errors of the model name the shapes of the batch, in one sentence."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if type(error) not in (RuntimeError, ValueError):
+            raise
+        shapes = ", ".join(str(tuple(t.shape)) for _, t in leaves(batch, Tensor)) or "no tensors"
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise type(error)(f"the model fails on a batch of data of shape {shapes}: {said}") from error
 
 
 @contextmanager
