@@ -27,6 +27,7 @@ from batchnorm.torch.sources import (
     SyncStatistics,
 )
 from batchnorm.torch.standardize import Standardize
+from batchnorm.torch.watch import Record, watch
 
 __all__ = [
     "BatchNorm1d",
@@ -39,6 +40,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Record",
     "Renorm",
     "Report",
     "RunningStatistics",
@@ -57,4 +59,5 @@ __all__ = [
     "revert",
     "route",
     "unfreeze",
+    "watch",
 ]
