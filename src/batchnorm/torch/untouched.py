@@ -1,13 +1,13 @@
 """A model is run as in training, and is afterwards as it was: buffers, modes, gradients, random states."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+
+from batchnorm.whole import randomness
 
 __all__ = ["random_states_kept", "untouched"]
 
@@ -38,14 +38,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     """The random states of PyTorch on all devices in use, of NumPy and of Python are afterwards as they were."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     metal = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        yield
+        with randomness.random_states_kept():
+            yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         for device, state in enumerate(cuda):
             torch.cuda.set_rng_state(state, device)

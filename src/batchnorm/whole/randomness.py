@@ -1,0 +1,20 @@
+"""The random states of Python and NumPy."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+__all__ = ["random_states_kept"]
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """They are afterwards as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
