@@ -184,7 +184,9 @@ def test_bad_input() -> None:
 def test_watch(ours: bool, tmp_path: Path) -> None:
     from batchnorm.keras import BatchNormalization
 
-    model = keras.Sequential([keras.Input((6,)), (BatchNormalization if ours else layers.BatchNormalization)(name="n"), layers.Dense(1)])
+    model = keras.Sequential(
+        [keras.Input((6,)), (BatchNormalization if ours else layers.BatchNormalization)(name="n"), layers.Dense(1)]
+    )
     model.compile("sgd", "mse")
     watch = Watch(every=2, to=tmp_path / "seen.csv")
     model.fit(X[:160], np.zeros((160, 1)), batch_size=32, shuffle=False, verbose=0, callbacks=[watch])

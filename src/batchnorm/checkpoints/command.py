@@ -55,7 +55,9 @@ def diagnose_checkpoint(source: Path) -> Report:
     """
     states, remedies, note = _read(source)
     if not states:
-        raise InputError(f"{source} has no batch normalization with running statistics, so there is nothing to diagnose.")
+        raise InputError(
+            f"{source} has no batch normalization with running statistics, so there is nothing to diagnose."
+        )
     evidence = Evidence({state.name: Layer(state) for state in states}, is_training=False)
     return judge(evidence, remedies, "without data", [note] if note else [])
 

@@ -59,7 +59,9 @@ def _read(file: Any, path: Path, configs: dict[str, dict[str, Any]]) -> list[Sta
     try:
         import h5py  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise InputError(f"{path} needs h5py to be read, which is not installed; pip install h5py brings it.") from error
+        raise InputError(
+            f"{path} needs h5py to be read, which is not installed; pip install h5py brings it."
+        ) from error
     try:
         with h5py.File(file, "r") as weights:
             groups: dict[str, tuple[str, list[Any]]] = {}
@@ -84,7 +86,7 @@ def _read(file: Any, path: Path, configs: dict[str, dict[str, Any]]) -> list[Sta
 
 def _state(name: str, values: list[Any], config: dict[str, Any] | None) -> State | None:
     """A layer from its variables: gamma and beta, as far as it has them, mean and variance."""
-    if not 2 <= len(values) or any(v.ndim != 1 or v.shape != values[0].shape for v in values):
+    if not len(values) >= 2 or any(v.ndim != 1 or v.shape != values[0].shape for v in values):
         return None
     known = config is not None or len(values) >= 4  # of three, the first may be gamma or beta
     config = config or {}

@@ -84,7 +84,9 @@ class _Model:
     def find(self) -> Mapping[str, Layer]:
         for name, layer in self.layers.items():
             if not layer.built:
-                raise RuntimeError(f"{name or 'the layer'} does not know its size yet: call the model on one batch first")
+                raise RuntimeError(
+                    f"{name or 'the layer'} does not know its size yet: call the model on one batch first"
+                )
         return {
             name: Layer(_state(self.model, name, layer), decay=self._decay(layer))
             for name, layer in self.layers.items()
@@ -229,7 +231,9 @@ class _Around:
                     self.rectified.add(path)
             elif isinstance(layer, LINEAR) and layer.activation in (None, keras.activations.linear):
                 self.made[id(y)] = y, name, layer
-            elif isinstance(layer, layers.Dropout | layers.SpatialDropout1D | layers.SpatialDropout2D) and layer.rate > 0:
+            elif (
+                isinstance(layer, layers.Dropout | layers.SpatialDropout1D | layers.SpatialDropout2D) and layer.rate > 0
+            ):
                 self.pending.append(name)
             return y
 
@@ -246,7 +250,7 @@ class _Around:
             self.pending = []
         if id(x) in self.normalized and self.normalized[id(x)][0] is x:
             is_relu = isinstance(layer, layers.ReLU) and not layer.negative_slope and not layer.threshold
-            if is_relu or getattr(layer, "activation", None) in RECTIFIERS and isinstance(layer, layers.Activation):
+            if is_relu or (getattr(layer, "activation", None) in RECTIFIERS and isinstance(layer, layers.Activation)):
                 self.rectified.add(self.normalized[id(x)][1])
 
 
@@ -320,7 +324,11 @@ def _state(model: Any, name: str, layer: Any) -> State:
         None if layer.beta is None else to_float64(layer.beta),
         float(layer.epsilon),
         1 - float(layer.momentum),
-        rounding=2.0**-10 if layer.variable_dtype == "float16" else 2.0**-7 if layer.variable_dtype == "bfloat16" else 2.0**-23,
+        rounding=2.0**-10
+        if layer.variable_dtype == "float16"
+        else 2.0**-7
+        if layer.variable_dtype == "bfloat16"
+        else 2.0**-23,
         trains=not frozen,
         is_frozen=frozen,
         learns=any(weight.trainable for weight in affine) if affine else None,

@@ -93,9 +93,7 @@ class Watch(keras.callbacks.Callback):
         if not learning or layer.renorm or executed != 1 or rate == 0 or stood:
             averages: tuple[Any, ...] = (None, None, float(mean.mean()), float(var.mean()), None)
         else:
-            batch_mean, batch_var = (
-                old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var))
-            )
+            batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
             std = np.sqrt(var + layer.epsilon)
             scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
             gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))

@@ -62,7 +62,9 @@ def _split(group: dict[str, Any], normalizing: set[int]) -> list[dict[str, Any]]
         chosen = [i for i, parameter in enumerate(group["params"]) if (id(parameter) in normalizing) is is_normalizing]
         if not chosen:
             continue
-        part = {name: [values[i] for i in chosen] for name, values in group.items() if name in ("params", "param_names")}
+        part = {
+            name: [values[i] for i in chosen] for name, values in group.items() if name in ("params", "param_names")
+        }
         part = group | part
         parts.append(part | {"weight_decay": 0.0} if is_normalizing else part)
     return parts

@@ -96,12 +96,16 @@ class _Model:
         lazy = [name for name, layer in self.layers.items() if is_unsized(layer)]
         lazy += [name for name, tensor in self.outer.named_parameters() if is_lazy(tensor)]
         if lazy:
-            raise RuntimeError(f"{lazy[0] or 'the layer'} does not know its size yet: call the model on one batch first")
+            raise RuntimeError(
+                f"{lazy[0] or 'the layer'} does not know its size yet: call the model on one batch first"
+            )
         self.is_training = any(layer.training for layer in self.layers.values())
         decays = self._decays()
         with untouched(self.model):
             self._train()
-            return {name: Layer(_state(name, layer), decay=decays.get(name, 0.0)) for name, layer in self.layers.items()}
+            return {
+                name: Layer(_state(name, layer), decay=decays.get(name, 0.0)) for name, layer in self.layers.items()
+            }
 
     def _decays(self) -> dict[str, float]:
         """The largest weight decay of each layer's weight and bias."""

@@ -23,7 +23,7 @@ from batchnorm.whole.recording import Record, Recorder, Sink
 __all__ = ["Record", "watch"]
 
 
-class watch(Recorder):  # noqa: N801  (a tool, and so a verb)
+class watch(Recorder):
     """A context manager that records each batch normalization of a model, step by step.
 
     A step is a call of the model in training mode. It is recorded when the next one begins, or at the end, so that its
@@ -164,7 +164,5 @@ class _Step:
                 gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
             averages = [None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)]
             rest = [float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")]
-            records.append(
-                Record(step, name, *averages, gap, *rest, int(getattr(layer, "num_batches_skipped", 0)))
-            )
+            records.append(Record(step, name, *averages, gap, *rest, int(getattr(layer, "num_batches_skipped", 0))))
         return records

@@ -406,7 +406,7 @@ def correlated_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
             "warning",
             f"the means of {layer.trained.batches} batches vary up to {ratio:.0f} times as much as chance gives; "
             f"a batch of {layer.trained.batch_size:.0f} is worth {count:.1f} independent values; "
-            f"seen in {len(found)} layers",
+            f"seen in {len(found)} of {len(evidence.layers)} layers",
             "The samples of a batch belong together (sorted data, one video or patient per batch), so each batch has "
             "other statistics, and none has those of the data. Shuffle before training; statistics can be calibrated "
             "afterwards, weights cannot.",

@@ -299,7 +299,9 @@ class Inputs:
         assert other.moments is not None
         with np.errstate(all="ignore"):
             mine, others = self.moments.var + eps, other.moments.var + eps
-            error2 = self._per_sample("var") / self.samples / mine**2 + other._per_sample("var") / other.samples / others**2
+            error2 = (
+                self._per_sample("var") / self.samples / mine**2 + other._per_sample("var") / other.samples / others**2
+            )
             return np.where(mine != others, np.nan_to_num(np.log(mine / others) ** 2 / error2, nan=0.0), 0.0)
 
 

@@ -87,8 +87,7 @@ def _gaps(layers: tuple[Profile, ...]) -> str:
     return (
         "<h2>From training to evaluation</h2>\n<p>How far each layer's inputs in evaluation are from its running "
         f"statistics, in standard deviations. Batches of {STABLE} independent values would be off as much as the dashed "
-        "line says.</p>\n"
-        + _svg(height, "The gap between training and evaluation, layer by layer", rows)
+        "line says.</p>\n" + _svg(height, "The gap between training and evaluation, layer by layer", rows)
     )
 
 
@@ -106,7 +105,9 @@ def _spectra(layers: tuple[Profile, ...]) -> str:
         ]
         if plots:
             heading = f"{escape(layer.name or 'the layer')}, {layer.channels} channels"
-            parts.append(f"<details{' open' if len(layers) <= 6 else ''}><summary>{heading}</summary>{''.join(plots)}</details>")
+            parts.append(
+                f"<details{' open' if len(layers) <= 6 else ''}><summary>{heading}</summary>{''.join(plots)}</details>"
+            )
     return "\n".join(parts)
 
 
