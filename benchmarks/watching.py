@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from batchnorm.torch import watch
-from benchmarks.networks import resnet50
+from benchmarks.models import resnet50
 
 
 def main() -> None:

@@ -502,7 +502,8 @@ def everything(model: nn.Module) -> list[Any]:
     state += [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()]
     for module in model.modules():
         state += [module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks), type(module)]
-    return [*state, torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()]  # type: ignore[union-attr]
+    drawn = np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
+    return [*state, torch.get_rng_state(), random.getstate(), drawn]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -529,7 +530,7 @@ def test_nothing_changes(fails: bool, training: bool, model: Any) -> None:
     def forward(model: nn.Module, batch: Any) -> Any:
         nonlocal calls
         calls += 1
-        random.random(), np.random.rand()
+        random.random(), np.random.rand()  # noqa: NPY002
         y = model(batch[0])
         if fails and calls > 4:
             raise OverflowError("planted")

@@ -1,4 +1,4 @@
-"""`batchnorm diagnose`: files of weights, read without running code from them, and what is said of those that are not."""
+"""`batchnorm diagnose`: files of weights, read without running code from them, and files that are not."""
 
 import json
 import pickle

@@ -21,7 +21,8 @@ def network(kind: type[Any] = layers.BatchNormalization, rate: float = 0.0, bias
     """Three layers, calibrated: the second normalization is where faults are planted."""
     keras.utils.set_random_seed(0)
     parts = [
-        layers.Dense(8, use_bias=False), kind(name="first"), layers.ReLU(), layers.Dense(8, use_bias=bias, name="middle"),
+        layers.Dense(8, use_bias=False), kind(name="first"), layers.ReLU(),
+        layers.Dense(8, use_bias=bias, name="middle"),
         *([layers.Dropout(rate, name="drop")] if rate else []), kind(name="second"), layers.Activation("relu"),
         layers.Dense(2),
     ]  # fmt: skip
@@ -149,11 +150,11 @@ def test_nothing_changes(fails: bool) -> None:
     model = network(rate=0.5)
     state = [numbers(variable) for variable in model.variables]
     generator = numbers(model.get_layer("drop").seed_generator.state)
-    drawn = np.random.get_state()[1].copy()  # type: ignore[union-attr]
+    drawn = np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
 
     def forward(model: Any, batch: Any, training: bool) -> Any:
         y = model(batch, training=training)
-        np.random.rand()
+        np.random.rand()  # noqa: NPY002
         if fails and training:
             raise OverflowError("planted")
         return y
@@ -165,12 +166,12 @@ def test_nothing_changes(fails: bool) -> None:
         diagnose(model, DATA, forward=forward)
     assert all((numbers(v) == old).all() for v, old in zip(model.variables, state, strict=True))
     assert (numbers(model.get_layer("drop").seed_generator.state) == generator).all()
-    assert (np.random.get_state()[1] == drawn).all()
+    assert (np.random.get_state()[1] == drawn).all()  # noqa: NPY002
     assert all("call" not in vars(layer) for layer in model.layers)
 
 
 def test_bad_input() -> None:
-    with pytest.raises(TypeError, match="model must be a keras.Model or a layer, got int"):
+    with pytest.raises(TypeError, match=r"model must be a keras\.Model or a layer, got int"):
         diagnose(3)
     with pytest.raises(ValueError, match="there is no batch normalization in this model"):
         diagnose(keras.Sequential([keras.Input((2,)), layers.Dense(2)]))
@@ -200,8 +201,8 @@ def test_watch(ours: bool, tmp_path: Path) -> None:
     assert last.gap is not None
     rows = list(csv.DictReader((tmp_path / "seen.csv").read_text().splitlines()))
     assert [row["step"] for row in rows] == ["1", "3", "5"]
+    plain = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    plain.compile("sgd", "mse")
     with pytest.raises(ValueError, match="there is nothing to watch"):
-        plain = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
-        plain.compile("sgd", "mse")
         plain.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[Watch()])
     assert ops.shape(model.get_layer("n").gamma) == (6,)

@@ -16,8 +16,8 @@ STABLE = 8
 """The fewest independent values per channel that give stable statistics.
 
 With fewer, the variance of a batch is wrong by a factor of two or more in at least every fourth channel:
-`factor_of_two(7)` is 0.253, `factor_of_two(8)` is 0.216. Wu & He 2018 ("Group normalization", figure 4) find the same limit
-by training: the error of a ResNet-50 grows quickly below eight images per batch.
+`factor_of_two(7)` is 0.253, `factor_of_two(8)` is 0.216. Wu & He 2018 ("Group normalization", figure 1) find the same
+limit by training: the error of a ResNet-50 grows quickly below eight images per batch.
 """
 
 

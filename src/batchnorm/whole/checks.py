@@ -118,8 +118,8 @@ def train_eval_gap(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
         first.state.name,
         "train-eval-gap",
         "error" if distance.size >= WRONG else "warning",
-        f"{_number(distance.size)} standard deviations, {_number(distance.errors)} standard errors, between its input in "
-        f"evaluation and its running statistics; {len(parted)} of {len(layers)} layers part{effect}",
+        f"{_number(distance.size)} standard deviations, {_number(distance.errors)} standard errors, between its input "
+        f"in evaluation and its running statistics; {len(parted)} of {len(layers)} layers part{effect}",
         "In training the layer normalizes by the batch, in evaluation by its running statistics. Here the two part: "
         "what the network learnt behind this layer does not hold in evaluation.",
         remedies.calibrate(),
@@ -174,8 +174,8 @@ def _dead(layer: Layer, dead: np.ndarray, what: str, severity: Severity, remedy:
         "dead-channel",
         severity,
         f"{number} of {channels} channels ({number / channels:.0%}): {what}",
-        "The output of a dead channel does not depend on the input: it costs time and memory, and gives nothing. Weight "
-        "decay on gamma, a learning rate that is too large, and filters of zeros lead there.",
+        "The output of a dead channel does not depend on the input: it costs time and memory, and gives nothing. "
+        "Weight decay on gamma, a learning rate that is too large, and filters of zeros lead there.",
         remedy,
     )
 
@@ -219,8 +219,8 @@ def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
             state.name,
             "eps-dominates",
             "warning" if small.sum() > alive.sum() / 2 else "info",
-            f"{small.sum()} of {state.channels} channels have a variance below eps = {state.eps:g}, {middle:.1e} in the "
-            f"median: their output has standard deviation {math.sqrt(middle / (middle + state.eps)):.2f}, not 1",
+            f"{small.sum()} of {state.channels} channels have a variance below eps = {state.eps:g}, {middle:.1e} in "
+            f"the median: their output has standard deviation {math.sqrt(middle / (middle + state.eps)):.2f}, not 1",
             "The layer divides by sqrt(var + eps). Where eps is the larger part, it normalizes little, and its output "
             "is small.",
             remedies.set_eps(state, float(var[small].min()) / 10),

@@ -1,7 +1,7 @@
 """Diagnosis: what is wrong with the batch normalizations of a model, and what to do about it.
 
-`diagnose` is the tool without a framework. It asks a framework's adapter, a `Model`, for the state of each layer and for
-what comes into it, and looks at both with all `checks`. Nothing in the model changes.
+`diagnose` is the tool without a framework. It asks a framework's adapter, a `Model`, for the state of each layer and
+for what comes into it, and looks at both with all `checks`. Nothing in the model changes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

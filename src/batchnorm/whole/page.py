@@ -25,7 +25,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 section { border-top: 1px solid var(--line); padding-top: .5rem; }
 .error { color: #dc2626; } .warning { color: #d97706; } .info { color: #0891b2; }
 pre { white-space: pre-wrap; background: #8882; padding: .6rem; border-radius: .3rem; font-size: .85rem; }
-svg { width: 100%; max-width: 40rem; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
+svg { width: 100%; max-width: 40rem; height: auto; display: block; }
+svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 rect { fill: var(--ink); } .limit { stroke: var(--mark); stroke-dasharray: 4 3; } .axis { stroke: var(--line); }
 polyline { fill: none; stroke: var(--ink); stroke-width: 1.5; }
 details { margin: .3rem 0; } li { margin: .2rem 0; }
@@ -59,7 +60,8 @@ def _findings(report: Report) -> str:
             f"<pre><code>{escape(found.remedy)}</code></pre></li>"
             for found in group
         )
-        rows = f"<details{' open' if len(group) <= 3 else ''}><summary>{len(group)} found</summary><ul>{rows}</ul></details>"
+        is_open = " open" if len(group) <= 3 else ""
+        rows = f"<details{is_open}><summary>{len(group)} found</summary><ul>{rows}</ul></details>"
         parts.append(
             f'<section><h3><span class="{first.severity}">{first.severity}</span> {escape(first.check)}</h3>'
             f"<p>{escape(first.cause)}</p>{rows}</section>"
@@ -86,16 +88,16 @@ def _gaps(layers: tuple[Profile, ...]) -> str:
     rows.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{limit:.2f}</text>')
     return (
         "<h2>From training to evaluation</h2>\n<p>How far each layer's inputs in evaluation are from its running "
-        f"statistics, in standard deviations. Batches of {STABLE} independent values would be off as much as the dashed "
-        "line says.</p>\n" + _svg(height, "The gap between training and evaluation, layer by layer", rows)
+        f"statistics, in standard deviations. Batches of {STABLE} independent values would be off as much as the "
+        "dashed line says.</p>\n" + _svg(height, "The gap between training and evaluation, layer by layer", rows)
     )
 
 
 def _spectra(layers: tuple[Profile, ...]) -> str:
     """Each layer's gammas and variances, from the smallest to the largest."""
     parts = [
-        "<h2>Spectra</h2>\n<p>Each layer's |gamma| and running variance, sorted, on a scale of powers of ten. A drop at "
-        "the left end is channels that die.</p>"
+        "<h2>Spectra</h2>\n<p>Each layer's |gamma| and running variance, sorted, on a scale of powers of ten. A drop "
+        "at the left end is channels that die.</p>"
     ]
     for layer in layers:
         plots = [

@@ -12,9 +12,10 @@ __all__ = ["random_states_kept"]
 @contextmanager
 def random_states_kept() -> Iterator[None]:
     """They are afterwards as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
+    # Of the old generator, which is global: the new ones belong to those who made them.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002

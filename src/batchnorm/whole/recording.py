@@ -43,7 +43,7 @@ class Record(NamedTuple):
 
 
 Sink = str | Path | Callable[[Record], object] | Any
-"""A `.csv` file; a folder for TensorBoard; a writer with `add_scalar`; or a function that is called with each record."""
+"""A `.csv` file; a folder for TensorBoard; a writer with `add_scalar`; or a function that takes each record."""
 
 
 class Recorder:

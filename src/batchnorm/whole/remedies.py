@@ -109,16 +109,17 @@ class Remedies:
 
 
 SHUFFLE = {
-    "loader": "import torch; data = torch.utils.data.DataLoader(data.dataset, batch_size=data.batch_size, shuffle=True, "
-    "num_workers=data.num_workers, collate_fn=data.collate_fn, drop_last=True)",
+    "loader": "import torch; data = torch.utils.data.DataLoader(data.dataset, batch_size=data.batch_size, "
+    "shuffle=True, num_workers=data.num_workers, collate_fn=data.collate_fn, drop_last=True)",
     "arrays": "import numpy as np; whole = np.concatenate([*data]); whole = whole[np.random.permutation(len(whole))]; "
     "data = np.array_split(whole, len(data))",
     "pairs": "import numpy as np; whole = [np.concatenate(part) for part in zip(*data)]; order = "
-    "np.random.permutation(len(whole[0])); data = list(zip(*(np.array_split(part[order], len(data)) for part in whole)))",
+    "np.random.permutation(len(whole[0])); data = "
+    "list(zip(*(np.array_split(part[order], len(data)) for part in whole)))",
     "tensors": "import torch; whole = torch.cat([*data]); whole = whole[torch.randperm(len(whole))]; "
     "data = whole.tensor_split(len(data))",
-    "tensor pairs": "import torch; whole = [torch.cat(part) for part in zip(*data)]; order = torch.randperm(len(whole[0])); "
-    "data = list(zip(*(part[order].tensor_split(len(data)) for part in whole)))",
+    "tensor pairs": "import torch; whole = [torch.cat(part) for part in zip(*data)]; order = "
+    "torch.randperm(len(whole[0])); data = list(zip(*(part[order].tensor_split(len(data)) for part in whole)))",
     "dataset": "data = data.unbatch().shuffle(100_000).batch(32)",
 }
 
