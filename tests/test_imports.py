@@ -20,6 +20,7 @@ ORDER = [
     "batchnorm.errors",
     "batchnorm.extras",
     "batchnorm.whole",  # its tools know no framework
+    "batchnorm.checkpoints",
     "batchnorm.onnx",
     "batchnorm.kernels",
     "batchnorm.kernels.gpu",
@@ -53,6 +54,7 @@ ORDER = [
 
 TOGETHER = [
     "batchnorm.whole",
+    "batchnorm.checkpoints",
     "batchnorm.kernels",
     "batchnorm.kernels.gpu",
     "batchnorm.torch.*",
@@ -67,6 +69,7 @@ LATE = {("batchnorm.torch.layers", "batchnorm.torch.convert")}
 """What a function imports of what imports it: `SyncBatchNorm` has a tool for whole models, because PyTorch's has it."""
 
 ALLOWED = {
+    "batchnorm.checkpoints": {"torch"},
     "batchnorm.kernels.gpu": {"torch", "triton"},
     "batchnorm.torch": {"torch"},
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below

@@ -15,7 +15,11 @@ FILTERS = [
 ]
 
 
-CHECKS = {"layer": ("check_layer",), "sync": ("check_sync",), "tools": ("check_tools", "check_fold", "check_port")}
+CHECKS = {
+    "layer": ("check_layer",),
+    "sync": ("check_sync",),
+    "tools": ("check_tools", "check_fold", "check_port", "check_diagnose"),
+}
 """What shares a process: a backend takes seconds to start."""
 
 XLA = {

@@ -18,7 +18,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 OURS = ("test", "lint", "docs")
 """The extras of those who work on the package; the others are for those who use it."""
 
-COMMANDS = {"study": "study", "bench": "bench", "fold": "onnx"}
+COMMANDS = {"study": "study", "bench": "bench", "fold": "onnx", "diagnose": "diagnose"}
 """The extra that each command needs."""
 
 

@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(
         "batchnorm: the command line needs typer, which each command's extra installs: "
-        'pip install "batchnorm[study]", "batchnorm[bench]" or, to fold, "batchnorm[onnx]".'
+        'pip install "batchnorm[study]", "batchnorm[bench]", "batchnorm[diagnose]" or, to fold, "batchnorm[onnx]".'
     )
 
 __all__ = ["app", "main"]
@@ -214,6 +214,30 @@ def env(
 
     found = environment()
     typer.echo(json.dumps(found, indent=2) if as_json else text(found))
+
+
+@app.command()
+def diagnose(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .pt, .pth, .safetensors, .keras or .weights.h5 file.")
+    ],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page with plots, for any browser.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; the exit code tells.")] = False,
+) -> None:
+    """Find what is wrong with the batch normalizations in a file of weights.
+
+    Looks for statistics that were never updated or are not finite, for dead channels, and for variances below eps. It
+    runs no code from the file. The exit code is 0 for a healthy file, 1 if there is an error among the findings, and 2
+    if the file cannot be read. With data, `diagnose(model, data)` in Python finds more.
+    """
+    with _one_sentence("diagnosing this file", "torch"):
+        from batchnorm.checkpoints.command import diagnose_file
+
+        code = diagnose_file(checkpoint, html, json, quiet)
+    raise typer.Exit(code)
 
 
 def main() -> None:

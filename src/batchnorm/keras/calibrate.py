@@ -6,8 +6,7 @@ calibrate(model, dataset, method="sequential")     # one pass per layer: trainin
 ```
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -15,16 +14,14 @@ import numpy as np
 from keras import ops
 
 from batchnorm.definition import Moments, moments
-from batchnorm.keras.functional import expand_mask
+from batchnorm.keras import batches
+from batchnorm.keras.eager import eagerly, layer_input
 from batchnorm.keras.layers import BatchNormalization
-from batchnorm.keras.models import named_layers, refuse, to_float64
+from batchnorm.keras.models import normalizations, refuse, to_float64
 from batchnorm.whole import calibrate as whole
 from batchnorm.whole.calibrate import Calibration, Method
 
 __all__ = ["Calibration", "calibrate"]
-
-COMPILED = ("TracerArrayConversionError", "NotImplementedError", "OperatorNotAllowedInGraphError")
-"""The errors that JAX and TensorFlow raise for a tensor without values."""
 
 KNOWN = (keras.layers.BatchNormalization.call, BatchNormalization.call)
 """The calls that normalize exactly what they are given."""
@@ -81,7 +78,7 @@ def calibrate(
     refuse(model)
     return whole.calibrate(
         _Model(model, forward or _call),
-        _Indexed(data) if isinstance(data, keras.utils.PyDataset) else data,
+        batches.Indexed(data) if isinstance(data, keras.utils.PyDataset) else data,
         method=method,
         max_samples=max_samples,
         unbiased=unbiased,
@@ -99,7 +96,7 @@ class _Model:
 
     def find(self) -> Mapping[str, whole.Layer | str]:
         found: dict[str, whole.Layer | str] = {}
-        for name, layer in _normalizations(self.model).items():
+        for name, layer in normalizations(self.model).items():
             if not layer.built:
                 raise RuntimeError(
                     f"{name or 'the layer'} does not know its size yet: call the model on one batch first"
@@ -119,20 +116,18 @@ class _Model:
         return found
 
     def run(self, batch: Any, names: Collection[str], see: whole.See) -> None:
-        layers = {name: layer for name, layer in _normalizations(self.model).items() if "call" not in vars(layer)}
+        layers = {name: layer for name, layer in normalizations(self.model).items() if "call" not in vars(layer)}
         try:
             for name, layer in layers.items():
                 object.__setattr__(layer, "call", _watch(name, layer, see if name in names else None))
-            with _eagerly():
+            with eagerly():
                 self.forward(self.model, batch)
         finally:
             for layer in layers.values():
                 vars(layer).pop("call", None)
 
     def size(self, batch: Any) -> int | None:
-        parts = batch if isinstance(batch, tuple | list) and not 1 <= len(batch) <= 3 else _inputs(batch)
-        shapes: Any = (getattr(leaf, "shape", ()) for leaf in keras.tree.flatten(parts))
-        return next((int(shape[0]) for shape in shapes if len(shape) > 0), None)
+        return batches.size(batch)
 
     def read(self, name: str) -> whole.Statistics:
         layer = self.layers[name]
@@ -151,11 +146,6 @@ class _Model:
                 variable.assign(values)
 
         return put_back
-
-
-def _normalizations(model: Any) -> dict[str, Any]:
-    found = named_layers(model).items()
-    return {name: layer for name, layer in found if isinstance(layer, keras.layers.BatchNormalization)}
 
 
 def _write(layer: Any, mean: Any, var: Any) -> None:
@@ -177,33 +167,8 @@ def _processes() -> whole.Processes:
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
-class _Indexed:
-    """The batches of a `PyDataset`, whose own iteration does not end."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self.data[index] for index in range(len(self)))
-
-
-def _inputs(batch: Any) -> Any:
-    """What `fit` would call the model with."""
-    if isinstance(batch, tuple | list):
-        if not 1 <= len(batch) <= 3:
-            raise TypeError(
-                f"a batch of {len(batch)} parts is not inputs, targets and weights; say what it is with "
-                "forward=lambda model, batch: ..."
-            )
-        return batch[0]
-    return batch
-
-
 def _call(model: Any, batch: Any) -> Any:
-    return model(_inputs(batch), training=False)
+    return model(batches.inputs(batch), training=False)
 
 
 # --- Inputs of layers -------------------------------------------------------------------------------------------------
@@ -225,42 +190,5 @@ def _watch(name: str, layer: Any, see: whole.See | None) -> Callable[..., Any]:
 
 def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments | str:
     """The moments of an input; or the reason why they cannot be taken."""
-    try:
-        values = np.moveaxis(to_float64(x), axis, 1)
-        counts = None if mask is None else to_float64(expand_mask(ops.convert_to_tensor(mask), x, axis))
-    except Exception as error:
-        if type(error).__name__ in COMPILED:
-            raise ValueError(
-                f"{name or 'the layer'} is called inside a function that is compiled on its own, where its inputs "
-                "cannot be seen: call the model without it, with forward=lambda model, batch: ..."
-            ) from error
-        raise
-    if counts is not None:
-        counts = np.moveaxis(counts, axis, 1)
-        if counts.shape[1] != 1:
-            return "its mask counts other positions in each channel"
-        counts = np.broadcast_to(counts[:, 0], (len(values), *values.shape[2:]))
-    return moments(values, counts)
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    """Without gradients, and with the model's TensorFlow functions run step by step."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        before = tf.config.functions_run_eagerly()
-        tf.config.run_functions_eagerly(True)
-        try:
-            yield
-        finally:
-            tf.config.run_functions_eagerly(before)
-        return
-    quiet: Any = nullcontext()
-    if backend == "torch":
-        import torch
-
-        quiet = torch.no_grad()
-    with quiet:
-        yield
+    seen = layer_input(x, mask, axis, name)
+    return seen if isinstance(seen, str) else moments(*seen)

@@ -8,7 +8,7 @@ from keras import ops
 from numpy import asarray, float64
 from numpy.typing import NDArray
 
-__all__ = ["forget_compiled", "named_layers", "refuse", "to_float64"]
+__all__ = ["forget_compiled", "named_layers", "normalizations", "refuse", "to_float64"]
 
 
 def named_layers(model: Any) -> dict[str, Any]:
@@ -35,6 +35,12 @@ def _walk(model: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from walk(inner, f"{name}/{inner.name}" if name else inner.name)
 
     yield from walk(model, name)
+
+
+def normalizations(model: Any) -> dict[str, Any]:
+    """The batch normalizations among them."""
+    found = named_layers(model).items()
+    return {name: layer for name, layer in found if isinstance(layer, keras.layers.BatchNormalization)}
 
 
 def to_float64(variable: Any) -> NDArray[float64]:

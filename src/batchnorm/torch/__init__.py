@@ -6,6 +6,8 @@ require("torch")
 
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
+from batchnorm.torch.decay import parameter_groups
+from batchnorm.torch.diagnose import Finding, Report, diagnose
 from batchnorm.torch.explain import explain
 from batchnorm.torch.fold import fold
 from batchnorm.torch.freeze import freeze, unfreeze
@@ -29,6 +31,7 @@ from batchnorm.torch.sources import (
     SyncStatistics,
 )
 from batchnorm.torch.standardize import Standardize
+from batchnorm.torch.watch import Record, watch
 
 __all__ = [
     "BatchNorm1d",
@@ -36,11 +39,14 @@ __all__ = [
     "BatchNorm3d",
     "BatchStatistics",
     "Calibration",
+    "Finding",
     "GhostStatistics",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Record",
     "Renorm",
+    "Report",
     "RunningStatistics",
     "Standardize",
     "Statistics",
@@ -49,10 +55,13 @@ __all__ = [
     "batch_norm",
     "calibrate",
     "convert",
+    "diagnose",
     "explain",
     "fold",
     "freeze",
+    "parameter_groups",
     "revert",
     "route",
     "unfreeze",
+    "watch",
 ]

@@ -6,10 +6,8 @@ calibrate(model, loader, method="sequential")     # one pass per layer: training
 ```
 """
 
-import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.torch import batches
+from batchnorm.torch.eager import not_compiled
 from batchnorm.torch.functional import moments
 from batchnorm.torch.pool import Pool
 from batchnorm.torch.survey import expect_module, is_frozen, is_unsized, keeps_statistics, survey
@@ -147,7 +146,7 @@ class _Model:
                     # The last hook: it sees what the layer will see.
                     stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_not_compiled())
+            stack.enter_context(not_compiled())
             self.forward(self.model, batches.move(batch, self.device))
 
     def size(self, batch: Any) -> int | None:
@@ -198,30 +197,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
         for wrapper, value in zip(wrappers, synchronized, strict=True):
             wrapper.forward_sync_buffers = value
-
-
-_lock = threading.Lock()
-_running_eagerly = 0
-_stance: AbstractContextManager[Any] = nullcontext()
-
-
-@contextmanager
-def _not_compiled() -> Iterator[None]:
-    """Nothing runs compiled, since compiled code would not call the hooks.
-
-    All threads share one switch: the first to come sets it, and the last to go resets it.
-    """
-    global _running_eagerly, _stance
-    with _lock:
-        if _running_eagerly == 0:
-            used = "torch._dynamo" in sys.modules  # its import takes seconds
-            _stance = torch.compiler.set_stance("force_eager") if used else nullcontext()
-            _stance.__enter__()
-        _running_eagerly += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _running_eagerly -= 1
-            if _running_eagerly == 0:
-                _stance.__exit__(None, None, None)

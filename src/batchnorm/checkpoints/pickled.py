@@ -1,0 +1,73 @@
+"""Tensors from PyTorch's own files, without running the code that a pickle may hold."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from batchnorm.checkpoints.names import is_part
+from batchnorm.errors import InputError
+
+__all__ = ["read"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tensors of a state dict that may be parts of batch normalizations, in float64.
+
+    The state dict may be inside other dicts, as training programs write them; of several, such as of a model and of
+    its average, the first counts.
+
+    Raises:
+        InputError: If the file is no checkpoint, or holds more than tensors and plain values.
+    """
+    import torch
+
+    try:
+        whole = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_map(path))
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
+            raise InputError(_code(path)) from error
+        raise InputError(
+            f"{path} is not a checkpoint of PyTorch: it cannot be read as tensors and plain values; save "
+            "model.state_dict() with torch.save."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "TorchScript" in str(error):
+            raise InputError(_code(path)) from error
+        raise InputError(
+            f"{path} is not a sound checkpoint of PyTorch; fetch it again, or save model.state_dict() with torch.save."
+        ) from error
+    for tensors in _dicts(whole):
+        if any(name.rpartition(".")[2] == "running_mean" for name in tensors):
+            return {
+                name: tensor.double().numpy() for name, tensor in tensors.items() if is_part(name, tuple(tensor.shape))
+            }
+    return {}
+
+
+def _code(path: Path) -> str:
+    return (
+        f"{path} holds code, which is not run: it was saved as a whole model; save model.state_dict() instead, or call "
+        "diagnose(model) from Python."
+    )
+
+
+def _can_map(path: Path) -> bool:
+    """Whether it is a zip file, of which only the tensors that are used need to be read."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    """The tensors by name in each dict, the outer ones first."""
+    import torch
+
+    if isinstance(value, Mapping):
+        tensors = {name: t for name, t in value.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
+        if tensors:
+            yield tensors
+        for inner in value.values():
+            yield from _dicts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _dicts(inner)

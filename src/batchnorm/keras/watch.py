@@ -1,0 +1,101 @@
+"""Watch the batch normalizations of a model while `fit` trains it.
+
+```
+model.fit(x, y, callbacks=[Watch(every=10, to="statistics.csv")])
+```
+"""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from batchnorm.keras.models import normalizations, to_float64
+from batchnorm.whole.recording import Record, Recorder, Sink
+
+__all__ = ["Record", "Watch"]
+
+
+class Watch(keras.callbacks.Callback):
+    """A callback that records each batch normalization, step by step.
+
+    The training step is compiled, and a callback sees only what it leaves: the moving statistics. Those of the batch
+    follow from the moving ones before and after it, `batch = (after - momentum * before) / (1 - momentum)`. Gradients
+    and outputs are not seen, so that `grad_in`, `grad_out` and `dead` are None. With `steps_per_execution` above 1, or
+    with renormalization, neither are the statistics of a batch.
+
+    Args:
+        every: Record every so many steps, the first one included.
+        to: Where the records go besides `records`: as in `batchnorm.torch.watch`.
+        keep: The number of records that are kept in memory, one for each layer and step.
+        live: Whether to show a line on stderr, where that is a terminal and rich is installed.
+
+    Attributes:
+        recorder: Its `records` are the last records.
+
+    Raises:
+        ValueError: If `every` or `keep` is not positive; in `fit`, if the model has no batch normalization.
+        InputError: If the file cannot be written, or TensorBoard is not installed.
+        TypeError: If records cannot go to `to`.
+    """
+
+    def __init__(self, every: int = 1, *, to: Sink | None = None, keep: int = 10_000, live: bool = False) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every must be positive, got {every}")
+        self.every = every
+        self.recorder = Recorder(to, keep, live)
+        self.layers: dict[str, Any] = {}
+        self.skipped: dict[str, int] = {}
+        self._before: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def records(self) -> list[Record]:
+        """The last records."""
+        return list(self.recorder.records)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Find the layers."""
+        self.layers = normalizations(self.model)
+        if not self.layers:
+            raise ValueError("there is no batch normalization in this model, so there is nothing to watch")
+        self.recorder.open()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Close the file."""
+        self.recorder.close()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Remember the moving statistics."""
+        if self.recorder.steps % self.every == 0:
+            self._before = {name: self._statistics(layer) for name, layer in self.layers.items()}
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Record what has changed."""
+        self.recorder.steps += 1
+        before, self._before = self._before, {}
+        self.recorder.add([self._record(name, self.layers[name], *old) for name, old in before.items()])
+
+    def _statistics(self, layer: Any) -> tuple[Any, Any]:
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()  # the trainer keeps the variables in a state of its own
+        return to_float64(layer.moving_mean), to_float64(layer.moving_variance)
+
+    def _record(self, name: str, layer: Any, old_mean: Any, old_var: Any) -> Record:
+        mean, var = self._statistics(layer)
+        learning = layer.trainable and getattr(layer, "frozen", None) is None
+        stood = learning and (mean == old_mean).all() and (var == old_var).all()
+        if stood:
+            self.skipped[name] = self.skipped.get(name, 0) + 1
+        rate = 1 - float(layer.momentum)
+        executed = getattr(self.model, "steps_per_execution", 1)
+        if not learning or layer.renorm or executed != 1 or rate == 0 or stood:
+            averages: tuple[Any, ...] = (None, None, float(mean.mean()), float(var.mean()), None)
+        else:
+            batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
+            std = np.sqrt(var + layer.epsilon)
+            scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
+            gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))
+            averages = float(batch_mean.mean()), float(batch_var.mean()), float(mean.mean()), float(var.mean()), gap
+        return Record(self.recorder.steps, name, *averages, skipped=self.skipped.get(name, 0))

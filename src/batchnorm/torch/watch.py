@@ -1,0 +1,168 @@
+"""Watch the batch normalizations of a model while it trains.
+
+```
+with watch(model, every=10, to="statistics.csv") as seen:
+    for x, y in loader:
+        ...                      # the usual training step
+print(seen)                      # the last step in one line; `seen.records` has the last records
+```
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.torch.survey import keeps_statistics, survey
+from batchnorm.whole.recording import Record, Recorder, Sink
+
+__all__ = ["Record", "watch"]
+
+
+class watch(Recorder):
+    """A context manager that records each batch normalization of a model, step by step.
+
+    A step is a call of the model in training mode. It is recorded when the next one begins, or at the end, so that its
+    gradients are known. Between recorded steps there is nothing but a counter. Nothing of the model changes, except
+    that it has hooks while it is watched; a compiled model is compiled anew for them.
+
+    Args:
+        model: Any module with PyTorch's layers or ours.
+        every: Record every so many steps, the first one included.
+        to: Where the records go besides `records`: a `.csv` file; a folder, for TensorBoard; a writer with
+            `add_scalar`; or a function that is called with each `Record`.
+        keep: The number of records that are kept in memory, one for each layer and step.
+        live: Whether to show a line on stderr, where that is a terminal and rich is installed.
+
+    Attributes:
+        records: The last records.
+        steps: The number of training steps so far.
+
+    Raises:
+        ValueError: If the model has no batch normalization, or `every` or `keep` is not positive.
+        InputError: If the file cannot be written, or TensorBoard is not installed.
+        TypeError: If records cannot go to `to`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int = 1,
+        *,
+        to: Sink | None = None,
+        keep: int = 10_000,
+        live: bool = True,
+    ) -> None:
+        super().__init__(to, keep, live)
+        if every < 1:
+            raise ValueError(f"every must be positive, got {every}")
+        self.model, self.every = model, every
+        self.layers: dict[str, Any] = {name: layer for name, layer, *_ in survey(model)}
+        if not self.layers:
+            raise ValueError("there is no batch normalization in this model, so there is nothing to watch")
+        self._step: _Step | None = None
+        self._hook: Any = None
+
+    def __enter__(self) -> "watch":
+        self.open()
+        self._hook = self.model.register_forward_pre_hook(self._begin)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        try:
+            if kind is None:
+                self._end()
+            elif self._step is not None:
+                self._step.remove()
+        finally:
+            self._step = None
+            self.close()
+        if kind is None and self.steps == 0:
+            warnings.warn(
+                "watch saw no training step: the model was not called in training mode. Watch the module that is "
+                "called",
+                stacklevel=2,
+            )
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if not model.training:
+            return
+        self._end()
+        self.steps += 1
+        if (self.steps - 1) % self.every == 0:
+            self._step = _Step(self.layers)
+
+    def _end(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.remove()
+            self.add(step.records(self.steps))
+
+
+class _Step:
+    """One step that is recorded. Nothing waits for the device until `records`."""
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        self.layers = layers
+        self.found: dict[str, dict[str, Any]] = {}
+        self.handles: list[Any] = []
+        for name, layer in layers.items():
+            self.handles.append(layer.register_forward_hook(self._watch(name), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _watch(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], y: Any) -> None:
+            # A checkpoint repeats a call in the backward pass, and a layer may be called again: the first call counts.
+            given = args[0] if args else kwargs.get("input")
+            if name in self.found or not isinstance(given, Tensor) or not isinstance(y, Tensor) or not layer.training:
+                return
+            found = self.found[name] = {}
+            with torch.no_grad():
+                x = given.detach()
+                if x.numel():
+                    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+                    axes = [axis for axis in range(x.dim()) if axis != 1]
+                    found["batch"] = torch.stack(torch.var_mean(x, axes, correction=0))
+                    found["dead"] = (y.detach().amax(axes) <= 0).float().mean()
+            for key, tensor in (("grad_in", given), ("grad_out", y)):
+                if tensor.requires_grad:
+                    self.handles.append(tensor.register_hook(self._keep(found, key)))
+
+        return hook
+
+    @staticmethod
+    def _keep(found: dict[str, Any], key: str) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            with torch.no_grad():
+                found[key] = torch.linalg.vector_norm(grad.detach().float())
+
+        return hook
+
+    def records(self, step: int) -> list[Record]:
+        """What was found in each layer that was called."""
+        records = []
+        for name, found in self.found.items():
+            layer = self.layers[name]
+            keeps = keeps_statistics(layer)
+            mean, var = (layer.running_mean.double(), layer.running_var.double()) if keeps else (None, None)
+            gap = None
+            batch_var, batch_mean = found["batch"].double().unbind() if "batch" in found else (None, None)
+            if batch_mean is not None and mean is not None and var is not None:
+                std = (var + layer.eps).sqrt()
+                scale = (batch_var + layer.eps).sqrt() / std
+                gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
+            averages = [None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)]
+            rest = [float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")]
+            records.append(Record(step, name, *averages, gap, *rest, int(getattr(layer, "num_batches_skipped", 0))))
+        return records

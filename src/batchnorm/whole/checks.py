@@ -1,0 +1,517 @@
+"""The checks: each looks at the evidence and yields findings. `chance` says where the thresholds come from."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from batchnorm.whole.chance import ALPHA, STABLE, factor_of_two, noise
+from batchnorm.whole.evidence import Evidence, Inputs, Layer
+from batchnorm.whole.findings import Finding, Severity
+from batchnorm.whole.remedies import Remedies
+
+__all__ = ["CHECKS", "gap"]
+
+Check = Callable[[Evidence, Remedies], Iterator[Finding]]
+
+WRONG = 1.0
+"""A normalized value has standard deviation 1. An error as large as that leaves nothing of it."""
+
+SPARSE = 0.01
+"""A channel that is on for fewer than this share of values tells the next layer nothing about the others."""
+
+OVERFLOWS = 1 / 2000
+"""The share of steps that PyTorch's GradScaler makes overflow on purpose: it doubles its scale every 2,000 steps."""
+
+
+# --- Running statistics -----------------------------------------------------------------------------------------------
+
+
+def non_finite_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """NaN, infinity or a negative variance; batches that were not finite."""
+    for layer in evidence.layers.values():
+        state = layer.state
+        if state.mean is not None and state.var is not None:
+            with np.errstate(invalid="ignore"):
+                bad = ~(np.isfinite(state.mean) & np.isfinite(state.var) & (state.var >= 0))
+            if bad.any():
+                yield Finding(
+                    state.name,
+                    "non-finite-statistics",
+                    "error",
+                    f"{bad.sum()} of {state.channels} channels have a running statistic that is NaN, infinite or "
+                    "a negative variance",
+                    "A batch that was not finite has spoiled the running statistics, and evaluation with them. The "
+                    "layers of this package leave such a batch out.",
+                    remedies.calibrate(),
+                )
+        if layer.trained.unusable:
+            total = layer.trained.batches + layer.trained.unusable
+            yield Finding(
+                state.name,
+                "non-finite-statistics",
+                "error",
+                f"{layer.trained.unusable} of {total} batches came in with NaN or infinity",
+                "The data, or a layer before this one, overflow. The first such layer is where to look.",
+                remedies.finite(),
+            )
+        if state.skipped:
+            seen = state.skipped + (state.batches or 0)
+            share = state.skipped / seen
+            yield Finding(
+                state.name,
+                "non-finite-statistics",
+                "warning" if share > OVERFLOWS else "info",
+                f"{state.skipped:,} of {seen:,} training batches were skipped, {share:.2%}",
+                "Batches that are not finite, or empty, did not move the running statistics. A gradient scaler causes "
+                "one overflow in 2,000 steps; more than that come from the data, a learning rate that is too large, or "
+                "half precision.",
+                remedies.forget_skipped(state),
+            )
+
+
+def stale_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Running statistics that were never updated, or that are far from those of the data."""
+    for layer in evidence.layers.values():
+        state = layer.state
+        if state.mean is None or state.var is None or not np.isfinite([state.mean, state.var]).all():
+            continue
+        cause = "Evaluation normalizes by statistics that are not those of the data."
+        if not (state.mean.any() or (state.var != 1).any()) and not state.batches:
+            yield Finding(
+                state.name,
+                "stale-statistics",
+                "error",
+                f"mean 0 and variance 1 in all {state.channels} channels, as at the start",
+                f"The running statistics were never updated. {cause}",
+                remedies.calibrate(),
+            )
+            continue
+        if state.is_frozen or not state.trains:
+            continue  # training normalizes by them, too: they may be those of other data
+        # With dropout off, as `calibrate` leaves them, or on, as training does: one of the two must fit.
+        near = min((layer.trained.distance(state), layer.quiet.distance(state)), key=lambda d: d.size)
+        if near.is_real and near.size > noise(STABLE):
+            yield Finding(
+                state.name,
+                "stale-statistics",
+                "error" if near.size >= WRONG else "warning",
+                f"{_number(near.size)} standard deviations from the data, {_number(near.errors)} standard errors",
+                f"The running statistics are not those of the data: they are from other weights or other data, or from "
+                f"batches that are not alike. {cause}",
+                remedies.calibrate(),
+            )
+
+
+def train_eval_gap(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """The first layer whose inputs in evaluation do not have its running statistics, and what the model makes of it."""
+    layers = [layer for layer in evidence.in_order() if layer.follows_batch]
+    gaps = [(layer, gap) for layer in layers if (gap := layer.evaluated.distance(layer.state)).is_real]
+    parted = [(layer, gap) for layer, gap in gaps if gap.size > noise(STABLE)]
+    if not parted:
+        return
+    first, distance = parted[0]
+    effect = ""
+    if evidence.outputs.gap is not None:
+        effect = f"; the model's output moves by {evidence.outputs.gap:.2g} of its standard deviation"
+    yield Finding(
+        first.state.name,
+        "train-eval-gap",
+        "error" if distance.size >= WRONG else "warning",
+        f"{_number(distance.size)} standard deviations, {_number(distance.errors)} standard errors, between its input "
+        f"in evaluation and its running statistics; {len(parted)} of {len(layers)} layers part{effect}",
+        "In training the layer normalizes by the batch, in evaluation by its running statistics. Here the two part: "
+        "what the network learnt behind this layer does not hold in evaluation.",
+        remedies.calibrate(),
+    )
+
+
+def _number(value: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def gap(layer: Layer) -> float | None:
+    """The distance of a layer's inputs in evaluation from its running statistics; None if it is not known."""
+    if layer.evaluated.moments is None or layer.state.mean is None:
+        return None
+    return layer.evaluated.distance(layer.state).size
+
+
+# --- Channels ---------------------------------------------------------------------------------------------------------
+
+
+def dead_channel(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Channels whose output is constant, because of gamma or of the input, or off behind the activation."""
+    tests = sum(layer.state.channels for layer in evidence.layers.values())
+    for layer in evidence.layers.values():
+        state = layer.state
+        cut = _without_gamma(layer)
+        still = _without_input(layer) & ~cut
+        off = np.zeros(state.channels, bool)
+        # A channel that is on for 1% of the values is off in n independent ones with probability 0.99^n.
+        enough = math.log(ALPHA / tests) / math.log(1 - SPARSE)
+        if layer.is_rectified and layer.highest is not None and layer.trained.samples >= enough:
+            off = (layer.highest <= 0) & ~cut & ~still
+        for dead, what, severity, remedy in (
+            (cut, "gamma is 0 up to rounding", "warning", remedies.revive),
+            (off, "off for every value behind the activation", _by_share(off), remedies.turn_on),
+        ):
+            if dead.any():
+                yield _dead(layer, dead, what, severity, remedy(state, np.flatnonzero(dead).tolist()))
+        if still.any():
+            channels = np.flatnonzero(still).tolist()
+            # Without a layer before it, the input is that of the model, and some features of data are constant.
+            known = layer.producer is not None
+            remedy_line = remedies.redraw(layer, channels) if known else remedies.calibrate()
+            yield _dead(layer, still, "the input is constant", "warning" if known else "info", remedy_line)
+
+
+def _dead(layer: Layer, dead: np.ndarray, what: str, severity: Severity, remedy: str) -> Finding:
+    number, channels = int(dead.sum()), layer.state.channels
+    return Finding(
+        layer.state.name,
+        "dead-channel",
+        severity,
+        f"{number} of {channels} channels ({number / channels:.0%}): {what}",
+        "The output of a dead channel does not depend on the input: it costs time and memory, and gives nothing. "
+        "Weight decay on gamma, a learning rate that is too large, and filters of zeros lead there.",
+        remedy,
+    )
+
+
+def _by_share(dead: np.ndarray) -> Severity:
+    """Some units that are always off are usual behind a ReLU; more off than on are not."""
+    return "warning" if dead.mean() > 0.5 else "info"
+
+
+def _without_gamma(layer: Layer) -> np.ndarray:
+    """Where gamma is smaller than the rounding error of a sum over channels, so that the next layer cannot see it."""
+    weight = layer.state.weight
+    if weight is None:
+        return np.zeros(layer.state.channels, bool)
+    return np.abs(weight) <= layer.state.rounding * np.abs(weight).max(initial=0.0)
+
+
+def _without_input(layer: Layer) -> np.ndarray:
+    """Where all inputs are the same, up to rounding."""
+    moments, state = layer.trained.moments, layer.state
+    if moments is not None:
+        return np.asarray(moments.var <= (state.rounding * np.abs(moments.mean)) ** 2)
+    if state.var is None:
+        return np.zeros(state.channels, bool)
+    return state.var == 0
+
+
+def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """A variance below eps: the output has a standard deviation of less than `1/sqrt(2)`, not 1."""
+    for layer in evidence.layers.values():
+        state = layer.state
+        var = state.var if layer.trained.moments is None else layer.trained.moments.var
+        if var is None:
+            continue
+        alive = (var > 0) & ~_without_input(layer) & ~_without_gamma(layer)
+        small = alive & (var < state.eps)
+        if not small.any():
+            continue
+        middle = float(np.median(var[small]))
+        yield Finding(
+            state.name,
+            "eps-dominates",
+            "warning" if small.sum() > alive.sum() / 2 else "info",
+            f"{small.sum()} of {state.channels} channels have a variance below eps = {state.eps:g}, {middle:.1e} in "
+            f"the median: their output has standard deviation {math.sqrt(middle / (middle + state.eps)):.2f}, not 1",
+            "The layer divides by sqrt(var + eps). Where eps is the larger part, it normalizes little, and its output "
+            "is small.",
+            remedies.set_eps(state, float(var[small].min()) / 10),
+        )
+
+
+# --- What is around a layer -------------------------------------------------------------------------------------------
+
+
+def bias_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """A bias that the normalization behind it takes away again."""
+    for layer in evidence.layers.values():
+        producer = layer.producer
+        if producer is None or producer.bias is None or not layer.follows_batch:
+            continue
+        yield Finding(
+            layer.state.name,
+            "bias-before-norm",
+            "info",
+            f"{producer.bias.size} biases of {producer.name or 'the layer before'} have no effect in training; the "
+            f"largest is {np.abs(producer.bias).max(initial=0.0):.2g}",
+            "The layer subtracts the mean of the batch, and with it the bias before it: memory and time for nothing. "
+            "Make the layer before it with bias=False.",
+            remedies.drop_bias(layer.state, producer),
+        )
+
+
+def dropout_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Dropout changes the variance in training only, so the running one is wrong in evaluation (Li 2018)."""
+    layers = [layer for layer in evidence.in_order() if layer.follows_batch]
+    shifts = [(layer, *_shift(layer)) for layer in layers]
+    behind = any(layer.dropouts for layer in layers)
+    for layer, ratio, real in shifts:
+        # A dropout that no module does is seen by its effect: then it is before the first layer that shifts.
+        guilty = bool(layer.dropouts) or not behind
+        if not (real and guilty):
+            continue
+        # An error of the variance is large if it is larger than that of STABLE values, whose logarithm is off by
+        # sqrt(2/(n-1)). After `calibrate` the running variance is that of evaluation, and there is no error.
+        large = ratio > math.exp(math.sqrt(2 / (STABLE - 1)))
+        wrong = large and layer.trained.distance(layer.state).size < layer.quiet.distance(layer.state).size
+        names = ", ".join(layer.dropouts) or "dropout"
+        if wrong or not large:
+            yield Finding(
+                layer.state.name,
+                "dropout-before-norm",
+                "warning" if wrong else "info",
+                f"the variance of its input changes by a factor of {ratio:.2f} when {names} is off",
+                "Dropout is on in training and off in evaluation, and the running variance is that of training. Put "
+                "dropout behind the last batch normalization, or calibrate, with dropout off, after training.",
+                remedies.calibrate(),
+            )
+        if not behind:
+            return
+
+
+def _shift(layer: Layer) -> tuple[float, bool]:
+    """The factor by which randomness changes the variance, and whether that is more than chance."""
+    on, off = layer.trained, layer.quiet
+    if on.moments is None or off.moments is None:
+        return 1.0, False
+    eps = layer.state.eps
+    with np.errstate(all="ignore"):
+        logarithm = np.log((on.moments.var + eps) / (off.moments.var + eps))
+    if not logarithm.any():
+        return 1.0, False
+    ratio = math.exp(float(np.sqrt(np.mean(logarithm**2))))
+    return ratio, on.varies_from(off, eps)
+
+
+def weight_decay_on_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Gamma and beta in a group of parameters that decay."""
+    for layer in evidence.layers.values():
+        if layer.decay > 0 and layer.state.learns:
+            yield Finding(
+                layer.state.name,
+                "weight-decay-on-norm",
+                "info",
+                f"gamma and beta decay by {layer.decay:g}",
+                "Weight decay is meant for weights whose scale a normalization takes away. On gamma it pulls channels "
+                "to 0, which nothing takes away. Some recipes do so on purpose.",
+                remedies.split_decay(),
+            )
+
+
+def momentum_convention(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """PyTorch's momentum weighs the new batch, Keras' the old statistics: 0.1 in one is 0.9 in the other."""
+    for layer in evidence.layers.values():
+        state, rate = layer.state, layer.state.update_rate
+        # Between the two conventions: values above 1/2 are used for old statistics, values below it for new ones.
+        if rate is None or rate <= 0.5 or state.is_frozen or state.mean is None:
+            continue
+        batches = (2 - rate) / rate
+        yield Finding(
+            state.name,
+            "momentum-convention",
+            "warning",
+            f"a new batch has weight {rate:g}: the running statistics are those of about {batches:.1f} batches",
+            "In PyTorch momentum is the weight of the new batch, in Keras and TensorFlow that of the old statistics. "
+            "This value fits the other convention.",
+            remedies.set_momentum(state, round(1 - rate, 6) or 0.1),
+        )
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+def small_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Too few independent values per channel, and no other process that has more."""
+    for layer in evidence.layers.values():
+        count = _independent(layer, evidence)
+        if count < STABLE and not _would_be_stable(layer, evidence):
+            yield Finding(
+                layer.state.name,
+                "small-batch",
+                "warning",
+                _noise(layer, count),
+                "So few values do not give stable statistics: training is noisy, and the running statistics are not "
+                "those that the network was trained with. Accumulating gradients does not help, because each forward "
+                "pass has its own statistics.",
+                remedies.renormalize(),
+            )
+
+
+def unsynchronized(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Several processes, each with too few values, that do not pool them."""
+    for layer in evidence.layers.values():
+        count = _independent(layer, evidence)
+        if count < STABLE and _would_be_stable(layer, evidence):
+            yield Finding(
+                layer.state.name,
+                "unsynchronized",
+                "warning",
+                f"{_noise(layer, count)}; all {evidence.processes} processes have {count * evidence.processes:.0f}",
+                "Each process normalizes by its own small batch. Together they have enough values.",
+                remedies.synchronize(),
+            )
+
+
+def _would_be_stable(layer: Layer, evidence: Evidence) -> bool:
+    """Whether the values of all processes would be enough, if they were pooled."""
+    pooled = layer.state.is_synchronized or layer.state.group is not None
+    return not pooled and _independent(layer, evidence) * evidence.processes >= STABLE
+
+
+def _independent(layer: Layer, evidence: Evidence) -> float:
+    """The number of independent values per channel that give the statistics; infinity if they are not the batch's."""
+    if not layer.follows_batch or not layer.trained.batches:
+        return math.inf
+    return layer.trained.independent * _share(layer) * (evidence.processes if layer.state.is_synchronized else 1)
+
+
+def _share(layer: Layer) -> float:
+    """The share of a batch whose statistics are taken together."""
+    return min(1.0, (layer.state.group or math.inf) / layer.trained.batch_size)
+
+
+def _noise(layer: Layer, count: float) -> str:
+    values = layer.trained.values * _share(layer)
+    text = (
+        f"{count:.1f} independent values per channel: normalized values are off by {noise(count):.2g} standard "
+        f"deviations, and the variance by a factor of two in {factor_of_two(count):.0%} of the channels"
+    )
+    if 1 < values < STABLE:
+        text += f"; the running variance, being unbiased, is {values / (values - 1):.2f} times that of training"
+    return text
+
+
+def correlated_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Batches that are less alike than batches of samples drawn at random."""
+    found: list[tuple[Layer, float, float]] = []
+    for layer in evidence.in_order():
+        if not layer.follows_batch:
+            continue
+        count, ratio, real = layer.trained.spread()
+        if real and count < min(STABLE, layer.trained.independent / 2):
+            found.append((layer, count, ratio))
+    if found:
+        layer, count, ratio = found[0]
+        yield Finding(
+            layer.state.name,
+            "correlated-batch",
+            "warning",
+            f"the means of {layer.trained.batches} batches vary up to {ratio:.0f} times as much as chance gives; "
+            f"a batch of {layer.trained.batch_size:.0f} is worth {count:.1f} independent values; "
+            f"seen in {len(found)} of {len(evidence.layers)} layers",
+            "The samples of a batch belong together (sorted data, one video or patient per batch), so each batch has "
+            "other statistics, and none has those of the data. Shuffle before training; statistics can be calibrated "
+            "afterwards, weights cannot.",
+            remedies.shuffle(),
+        )
+
+
+# --- How a layer is used ----------------------------------------------------------------------------------------------
+
+
+def half_frozen(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Gamma and beta stand while the statistics move, or the reverse."""
+    if not evidence.is_training:
+        return  # the modes of evaluation say nothing of training
+    for layer in evidence.layers.values():
+        state = layer.state
+        if state.is_frozen or state.learns is None or state.mean is None:
+            continue
+        if state.trains and not state.learns:
+            yield Finding(
+                state.name,
+                "half-frozen",
+                "warning",
+                "gamma and beta do not learn, but the layer is in training mode",
+                "Its running statistics move with every batch, and training normalizes by the batch: the layer is not "
+                "frozen. requires_grad=False does not stop statistics, and train() undoes eval().",
+                remedies.freeze(state),
+            )
+        elif not state.trains and state.learns:
+            yield Finding(
+                state.name,
+                "half-frozen",
+                "info",
+                "the statistics stand, because the layer evaluates while others train; gamma and beta learn",
+                "The next call of train() on the model moves the statistics again. Freeze the layer if it is to stay.",
+                remedies.freeze(state),
+            )
+
+
+def recomputed(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """Activation checkpoints run the forward pass twice, and PyTorch's layers count the batch each time."""
+    for layer in evidence.layers.values():
+        if layer.counted is None or layer.counted[1] <= layer.counted[0]:
+            continue
+        forward, both = layer.counted
+        yield Finding(
+            layer.state.name,
+            "recomputed",
+            "warning",
+            f"the running statistics moved {both} times in a step, {forward} of them in the forward pass",
+            "An activation checkpoint repeats the forward pass in the backward pass, and the layer counts the batch "
+            "again: the running average forgets twice as fast. This package's layers count it once.",
+            remedies.convert(),
+        )
+
+
+def unused(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
+    """A layer that nothing calls; one whose calls in a step have different inputs."""
+    for layer in evidence.layers.values():
+        state = layer.state
+        if evidence.batches and layer.order is None:
+            yield Finding(
+                state.name,
+                "unused",
+                "info",
+                f"not called in {evidence.batches} batches",
+                "The forward pass never reaches the layer, so its parameters and statistics stay as they are.",
+                remedies.remove(state),
+            )
+        elif layer.calls > 1 and layer.follows_batch:
+            apart = _apart(layer.by_call)
+            if apart is not None:
+                yield Finding(
+                    state.name,
+                    "unused",
+                    "warning",
+                    f"called {layer.calls} times in a step; the inputs of two calls are {apart:.2g} standard "
+                    "deviations apart",
+                    "Training normalizes each call by its own statistics, but the running statistics mix them, so "
+                    "evaluation fits none. Give each use a layer of its own, or freeze this one.",
+                    remedies.freeze_statistics(state),
+                )
+
+
+def _apart(calls: Sequence[Inputs]) -> float | None:
+    """How far apart the inputs of two calls are; None if they are alike."""
+    apart = [calls[0].distance_to(other) for other in calls[1:]]
+    large = [distance.size for distance in apart if distance.is_real and distance.size > noise(STABLE)]
+    return max(large) if large else None
+
+
+CHECKS: tuple[Check, ...] = (
+    non_finite_statistics,
+    stale_statistics,
+    train_eval_gap,
+    correlated_batch,
+    small_batch,
+    unsynchronized,
+    recomputed,
+    half_frozen,
+    momentum_convention,
+    dropout_before_norm,
+    eps_dominates,
+    dead_channel,
+    bias_before_norm,
+    weight_decay_on_norm,
+    unused,
+)

@@ -1,0 +1,21 @@
+"""The random states of Python and NumPy."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+__all__ = ["random_states_kept"]
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """They are afterwards as they were."""
+    # Of the old generator, which is global: the new ones belong to those who made them.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,167 @@
+"""What `watch` records of each layer and step, where it goes, and the line that shows it meanwhile."""
+
+import csv
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from batchnorm.errors import InputError
+
+__all__ = ["Record", "Recorder", "Sink"]
+
+
+class Record(NamedTuple):
+    """One layer in one step. Means and variances are averages over the channels.
+
+    Attributes:
+        step: The number of the training step, from 1.
+        layer: The layer's name.
+        batch_mean, batch_var: Of the batch that came in; None if they are not known.
+        running_mean, running_var: The running statistics after the step; None if there are none.
+        gap: The distance between the statistics of the batch and the running ones, in running standard deviations: a
+            root mean square over the channels; None if one of the two is not known.
+        grad_out: The norm of the gradient that comes to the layer's output.
+        grad_in: The norm of the gradient at its input, with what comes there on other ways.
+        dead: The share of channels that are nowhere above 0 in the batch, so that a ReLU behind them is off.
+        skipped: The number of batches that were skipped since the start.
+    """
+
+    step: int
+    layer: str
+    batch_mean: float | None = None
+    batch_var: float | None = None
+    running_mean: float | None = None
+    running_var: float | None = None
+    gap: float | None = None
+    grad_out: float | None = None
+    grad_in: float | None = None
+    dead: float | None = None
+    skipped: int = 0
+
+
+Sink = str | Path | Callable[[Record], object] | Any
+"""A `.csv` file; a folder for TensorBoard; a writer with `add_scalar`; or a function that takes each record."""
+
+
+class Recorder:
+    """Hands records on as they come, and keeps the last ones.
+
+    Args:
+        to: Where the records go besides; nowhere else if None.
+        keep: The number of records that are kept.
+        live: Whether to show a line on stderr, where that is a terminal and rich is installed.
+
+    Attributes:
+        records: The last records.
+        steps: The number of training steps so far.
+    """
+
+    def __init__(self, to: Sink | None, keep: int, live: bool) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be positive, got {keep}")
+        self.records: deque[Record] = deque(maxlen=keep)
+        self.steps = 0
+        self.to = _check(to)
+        self._live = live
+        self._write: Callable[[Record], object] | None = None
+        self._flush: Callable[[], object] | None = None
+        self._closing: list[Callable[[], object]] = []
+        self._line: Any = None
+        self._layers: dict[str, Record] = {}
+
+    def open(self) -> None:
+        """Open the file, and show the line."""
+        if isinstance(self.to, Path) and self.to.suffix == ".csv":
+            file = _opened(self.to)
+            writer = csv.writer(file)
+            writer.writerow(Record._fields)
+            self._write, self._flush = writer.writerow, file.flush
+            self._closing.append(file.close)
+        elif isinstance(self.to, Path):
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(str(self.to))
+            self._write, self._flush = _to_board(board), board.flush
+            self._closing.append(board.close)
+        elif self.to is not None:
+            self._write = _to_board(self.to) if hasattr(self.to, "add_scalar") else self.to
+        if self._live and sys.stderr.isatty() and find_spec("rich"):
+            from rich.console import Console
+            from rich.live import Live
+
+            self._line = Live("", console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self._line.start()
+            self._closing.append(self._line.stop)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Take the records of a step."""
+        for record in records:
+            self.records.append(record)
+            self._layers[record.layer] = record
+            if self._write is not None:
+                self._write(record)
+        if records and self._flush is not None:
+            self._flush()
+        if records and self._line is not None:
+            self._line.update(str(self))
+
+    def close(self) -> None:
+        """Close the file, and take the line away."""
+        while self._closing:
+            self._closing.pop()()
+        self._write = self._flush = self._line = None
+
+    def __str__(self) -> str:
+        """One line: the layers that are worst in the last step that was recorded."""
+        last = list(self._layers.values())
+        parts = [f"step {self.steps:,}"]
+        if gaps := [(record.gap, record.layer) for record in last if record.gap is not None]:
+            size, layer = max(gaps)
+            parts.append(f"largest gap {size:.2g} in {layer or 'the layer'}")
+        if dead := [(record.dead, record.layer) for record in last if record.dead is not None]:
+            share, layer = max(dead)
+            parts.append(f"most off {share:.0%} in {layer or 'the layer'}")
+        if skipped := max((record.skipped for record in last), default=0):
+            parts.append(f"{skipped:,} batches skipped")
+        return "; ".join(parts)
+
+
+def _check(to: Any) -> Any:
+    """Where records go, with text as a path; what cannot be used fails before training."""
+    if isinstance(to, str):
+        to = Path(to)
+    if isinstance(to, Path):
+        if to.suffix == ".csv" or to.suffix == "":
+            if to.suffix == "" and not (find_spec("torch") and find_spec("tensorboard")):
+                raise InputError(
+                    f"{to} is a folder for TensorBoard, which is not installed; pip install tensorboard brings it, or "
+                    "write a .csv file."
+                )
+            return to
+        raise InputError(f"{to} is neither a .csv file nor a folder for TensorBoard; choose one of them.")
+    if to is None or callable(to) or hasattr(to, "add_scalar"):
+        return to
+    raise TypeError(
+        f"records go to a .csv file, a folder, a writer with add_scalar, or a function, got {type(to).__name__}"
+    )
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def _to_board(board: Any) -> Callable[[Record], None]:
+    """Each number of a record as a scalar of TensorBoard."""
+
+    def write(record: Record) -> None:
+        for name, value in record._asdict().items():
+            if name not in ("step", "layer") and value is not None:
+                board.add_scalar(f"{record.layer or 'layer'}/{name}", value, record.step)
+
+    return write

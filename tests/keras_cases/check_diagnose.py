@@ -1,0 +1,208 @@
+"""A fault is found in its layer and nowhere else, on every backend, and nothing changes; what `Watch` records."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from backends import numbers
+from keras import layers, ops
+
+from batchnorm.keras import Watch, calibrate, diagnose, freeze
+
+GENERATOR = np.random.default_rng(0)
+X = GENERATOR.normal(size=(640, 6)).astype(np.float32)
+DATA = [X[i : i + 32] for i in range(0, 640, 32)]
+
+
+def network(kind: type[Any] = layers.BatchNormalization, rate: float = 0.0, bias: bool = False) -> Any:
+    """Three layers, calibrated: the second normalization is where faults are planted."""
+    keras.utils.set_random_seed(0)
+    parts = [
+        layers.Dense(8, use_bias=False), kind(name="first"), layers.ReLU(),
+        layers.Dense(8, use_bias=bias, name="middle"),
+        *([layers.Dropout(rate, name="drop")] if rate else []), kind(name="second"), layers.Activation("relu"),
+        layers.Dense(2),
+    ]  # fmt: skip
+    model = keras.Sequential([keras.Input((6,)), *parts])
+    calibrate(model, DATA, progress=False)
+    return model
+
+
+def stale(model: Any) -> None:
+    model.get_layer("second").moving_mean.assign(numbers(model.get_layer("second").moving_mean) + 5)
+
+
+def spoiled(model: Any) -> None:
+    model.get_layer("second").moving_variance.assign(np.full(8, np.nan))
+
+
+def cut(model: Any) -> None:
+    model.get_layer("second").gamma.assign([1, 0, 1, 1, 0, 1, 1, 1])
+
+
+def still(model: Any) -> None:
+    kernel = numbers(model.get_layer("middle").kernel)
+    kernel[:, 3] = 0
+    model.get_layer("middle").kernel.assign(kernel)
+    calibrate(model, DATA, progress=False)
+
+
+def pytorch_momentum(model: Any) -> None:
+    model.get_layer("second").momentum = 0.1
+
+
+def large_eps(model: Any) -> None:
+    model.get_layer("middle").kernel.assign(1e-4 * numbers(model.get_layer("middle").kernel))
+    calibrate(model, DATA, progress=False)
+
+
+def half_frozen(model: Any) -> None:
+    model.get_layer("second").gamma.trainable = model.get_layer("second").beta.trainable = False
+
+
+FAULTS = {
+    stale: "stale-statistics",
+    spoiled: "non-finite-statistics",
+    cut: "dead-channel",
+    still: "dead-channel",
+    pytorch_momentum: "momentum-convention",
+    large_eps: "eps-dominates",
+    half_frozen: "half-frozen",
+}
+
+
+def mend(finding: Any, **names: Any) -> dict[str, Any]:
+    exec(finding.remedy, names)
+    return names
+
+
+@pytest.mark.parametrize("plant", FAULTS)
+def test_a_planted_fault_is_found_and_mended(plant: Any) -> None:
+    model = network()
+    assert diagnose(model, DATA).findings == ()
+    plant(model)
+    report = diagnose(model, DATA)
+    assert {finding.layer for finding in report.findings} == {"second"}
+    found = next(finding for finding in report.findings if finding.check == FAULTS[plant])
+    mend(found, model=model, data=DATA)
+    assert FAULTS[plant] not in {finding.check for finding in diagnose(model, DATA).findings}
+
+
+def test_what_is_around_a_layer() -> None:
+    model = network(bias=True)
+    (found,) = diagnose(model, DATA).findings
+    assert (found.layer, found.check, found.severity) == ("second", "bias-before-norm", "info")
+    model.get_layer("middle").bias.assign(np.ones(8))
+    calibrate(model, DATA, progress=False)
+    before = numbers(model(X, training=False))
+    mend(found, model=model)
+    np.testing.assert_allclose(numbers(model(X, training=False)), before, atol=1e-5)
+    dropped = network(rate=0.5)
+    layer = dropped.get_layer("second")
+    layer.moving_variance.assign(2.0 * numbers(layer.moving_variance))  # as training with this dropout leaves it
+    (found,) = [f for f in diagnose(dropped, DATA).findings if f.check == "dropout-before-norm"]
+    assert (found.layer, found.severity) == ("second", "warning")
+    assert "when drop is off" in found.evidence
+    mend(found, model=dropped, data=DATA)
+    assert [f.check for f in diagnose(dropped, DATA).findings if f.severity == "warning"] == []
+
+
+def test_batches() -> None:
+    model = network()
+    small = [X[i : i + 4] for i in range(0, 320, 4)]
+    found = diagnose(model, small).findings
+    assert [(f.layer, f.check) for f in found] == [("first", "small-batch"), ("second", "small-batch")]
+    after = mend(found[0], model=model, data=small)["data"]
+    assert diagnose(model, after).findings == ()
+    order = X[X[:, 0].argsort()]
+    alike = [order[i : i + 32] for i in range(0, 640, 32)]
+    (found, *_) = [f for f in diagnose(model, alike).findings if f.check == "correlated-batch"]
+    assert found.layer == "first"
+    after = mend(found, model=model, data=alike)["data"]
+    assert diagnose(model, after).findings == ()
+
+
+def test_weight_decay() -> None:
+    model = network()
+    optimizer = keras.optimizers.AdamW(weight_decay=0.01)
+    optimizer.build(model.trainable_variables)
+    found = diagnose(model, optimizer=optimizer).findings
+    assert [(f.layer, f.check) for f in found] == [(name, "weight-decay-on-norm") for name in ("first", "second")]
+    optimizer = mend(found[0], model=model, optimizer=optimizer)["optimizer"]
+    assert diagnose(model, optimizer=optimizer).findings == ()
+
+
+def test_frozen_layers_and_ours() -> None:
+    from batchnorm.keras import BatchNormalization
+
+    model = network(BatchNormalization)
+    assert diagnose(model, DATA).findings == ()
+    stale(model)
+    freeze(model)
+    assert diagnose(model, DATA).findings == ()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_changes(fails: bool) -> None:
+    model = network(rate=0.5)
+    state = [numbers(variable) for variable in model.variables]
+    generator = numbers(model.get_layer("drop").seed_generator.state)
+    drawn = np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
+
+    def forward(model: Any, batch: Any, training: bool) -> Any:
+        y = model(batch, training=training)
+        np.random.rand()  # noqa: NPY002
+        if fails and training:
+            raise OverflowError("planted")
+        return y
+
+    if fails:
+        with pytest.raises(OverflowError, match="planted"):
+            diagnose(model, DATA, forward=forward)
+    else:
+        diagnose(model, DATA, forward=forward)
+    assert all((numbers(v) == old).all() for v, old in zip(model.variables, state, strict=True))
+    assert (numbers(model.get_layer("drop").seed_generator.state) == generator).all()
+    assert (np.random.get_state()[1] == drawn).all()  # noqa: NPY002
+    assert all("call" not in vars(layer) for layer in model.layers)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match=r"model must be a keras\.Model or a layer, got int"):
+        diagnose(3)
+    with pytest.raises(ValueError, match="there is no batch normalization in this model"):
+        diagnose(keras.Sequential([keras.Input((2,)), layers.Dense(2)]))
+    with pytest.raises(ValueError, match="the data gave no batches"):
+        diagnose(network(), [])
+    with pytest.raises(RuntimeError, match="does not know its size yet"):
+        diagnose(keras.Sequential([layers.BatchNormalization()]))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_watch(ours: bool, tmp_path: Path) -> None:
+    from batchnorm.keras import BatchNormalization
+
+    model = keras.Sequential(
+        [keras.Input((6,)), (BatchNormalization if ours else layers.BatchNormalization)(name="n"), layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    watch = Watch(every=2, to=tmp_path / "seen.csv")
+    model.fit(X[:160], np.zeros((160, 1)), batch_size=32, shuffle=False, verbose=0, callbacks=[watch])
+    assert [record.step for record in watch.records] == [1, 3, 5]
+    third = X[64:96].astype(np.float64)
+    record = watch.records[1]
+    assert record.batch_mean == pytest.approx(third.mean(), abs=1e-4)
+    assert record.batch_var == pytest.approx(third.var(0).mean(), rel=1e-3)
+    last = watch.records[-1]
+    assert last.running_mean == pytest.approx(float(numbers(model.get_layer("n").moving_mean).mean()), abs=1e-6)
+    assert last.gap is not None
+    rows = list(csv.DictReader((tmp_path / "seen.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["1", "3", "5"]
+    plain = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
+    plain.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="there is nothing to watch"):
+        plain.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[Watch()])
+    assert ops.shape(model.get_layer("n").gamma) == (6,)
