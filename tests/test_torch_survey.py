@@ -125,7 +125,6 @@ def test_what_a_layer_keeps() -> None:
 
 HINDERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "parametrized": (parametrized, "is parametrized, which has changed its class"),
-    "synchronized": (lambda: Synchronized(3), "is of a subclass of SyncBatchNorm, and only"),
     "lazy": (Lazy, "is of a subclass of a lazy layer: call the model on one batch first"),
     "attribute": (lambda: Activated(3), "has an attribute activation, which means something else in our layers"),
     "pickled": (lambda: PickledItsOwnWay(3), "is pickled by a method of PickledItsOwnWay"),

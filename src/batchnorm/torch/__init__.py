@@ -1,5 +1,6 @@
 """Batch normalization for PyTorch: the function, the layers, their sources of statistics, and tools for models."""
 
+from batchnorm.torch.adapters import register
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
@@ -48,6 +49,7 @@ __all__ = [
     "explain",
     "fold",
     "freeze",
+    "register",
     "revert",
     "route",
     "unfreeze",

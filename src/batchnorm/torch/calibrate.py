@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.torch import batches
+from batchnorm.torch.adapters import eps_of, is_batch_norm
 from batchnorm.torch.functional import moments
 from batchnorm.torch.pool import Pool
 from batchnorm.torch.survey import is_frozen, is_unsized, keeps_statistics, survey
@@ -120,7 +120,7 @@ class _Model:
                 found[name] = f"{reason}: what it normalizes is not known"
             else:
                 self.layers[name] = layer
-                found[name] = whole.Layer(layer.num_features, layer.eps, str(layer.running_mean.dtype))
+                found[name] = whole.Layer(len(layer.running_mean), eps_of(layer), str(layer.running_mean.dtype))
         if any(layer.training for layer in self.layers.values()):
             evaluating = [name for name, layer in self.layers.items() if not layer.training]
             found |= dict.fromkeys(evaluating, "is frozen: it evaluates, while others train")
@@ -131,7 +131,7 @@ class _Model:
             def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 layer.training = False  # whatever the model's forward has done
                 if name in names:
-                    x = args[0] if args else kwargs["input"]
+                    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
                     statistics = see(name, moments(x, kwargs.get("mask")))
                     if statistics is not None:  # `layer` may be a replica, on another device
                         _write(layer, *statistics)
@@ -141,7 +141,7 @@ class _Model:
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             for name, layer in self.model.named_modules():
-                if isinstance(layer, _BatchNorm):
+                if is_batch_norm(layer):
                     # The last hook: it sees what the layer will see.
                     stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())

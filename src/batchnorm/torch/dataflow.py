@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.torch import fuse
+from batchnorm.torch.adapters import adapter, is_batch_norm
 from batchnorm.whole.fold import Place, Stays
 
 __all__ = ["TRANSPOSED", "Flow", "Link", "is_linear_map", "is_watched", "join"]
@@ -44,7 +44,6 @@ class Link(Place):
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -193,11 +192,11 @@ class Flow:
 
     # --- Axes -----------------------------------------------------------------------------------------------------
 
-    def _axes(self, name: str) -> tuple[int, float]:
+    def _axes(self, name: str) -> tuple[float, float]:
         """The least and the largest number of axes that a normalization's input may have."""
         if name in self.axes:
             return self.axes[name], self.axes[name]
-        least, most = _CHECKED_AXES.get(_check_of(self.model.get_submodule(name)), (2, math.inf))
+        least, most = _checked_axes(self.model.get_submodule(name))
         return least, min(most, self._most_axes(_input(self.calls[name][0])))
 
     def _most_axes(self, node: fx.Node | None) -> float:
@@ -205,9 +204,9 @@ class Flow:
         most, fewer = math.inf, 0
         while node is not None:
             layer: Any = self._module(node)
-            if isinstance(layer, _BatchNorm):
+            if layer is not None and is_batch_norm(layer):
                 known = self.axes.get(join(self.path, str(node.target)))
-                most = min(most, (known or _CHECKED_AXES.get(_check_of(layer), (2, math.inf))[1]) - fewer)
+                most = min(most, (known or _checked_axes(layer)[1]) - fewer)
             elif isinstance(layer, _CONVOLUTIONS + TRANSPOSED):
                 return min(most, len(layer.kernel_size) + 2 - fewer)
             elif self._flattens(node):
@@ -262,8 +261,7 @@ class Flow:
             return _operation(node) == "contiguous" or (node.target in _DROPOUT_FUNCTIONS and not drops)
         if join(self.path, str(node.target)) in self.gone:
             return True
-        plain = type(layer) is nn.Identity or (type(layer) in _DROPOUTS and not layer.training)
-        return plain and not is_watched(layer) and "forward" not in vars(layer)
+        return fuse.is_identity(layer)
 
     def _flattens(self, node: fx.Node) -> bool:
         """Whether a node keeps the first axis and merges the others, with the channels outermost."""
@@ -292,8 +290,13 @@ class Flow:
         return name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
-def _check_of(layer: nn.Module) -> Any:
-    return getattr(type(layer), "_check_input_dim", None)
+def _checked_axes(layer: nn.Module) -> tuple[float, float]:
+    """The least and the largest number of axes of an input that a normalization does not reject."""
+    known = adapter(type(layer))
+    if known is not None and known.axes is not None:
+        return known.axes, known.axes
+    check: Any = getattr(type(layer), "_check_input_dim", None)
+    return _CHECKED_AXES.get(check, (2, math.inf))
 
 
 def _require_that_shift_reaches_all(layer: Any) -> None:
