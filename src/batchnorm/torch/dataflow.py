@@ -31,7 +31,8 @@ class Link(Place):
     """A layer beside a normalization.
 
     Attributes:
-        changed: What happens to the value on the way: nothing, `"transposed"` or `"flattened"`.
+        changed: What happens to the value on the way: nothing, `"transposed"`, `"flattened"`, or `"merged"`: all its
+            axes but the last become one.
         axes: The number of axes that the normalization's input must have for its channels to be those of the layer;
             None if it certainly has them.
     """
@@ -126,13 +127,13 @@ class Flow:
         while True:
             if self._hands_on(value):
                 user, value = value, self._only_input(value)
-            elif _transposes(value) and not changed:
-                user, value, changed = value, self._only_input(value), "transposed"
+            elif not changed and (found := "transposed" * _transposes(value) or "merged" * self._merges(value)):
+                user, value, changed = value, self._only_input(value), found
             else:
                 break
         layer = self._module(value)
         if not is_linear_map(layer) or (changed and not isinstance(layer, nn.Linear)):
-            raise Stays(f"what comes before it is {self._describe(value)}{changed and ', transposed'}")
+            raise Stays(f"what comes before it is {self._describe(value)}{changed and ', '}{changed}")
         return self._link(name, value, changed, "before")
 
     def target(self, name: str) -> Link:
@@ -152,7 +153,7 @@ class Flow:
         while True:
             if value in self.kept:
                 raise Stays(f"its output is also seen by {self.kept[value]}")
-            users = list(value.users)
+            users = [user for user in value.users if _sees(user, value)]
             if len(users) != 1:
                 raise Stays(f"its output is used by {' and '.join(map(self._describe, users)) or 'nothing'}")
             user = users[0]
@@ -183,12 +184,13 @@ class Flow:
             channels = normalization.running_mean.numel()
             positions = layer.in_features // channels
             return dataclasses.replace(link, channels=np.repeat(np.arange(channels), positions))
-        axes = (3 if changed else 2) if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
+        axes = (3 if changed == "transposed" else 2) if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
         least, most = self._axes(name)
         if not least <= axes <= most:
             number = str(least) if least == most else f"{least} or more" if most == math.inf else f"{least} or {most}"
             raise Stays(f"with {number} axes its channels are not those of {type(layer).__name__}")
-        return link if least == most and not changed else dataclasses.replace(link, axes=axes)
+        certain = least == most and changed != "transposed"
+        return link if certain else dataclasses.replace(link, axes=axes)
 
     # --- Axes -----------------------------------------------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class Flow:
                 most = min(most, (known or _checked_axes(layer)[1]) - fewer)
             elif isinstance(layer, _CONVOLUTIONS + TRANSPOSED):
                 return min(most, len(layer.kernel_size) + 2 - fewer)
-            elif self._flattens(node):
+            elif self._flattened(node) in ((1, -1), (0, -2)):
                 return min(most, 2 - fewer)
             elif _operation(node) in ("view", "reshape") and len(node.args) > 2:
                 return min(most, len(node.args) - 1 - fewer)
@@ -246,7 +248,7 @@ class Flow:
             raise Stays("what comes before it is not known")
         if value in self.kept:
             raise Stays(f"its input is also seen by {self.kept[value]}")
-        others = [self._describe(other) for other in value.users if other is not user]
+        others = [self._describe(other) for other in value.users if other is not user and _sees(other, value)]
         if others:
             raise Stays(f"its input is also used by {' and '.join(others)}")
         if _uses(user, value) != 1:
@@ -265,12 +267,28 @@ class Flow:
 
     def _flattens(self, node: fx.Node) -> bool:
         """Whether a node keeps the first axis and merges the others, with the channels outermost."""
+        return self._flattened(node) == (1, -1)
+
+    def _merges(self, node: fx.Node) -> bool:
+        """Whether a node merges the first axes and keeps the last one, if a value of two axes comes out.
+
+        Of a linear layer's output, `reshape` to two axes keeps the last one if that is to have the right channels.
+        """
+        if _operation(node) in ("view", "reshape"):
+            sizes = node.args[1] if len(node.args) == 2 else node.args[1:]
+            return isinstance(sizes, tuple | list) and len(sizes) == 2
+        return self._flattened(node) in ((0, 1), (0, -2))
+
+    def _flattened(self, node: fx.Node) -> tuple[Any, Any] | None:
+        """The first and the last of the axes that a node merges; None if it is no `flatten`."""
         layer: Any = self._module(node)
         if layer is not None:
             plain = type(layer) is nn.Flatten and not is_watched(layer) and "forward" not in vars(layer)
-            return plain and (layer.start_dim, layer.end_dim) == (1, -1)
-        arguments = (*node.args[1:], *node.kwargs.items())
-        return _operation(node) == "flatten" and arguments in ((1,), (1, -1), (("start_dim", 1),))
+            return (layer.start_dim, layer.end_dim) if plain else None
+        if _operation(node) != "flatten":
+            return None
+        ends: dict[str, Any] = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+        return ends.get("start_dim", 0), ends.get("end_dim", -1)
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether a node is an activation, which works value by value."""
@@ -350,6 +368,14 @@ def _transposes(node: fx.Node) -> bool:
         if name == "permute"
         else (name in ("transpose", "swapaxes", "swapdims") and sorted(axes) == [1, 2])
     )
+
+
+def _sees(user: fx.Node, value: fx.Node) -> bool:
+    """Whether a node uses the numbers of a value, and not only its shape."""
+    name = _operation(user)
+    if name in ("reshape_as", "view_as", "expand_as"):
+        return _input(user) is value
+    return name not in ("shape", "ndim", "size", "dim", "numel")
 
 
 def _reduced_axes(node: fx.Node) -> int:
