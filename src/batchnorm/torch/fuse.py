@@ -251,7 +251,9 @@ def steps(layer: Any) -> list[Any]:
 
 def obstacle_inside(layer: Any) -> str | None:
     """The reason why a layer is not fused now with the first thing that it calls itself; None if it is."""
-    return "the compiler fuses on its own" if torch.compiler.is_compiling() else _obstacle_of_activation(steps(layer)[0])
+    return (
+        "the compiler fuses on its own" if torch.compiler.is_compiling() else _obstacle_of_activation(steps(layer)[0])
+    )
 
 
 def added_activation(layer: Any) -> ActivationSpec:
