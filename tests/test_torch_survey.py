@@ -217,6 +217,18 @@ def test_it_is_calibrated() -> None:
         np.testing.assert_allclose(model[0].running_var.numpy(), want.var, rtol=1e-13)
 
 
+def test_a_subclass_of_pytorchs_synchronized_layer() -> None:
+    layer: Any = Synchronized(3)
+    attributes = set(vars(layer))
+    bn.convert(layer)
+    assert isinstance(layer, Synchronized)
+    assert layer.statistics == bn.SyncStatistics()
+    x = torch.randn(4, 3, 5)
+    assert torch.equal(layer(x), bn.SyncBatchNorm(3)(x))
+    assert type(bn.revert(layer)) is Synchronized
+    assert set(vars(layer)) == attributes
+
+
 def test_it_takes_the_statistics_of_all_processes() -> None:
     model = bn.SyncBatchNorm.convert_sync_batchnorm(tuned())
     assert model[0].statistics == bn.SyncStatistics()

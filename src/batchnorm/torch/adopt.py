@@ -74,9 +74,6 @@ def hindrance(layer: nn.Module) -> str:
     for name in ATTRIBUTES:
         if name not in known.then and hasattr(layer, name):
             return f"has an attribute {name}, which means something else in our layers"
-    for name in ("weight", "bias", "running_mean", "running_var", *(["eps"] if known.eps is None else [])):
-        if not hasattr(layer, name):
-            return f"has no attribute {name}"
     if not hasattr(layer, "num_features") and layer.running_mean is None:
         return "has no attribute num_features"
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:

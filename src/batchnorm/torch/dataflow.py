@@ -213,8 +213,8 @@ class Flow:
                 return min(most, len(layer.kernel_size) + 2 - fewer)
             elif self._flattened(node) in ((1, -1), (0, -2)):
                 return min(most, 2 - fewer)
-            elif _operation(node) in ("view", "reshape") and len(node.args) > 2:
-                return min(most, len(node.args) - 1 - fewer)
+            elif sizes := _sizes(node):
+                return min(most, len(sizes) - fewer)
             elif _operation(node) == "mean":
                 fewer += _reduced_axes(node)
             elif not (self._hands_on(node) or isinstance(layer, nn.Linear) or self._is_activation(node)):
@@ -274,10 +274,7 @@ class Flow:
 
         Of a linear layer's output, `reshape` to two axes keeps the last one if that is to have the right channels.
         """
-        if _operation(node) in ("view", "reshape"):
-            sizes = node.args[1] if len(node.args) == 2 else node.args[1:]
-            return isinstance(sizes, tuple | list) and len(sizes) == 2
-        return self._flattened(node) in ((0, 1), (0, -2))
+        return len(_sizes(node)) == 2 or self._flattened(node) in ((0, 1), (0, -2))
 
     def _flattened(self, node: fx.Node) -> tuple[Any, Any] | None:
         """The first and the last of the axes that a node merges; None if it is no `flatten`."""
@@ -368,6 +365,14 @@ def _transposes(node: fx.Node) -> bool:
         if name == "permute"
         else (name in ("transpose", "swapaxes", "swapdims") and sorted(axes) == [1, 2])
     )
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of all axes that a node gives to a value; nothing if it does not, or does not say how many."""
+    if _operation(node) not in ("view", "reshape") or node.kwargs:
+        return ()
+    sizes = node.args[1] if len(node.args) == 2 else node.args[1:]
+    return tuple(sizes) if isinstance(sizes, tuple | list) else ()
 
 
 def _sees(user: fx.Node, value: fx.Node) -> bool:

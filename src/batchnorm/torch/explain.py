@@ -140,7 +140,7 @@ def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]
 
 def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]) -> tuple[str, str]:
     """What is fused with the layer, and the reason if nothing is."""
-    if isinstance(layer, fuse.Followed) and fuse.steps(layer):
+    if isinstance(layer, fuse.Followed) and fuse.steps(layer) and fuse.added_activation(layer) is None:
         first = fuse.steps(layer)[0]
         obstacle = fuse.obstacle_inside(layer)
         return ("", f"{_named(first)}: {obstacle}") if obstacle else (str(_Follower(first)), "")

@@ -77,7 +77,7 @@ def _check(found: Found) -> None:
         raise RuntimeError(f"{said} does not know its size yet: call the model on one batch first")
     if is_always_frozen(type(layer)):
         return
-    if not (keeps_statistics(layer) and layer.track_running_stats):
+    if not (keeps_statistics(layer) and getattr(layer, "track_running_stats", True)):
         raise ValueError(f"{said} keeps no running statistics to normalize by (track_running_stats=False)")
     if problem := reason or ("" if ours else hindrance(layer)):
         raise ValueError(f"{said} {problem}, so it cannot be frozen: freeze the other layers one by one")

@@ -44,8 +44,12 @@ def survey(model: nn.Module) -> list[Found]:
 
 def deviation(layer: nn.Module) -> str:
     """Why a layer may compute something other than a batch normalization, to be read after its name; empty if not."""
-    kind = type(layer)
-    if not is_ours(layer) and adapter(kind) is None:
+    kind, known = type(layer), adapter(type(layer))
+    if known is not None:
+        for name in ("weight", "bias", "running_mean", "running_var", *(["eps"] if known.eps is None else [])):
+            if not hasattr(layer, name):
+                return f"has no attribute {name}"
+    elif not is_ours(layer):
         return f"has a forward of its own, {forward_of(kind).__name__}.forward"
     return "has had its forward replaced" if "forward" in vars(layer) else ""
 
@@ -58,7 +62,7 @@ def is_unsized(layer: nn.Module) -> bool:
 
 def keeps_statistics(layer: Any) -> bool:
     """Whether a layer has running statistics."""
-    return layer.running_mean is not None and layer.running_var is not None
+    return all(getattr(layer, name, None) is not None for name in ("running_mean", "running_var"))
 
 
 def is_frozen(layer: Any) -> bool:
