@@ -155,8 +155,8 @@ def eps_of(layer: Any) -> float:
     """What a layer of a known class, or of ours, adds to the variance."""
     known = adapter(type(layer))
     default = None if known is None else known.eps
-    eps: float = getattr(layer, "eps", default)
-    return eps
+    eps: Any = getattr(layer, "eps", default)
+    return float(eps)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -172,9 +172,9 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return _restore, (self._original, self._adapter), *reduced[2:]
 
 
-def _restore(kind: type[nn.Module], known: Adapter = PLAIN) -> Any:
+def _restore(kind: Any, known: Adapter = PLAIN) -> Any:
     """Take the class as it was known when it was pickled: nobody may have registered it yet."""
-    ours = OURS[kind] if kind in OURS else _derived(kind, known)
+    ours: Any = OURS[kind] if kind in OURS else _derived(kind, known)
     return ours.__new__(ours)
 
 

@@ -63,7 +63,8 @@ def freeze(model: M, *, affine: bool = False) -> M:
 
 def _found(model: nn.Module) -> tuple[list[Found], list[Found]]:
     """The batch normalizations of a model, and what only resembles one."""
-    layers, others = [], []
+    layers: list[Found] = []
+    others: list[Found] = []
     for found in survey(model):
         (layers if is_batch_norm(found.layer) else others).append(found)
     return layers, others

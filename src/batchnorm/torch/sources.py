@@ -6,9 +6,9 @@ running statistics. A subclass of `Statistics` with its own `plan` is a source, 
 """
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,7 +114,7 @@ class GhostStatistics(Statistics):
     unbiased: bool = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.batch_size, Integral) and self.batch_size > 0):
+        if not (isinstance(self.batch_size, int | np.integer) and self.batch_size > 0):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
         object.__setattr__(self, "batch_size", int(self.batch_size))  # it may be NumPy's
 

@@ -1,7 +1,6 @@
 """Input and output normalization to mean 0 and variance 1, by the statistics of all the data, as part of the model."""
 
 from collections.abc import Callable, Iterable
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ class Standardize(nn.Module):
 
     def __init__(self, num_features: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        if not (isinstance(num_features, Integral) and num_features > 0):
+        if not (isinstance(num_features, int | np.integer) and num_features > 0):
             raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
         self.num_features = int(num_features)
         self.register_buffer("mean", torch.zeros(num_features, device=device, dtype=dtype))
