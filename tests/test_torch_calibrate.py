@@ -425,12 +425,90 @@ def test_structures_that_are_not_clear(batch: Any) -> None:
         calibrate(Two(), [batch])
     model = Two()
     done = calibrate(model, [batch], forward=lambda model, _: model(X, SCALE))
-    assert done.samples == (8 if isinstance(batch, dict | tuple | Tensor) else 1)
+    assert done.samples == 8  # the batch does not say it in every case, but the layer has seen it
+    assert_moments(model.bn, X)
+
+
+class Detector(nn.Module):
+    """Takes a list of images, of which each may have a size of its own."""
+
+    def __init__(self, one_by_one: bool = False) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3).double()
+        self.one_by_one = one_by_one
+
+    def forward(self, images: Any) -> Any:
+        if self.one_by_one:
+            return [self.bn(image[None]) for image in images]
+        return self.bn(torch.stack([image[:, :4, :4] for image in images]))
+
+
+def images(count: int) -> tuple[Tensor, ...]:
+    return tuple(data(count).unbind())
+
+
+PACKED = nn.utils.rnn.pack_sequence([X[0, 0], X[1, 0, :2]])
+BOXES = {"boxes": torch.zeros(5, 4)}
+
+COUNTED: dict[str, tuple[int, Any, Callable[[Any], Any]]] = {
+    "images and boxes": (2, (images(2), (BOXES, BOXES)), lambda batch: batch[0]),
+    "one image and its boxes": (1, (images(1), (BOXES,)), lambda batch: batch[0]),
+    "images and tensors of labels": (2, [list(images(2)), [LABEL, LABEL]], lambda batch: batch[0]),
+    "a list of images": (5, list(images(5)), lambda batch: batch),
+    "a list of arrays": (5, [image.numpy() for image in images(5)], lambda b: [torch.from_numpy(i) for i in b]),
+    "a list of dicts": (4, [{"image": image, "id": 7} for image in images(4)], lambda b: [d["image"] for d in b]),
+    "a list of named tuples": (4, [Named(0, image) for image in images(4)], lambda b: [d.image for d in b]),
+    "a dict of lists": (2, {"id": torch.tensor(3), "image": images(2)}, lambda batch: batch["image"]),
+    "nested lists": (2, {"views": [[[*images(2)]]]}, lambda batch: batch["views"][0][0]),
+    "strings": (7, ["a", "b", "c", "d", "e", "f", "g"], lambda batch: images(len(batch))),
+    "strings and labels": (7, (("a", "b", "c", "d", "e", "f", "g"), tuple(range(7))), lambda b: images(len(b[0]))),
+    "numbers": (3, [torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)], lambda batch: images(len(batch))),
+    "an object": (6, object(), lambda batch: images(6)),
+    "a generator": (6, (image for image in images(6)), lambda batch: list(batch)),
+    "parts, and a model that sees parts of them": (8, (X, LABEL), lambda batch: batch[0][:4]),
+    "sequences of words": (8, (X.double(), LABEL), lambda batch: batch[0].repeat(5, 1, 1, 1)),
+    "packed sequences": (2, (PACKED, LABEL), lambda batch: images(6)),
+    "two views": (8, (X, X.flip(3)), lambda batch: torch.cat(batch)),
+}
+"""The number of samples, a batch, and what the model gets of it."""
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("name", COUNTED)
+def test_samples_are_counted(name: str, one_by_one: bool) -> None:
+    count, batch, select = COUNTED[name]
+    if one_by_one and not isinstance(batch, tuple | list | dict):
+        return  # such a batch tells nothing: what the first call saw is taken
+    model = Detector(one_by_one)
+    if isinstance(batch, Iterator):  # it can be read only once
+        assert calibrate(model, [batch], forward=lambda model, batch: model(select(batch))).samples == count
+        return
+    for limit, expected in ((None, 4 * count), (count + 1, 2 * count)):
+        done = calibrate(model, [batch] * 4, forward=lambda m, batch: m(select(batch)), max_samples=limit)
+        assert done.samples == expected
+
+
+@pytest.mark.parametrize("name", ["images and boxes", "one image and its boxes", "images and tensors of labels"])
+def test_lists_of_samples_are_not_taken_apart(name: str) -> None:
+    with pytest.raises(TypeError, match=r"not clear how to call Detector\.forward\(images.*say it with forward="):
+        calibrate(Detector(), [COUNTED[name][1]])
+
+    class Both(Detector):
+        def forward(self, images: Any, targets: Any) -> Any:  # type: ignore[override]
+            return super().forward(images)
+
+    with pytest.raises(TypeError, match=r"not clear how to call Both\.forward\(images.*say it with forward="):
+        calibrate(Both(), [(images(2), (BOXES, BOXES))])
+
+
+def test_two_nested_parts_of_one_length_are_no_lists_of_samples() -> None:
+    model = Two()
+    assert calibrate(model, [((X, SCALE), (LABEL, LABEL))]).samples == 8
     assert_moments(model.bn, X)
 
 
 def test_one_batch_is_no_data() -> None:
-    for batch in (X, {"image": X}, "x"):
+    for batch in (X, {"image": X}, "x", b"x", Named(LABEL, X), PACKED):
         with pytest.raises(TypeError, match=r"data must give batches, one after the other, got a \w+: pass \[data\]"):
             calibrate(One(), batch)
 

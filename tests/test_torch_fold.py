@@ -220,6 +220,73 @@ def test_other_transpositions_are_not_taken_for_it(swap: Callable[[Tensor], Tens
     assert assert_folds(model, x(7, 7, 4)).skipped
 
 
+class Wrapped(nn.Module):
+    """A linear layer and a normalization on all positions of a sequence, as in LeViT."""
+
+    def __init__(self, merge: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.bn, self.merge = nn.Linear(4, 6), nn.BatchNorm1d(6), merge
+        self.flat = nn.Flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.bn(self.merge(self, y)).reshape_as(y)
+
+
+@pytest.mark.parametrize(
+    ("merge", "certain"),
+    [
+        (lambda m, y: y.flatten(0, 1), False),
+        (lambda m, y: torch.flatten(y, end_dim=1), False),
+        (lambda m, y: m.flat(y), False),
+        (lambda m, y: y.flatten(end_dim=-2), True),
+        (lambda m, y: y.reshape(-1, 6), True),
+        (lambda m, y: y.view((15, 6)), True),
+        (lambda m, y: torch.reshape(y, (-1, y.shape[-1])).contiguous(), True),
+    ],
+)
+def test_a_flatten_of_leading_axes_is_no_obstacle(merge: Callable[[Any, Tensor], Tensor], certain: bool) -> None:
+    model = Wrapped(merge)
+    assert assert_folds(model, x(3, 5, 4)).folded == {"bn": "linear"}
+    assert type(fold(model).model.bn) is (nn.Identity if certain else Rest)
+    assert type(fold(model, x(3, 5, 4)).model.bn) is nn.Identity
+
+
+def test_other_flattens_of_leading_axes() -> None:
+    four = Wrapped(lambda m, y: y.flatten(0, 1))
+    with pytest.raises(ValueError, match=r"only for inputs with 2 axes; this one has the shape \(6, 6, 6\)"):
+        fold(randomize(four)).model(x(2, 3, 6, 4))  # the normalization's channels are the third axis
+    assert "with 3 axes its channels are not those of Linear" in fold(four, x(2, 3, 6, 4)).skipped["bn"]
+    convolution = Calls(lambda m, x: m.bn(m.conv(x).flatten(0, 1)), conv=nn.Conv1d(4, 7, 1), bn=nn.BatchNorm1d(7))
+    assert "what comes before it is Conv1d, merged" in assert_folds(convolution, x(3, 4, 7)).skipped["bn"]
+    halves = Calls(lambda m, x: m.bn(m.linear(x).reshape(-1, 3)), linear=nn.Linear(4, 6), bn=nn.BatchNorm1d(3))
+    assert "Linear before it has 6 channels, not 3" in assert_folds(halves, x(5, 4)).skipped["bn"]
+    turned = Calls(lambda m, x: m.bn(m.linear(x).mT.flatten(0, 1)), linear=nn.Linear(4, 6), bn=nn.BatchNorm1d(6))
+    assert assert_folds(turned, x(3, 6, 4)).skipped
+
+
+@pytest.mark.parametrize(
+    ("use", "folds"),
+    [
+        (lambda y, z: z.reshape(y.shape), True),
+        (lambda y, z: z.view_as(y) * y.ndim, True),
+        (lambda y, z: z.expand_as(y) + y.size(0) + y.numel(), True),
+        (lambda y, z: y.reshape_as(z) + z, False),
+        (lambda y, z: z + torch.zeros_like(y), False),
+        (lambda y, z: z + y, False),
+    ],
+)
+def test_a_use_of_the_shape_alone_is_none(use: Callable[[Tensor, Tensor], Tensor], folds: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return use(y, m.bn(y))
+
+    result = assert_folds(Calls(forward, conv=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4)), x(*IMAGES))
+    assert bool(result.folded) == folds
+    before = Calls(lambda m, x: use(y := m.bn(x), m.conv(y)), conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4))
+    assert bool(assert_folds(before, x(*IMAGES)).folded) == folds
+
+
 def test_a_transposed_convolution_is_no_transposed_linear_layer() -> None:
     model = Calls(lambda m, x: m.bn(m.conv(x).transpose(1, 2)), conv=nn.Conv1d(4, 7, 1), bn=nn.BatchNorm1d(7))
     assert "what comes before it is Conv1d, transposed" in assert_folds(model, x(3, 4, 7)).skipped["bn"]

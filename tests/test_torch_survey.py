@@ -125,7 +125,6 @@ def test_what_a_layer_keeps() -> None:
 
 HINDERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "parametrized": (parametrized, "is parametrized, which has changed its class"),
-    "synchronized": (lambda: Synchronized(3), "is of a subclass of SyncBatchNorm, and only"),
     "lazy": (Lazy, "is of a subclass of a lazy layer: call the model on one batch first"),
     "attribute": (lambda: Activated(3), "has an attribute activation, which means something else in our layers"),
     "pickled": (lambda: PickledItsOwnWay(3), "is pickled by a method of PickledItsOwnWay"),
@@ -216,6 +215,18 @@ def test_it_is_calibrated() -> None:
         want = definition.moments(draw().numpy())
         np.testing.assert_allclose(model[0].running_mean.numpy(), want.mean, rtol=1e-13)
         np.testing.assert_allclose(model[0].running_var.numpy(), want.var, rtol=1e-13)
+
+
+def test_a_subclass_of_pytorchs_synchronized_layer() -> None:
+    layer: Any = Synchronized(3)
+    attributes = set(vars(layer))
+    bn.convert(layer)
+    assert isinstance(layer, Synchronized)
+    assert layer.statistics == bn.SyncStatistics()
+    x = torch.randn(4, 3, 5)
+    assert torch.equal(layer(x), bn.SyncBatchNorm(3)(x))
+    assert type(bn.revert(layer)) is Synchronized
+    assert set(vars(layer)) == attributes
 
 
 def test_it_takes_the_statistics_of_all_processes() -> None:

@@ -25,6 +25,7 @@ import difflib
 import functools
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -302,7 +303,7 @@ def parse_activation(activation: ActivationSpec) -> tuple[str, float]:
             return "none", 0.0
         case str(name):
             parameter = None
-        case (str(name), int() | float() as parameter):
+        case (str(name), Real() as parameter):  # NumPy's numbers, too
             pass
         case _:
             raise ValueError(f"activation must be a name or (name, parameter), got {activation!r}")

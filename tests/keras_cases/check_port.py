@@ -109,6 +109,42 @@ def test_there_and_back() -> None:
     assert again.activation.config == "relu"
 
 
+class Tuned(nn.BatchNorm2d):
+    def __init__(self) -> None:
+        super().__init__(4, eps=1e-2)
+
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+class Activated(nn.BatchNorm2d):
+    act = nn.ReLU()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(input))
+
+
+def test_subclasses() -> None:
+    """One that inherits the forward is what its base is; another is not taken for it."""
+    ours, theirs, names = models()
+    theirs[1] = Tuned()
+    to_torch(ours, theirs, names)
+    assert isinstance(theirs[1], Tuned)
+    assert theirs[1].statistics == bt.BatchStatistics(unbiased=False)
+    assert bt.explain(theirs).rows[0].converted
+    for layer in (Shifted(4), Activated(4)):
+        with pytest.raises(ValueError, match=r"the layer \(\w+\) has a forward of its own, .*not known"):
+            from_torch(layer)
+    theirs[1] = Shifted(4)
+    with pytest.raises(ValueError, match=r"1 \(Shifted\) has a forward of its own"):
+        to_torch(ours, theirs, names)
+    bt.register(Activated, then=["act"])
+    with pytest.raises(ValueError, match=r"the layer \(Activated\) also calls ReLU\(\): port a BatchNorm without it"):
+        from_torch(Activated(4))
+
+
 def models() -> tuple[Any, Any, dict[str, str]]:
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, name="conv")(inputs)

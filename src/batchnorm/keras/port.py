@@ -164,7 +164,11 @@ def _set(layer: Any, new: Any) -> list[str]:
 
 
 def _layer_from_torch(layer: Any, axis: int) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    from batchnorm.torch.fuse import steps
+
     _check_torch(layer, "the layer")
+    if inside := steps(layer):
+        raise ValueError(f"the layer ({type(layer).__name__}) also calls {inside[0]}: port a BatchNorm without it")
     ranks = {"1": 2, "2": 4, "3": 5}
     rank = next((rank for digit, rank in ranks.items() if f"{digit}d" in type(layer).__name__), 4)
     new = BatchNormalization(axis=axis, center=layer.affine, scale=layer.affine)
@@ -179,6 +183,10 @@ def _layer_from_torch(layer: Any, axis: int) -> tuple[Any, dict[str, tuple[str, 
 
 
 def _check_torch(layer: Any, name: str) -> None:
+    from batchnorm.torch.survey import deviation
+
+    if reason := deviation(layer):
+        raise ValueError(f"{name} ({type(layer).__name__}) {reason}: what it computes is not known")
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(f"{name} keeps no running statistics (track_running_stats=False), but Keras' always does")
     if layer.momentum is None:
@@ -292,10 +300,11 @@ def _give(layer: Any, module: Any) -> list[str]:
     """Copy Keras' weights to PyTorch."""
     import torch
 
-    from batchnorm.torch.adopt import OURS, adopt
+    from batchnorm.torch.adopt import adopt, hindrance
+    from batchnorm.torch.fuse import is_ours
 
     if isinstance(layer, layers.BatchNormalization):
-        if type(module) in OURS:
+        if not (is_ours(module) or hindrance(module)):
             adopt(module)
         return _set(layer, module)
     order = _order(layer)

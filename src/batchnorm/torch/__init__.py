@@ -4,6 +4,7 @@ from batchnorm.extras import require
 
 require("torch")
 
+from batchnorm.torch.adapters import register
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.decay import parameter_groups
@@ -60,6 +61,7 @@ __all__ = [
     "fold",
     "freeze",
     "parameter_groups",
+    "register",
     "revert",
     "route",
     "unfreeze",

@@ -1,17 +1,21 @@
-"""A PyTorch layer becomes ours, in place, and back.
+"""A layer of PyTorch or of a known class becomes ours, in place, and back.
 
-The layer stays the object that it is, with its parameters, buffers, hooks and mode; only its class changes. A subclass
-of a PyTorch layer stays a subclass of it: it gets a class of the same name, derived from ours and from its own.
+The layer stays the object that it is, with its parameters, buffers, hooks and mode; only its class changes. A layer of
+another class than PyTorch's stays one of that class: it gets a class of the same name, derived from ours and from its
+own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _LazyNormBase
 from torch.nn.utils.parametrize import is_parametrized
 
+from batchnorm.torch.adapters import PLAIN, Adapter, adapter, is_always_frozen
+from batchnorm.torch.fuse import Followed, added_activation
 from batchnorm.torch.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -25,7 +29,7 @@ from batchnorm.torch.layers import (
 )
 from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics
 
-__all__ = ["FORWARDS", "OURS", "THEIRS", "Before", "adopt", "before_freeze", "hindrance", "original", "release", "take"]
+__all__ = ["OURS", "THEIRS", "Before", "adopt", "before_freeze", "hindrance", "original", "release", "take"]
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -40,30 +44,38 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
-FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm1d.forward}
-"""The forwards that normalize the second axis of exactly what they are given."""
-
-ATTRIBUTES = ("activation", "statistics", "num_batches_skipped", "_before_freeze")
+ATTRIBUTES = ("activation", "statistics", "num_batches_skipped", "_before_freeze", "_lent")
 """What our layers have and PyTorch's do not."""
+
+LENT: dict[str, Callable[[Any, Adapter], Any]] = {
+    "num_features": lambda layer, _: len(layer.running_mean),
+    "eps": lambda _, known: known.eps,
+    "momentum": lambda *_: 0.1,
+    "affine": lambda layer, _: layer.weight is not None,
+    "track_running_stats": lambda *_: True,
+    "num_batches_tracked": lambda *_: None,
+}
+"""What our layers need and some classes lack; they have it only while they are ours."""
 
 
 # --- Into ours and back -----------------------------------------------------------------------------------------------
 
 
 def hindrance(layer: nn.Module) -> str:
-    """Why a PyTorch batch normalization cannot become ours, to be read after its name; empty if it can."""
-    kind = type(layer)
+    """Why a batch normalization of a known class cannot become ours, to be read after its name; empty if it can."""
+    kind, known = type(layer), adapter(type(layer))
     if kind in OURS:
         return ""
     if is_parametrized(layer):
         return "is parametrized, which has changed its class"
-    if issubclass(kind, nn.SyncBatchNorm):
-        return "is of a subclass of SyncBatchNorm, and only SyncBatchNorm itself can become ours"
     if issubclass(kind, _LazyNormBase):
         return "is of a subclass of a lazy layer: call the model on one batch first"
+    assert known is not None
     for name in ATTRIBUTES:
-        if hasattr(layer, name):
+        if name not in known.then and hasattr(layer, name):
             return f"has an attribute {name}, which means something else in our layers"
+    if not hasattr(layer, "num_features") and layer.running_mean is None:
+        return "has no attribute num_features"
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
         return f"is pickled by a method of {kind.__name__}"
     try:
@@ -74,60 +86,95 @@ def hindrance(layer: nn.Module) -> str:
 
 
 def adopt(layer: nn.Module) -> None:
-    """Make a PyTorch layer ours, in place. There must be no `hindrance`."""
+    """Make a layer of a known class ours, in place. There must be no `hindrance`."""
     layer.__class__ = _ours(type(layer))
-    layer.activation = None  # type: ignore[assignment]
+    _equip(layer)
+
+
+def _equip(layer: Any) -> None:
+    """Give a layer what ours have and others do not."""
+    known = vars(type(layer)).get("_adapter", PLAIN)
+    lent = {name: value(layer, known) for name, value in LENT.items() if not hasattr(layer, name)}
+    if lent:
+        vars(layer).update(lent, _lent=tuple(lent))
+    if "activation" not in known.then:
+        layer.activation = None
+    layer.statistics = known.statistics
     if isinstance(layer, SyncBatchNorm):
         layer._group = vars(layer).pop("process_group")
-        layer.statistics = SyncStatistics(layer._group)
-    else:
-        layer.statistics = None  # type: ignore[assignment]
+    if isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm):
+        layer.statistics = SyncStatistics(layer.process_group)
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     layer.num_batches_skipped = counter(device)
 
 
 def original(layer: nn.Module) -> type[nn.Module] | None:
-    """The PyTorch class to which a layer of ours goes back; None if it has none, as a user's subclass of ours."""
+    """The class to which a layer of ours goes back.
+
+    None if there is none: for a user's subclass of ours, and for a layer with an activation that its class has not.
+    """
+    if added_activation(layer) is not None:
+        return None
     return THEIRS.get(type(layer)) or vars(type(layer)).get("_original")
 
 
 def release(layer: Any) -> None:
-    """Make our layer PyTorch's, in place. It must have an `original` class."""
+    """Make our layer what it was, in place. It must have an `original` class."""
     kind = original(layer)
     assert kind is not None
     if "_group" in vars(layer):
         vars(layer)["process_group"] = vars(layer).pop("_group")
-    vars(layer).pop("_before_freeze", None)
-    del layer.num_batches_skipped, layer.activation, layer.statistics
+    for name in ("_before_freeze", "activation", "statistics", *vars(layer).get("_lent", ()), "_lent"):
+        if name != "activation" or "activation" not in vars(type(layer)).get("_adapter", PLAIN).then:
+            vars(layer).pop(name, None)
+    del layer.num_batches_skipped
     layer.__class__ = kind
 
 
 def _ours(kind: Any) -> type[nn.Module]:
-    """Our class for one of PyTorch's or a subclass of it.
+    """Our class for one of a known class.
 
     Raises:
         TypeError: If the class cannot have a subclass.
     """
-    return OURS[kind] if kind in OURS else _derived(kind)
+    return OURS[kind] if kind in OURS else _derived(kind, adapter(kind))
 
 
 @cache
-def _derived(kind: Any) -> type[nn.Module]:
+def _derived(kind: Any, known: Adapter) -> type[nn.Module]:
+    """A subclass of a class, of the same name, that computes by our layers what the class computes."""
     namespace = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    ours: type[nn.Module] = type(kind)(
-        kind.__name__, (_Layer, kind), namespace | {"_original": kind, "__reduce_ex__": _reduce}
-    )
+    namespace |= {"_original": kind, "_adapter": known, "__init__": _initialize, "__reduce_ex__": _reduce}
+    if not hasattr(kind, "_check_input_dim"):
+        namespace["_check_input_dim"] = _check_of(known.axes)
+    base = Followed if known.then else _Layer
+    ours: type[nn.Module] = type(kind)(kind.__name__, (base, kind), namespace)
     return ours
+
+
+def _initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+    """As its class does, for code that makes a new layer of the class of another one."""
+    self._original.__init__(self, *args, **kwargs)
+    _equip(self)
+
+
+def _check_of(axes: int | None) -> Callable[[Any, Tensor], None]:
+    def _check_input_dim(self: Any, input: Tensor) -> None:
+        if input.dim() < 2 or input.dim() != (axes or input.dim()):
+            raise ValueError(f"expected {axes or 'at least 2'}D input (got {input.dim()}D input)")
+
+    return _check_input_dim
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Pickle by the class that can be imported."""
     reduced: Any = object.__reduce_ex__(self, max(2, protocol))
-    return _restore, (self._original,), *reduced[2:]
+    return _restore, (self._original, self._adapter), *reduced[2:]
 
 
-def _restore(kind: type[nn.Module]) -> Any:
-    ours = _ours(kind)
+def _restore(kind: Any, known: Adapter = PLAIN) -> Any:
+    """Take the class as it was known when it was pickled: nobody may have registered it yet."""
+    ours: Any = OURS[kind] if kind in OURS else _derived(kind, known)
     return ours.__new__(ours)
 
 
@@ -156,7 +203,12 @@ def before_freeze(layer: nn.Module) -> Before | None:
 
 
 def take(layer: Any, statistics: Statistics | None) -> None:
-    """Give a layer of ours statistics; None leaves its own. A frozen layer takes them when it is unfrozen, as ours."""
+    """Give a layer of ours statistics; None leaves its own. A frozen layer takes them when it is unfrozen, as ours.
+
+    One that is always frozen takes none.
+    """
+    if is_always_frozen(type(layer)):
+        return
     before = before_freeze(layer)
     if before is not None:
         layer._before_freeze = replace(before, ours=True, statistics=statistics or before.statistics)

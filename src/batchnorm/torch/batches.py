@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,13 +61,46 @@ def move(batch: Any, device: torch.device) -> Any:
     return changed
 
 
-def size(batch: Any) -> int | None:
-    """The number of samples: the length of the first tensor; None without a tensor."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
+def size(batch: Any, seen: Sequence[int] = ()) -> int | None:
+    """The number of samples in a batch.
+
+    It is the length of the first tensor, or of a list around it whose items are alike: `[x, y]` are the parts of a
+    batch, but `[image, image]` may be its samples. Which of them it is, shows in what the model has done with it.
+
+    Args:
+        batch: The batch.
+        seen: The lengths of the inputs that a layer of the model got from this batch, call by call.
+
+    Returns:
+        The length that the layer saw, in its first call or in all together. If it saw another one, that of the first
+        tensor. None if nothing is known.
+    """
+    lengths = _lengths(batch) or list(seen[:1])
+    counted = (count for count in (*seen[:1], sum(seen)) if count in lengths)
+    return next(counted, lengths[0] if lengths else None)
+
+
+def _lengths(batch: Any) -> list[int]:
+    """What the number of samples may be: the length of the first tensor, then those of the lists around it."""
+    if isinstance(batch, PackedSequence):
+        return [int(batch.batch_sizes[0])]
+    axes = _axes(batch)
+    if axes is not None:
+        return [len(batch)] if axes else []
     named = _named(batch)
-    parts = named.values() if named is not None else batch if isinstance(batch, tuple | list) else ()
-    return next((found for part in parts if (found := size(part)) is not None), None)
+    parts = list(named.values()) if named is not None else list(batch) if isinstance(batch, tuple | list) else []
+    inside = next((found for part in parts if (found := _lengths(part))), [])
+    wraps = len(parts) == 1 and len(inside) > 1  # a list of one list has as many samples as that one
+    return [*inside, len(parts)] if named is None and _are_alike(parts) and not wraps else inside
+
+
+def _are_alike(parts: list[Any]) -> bool:
+    return len({(type(part), getattr(part, "dtype", None), _axes(part)) for part in parts}) == 1
+
+
+def _axes(part: Any) -> int | None:
+    """The number of axes of a tensor or an array; None for anything else."""
+    return part.dim() if isinstance(part, Tensor) else getattr(part, "ndim", None)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -75,7 +108,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     1. Parts with names become the arguments with these names.
     2. Of a sequence, the forward gets as many items as it requires: labels are left out. If the first item is a batch
-       itself (a mapping, or a sequence of as many items as are required), it replaces the sequence.
+       itself (a mapping, or a sequence of as many items as are required), it replaces the sequence. If it may be a list
+       of samples, with a list of their labels beside it, it is not clear how to call the model.
     3. Anything else is the only argument.
 
     Raises:
@@ -101,7 +135,7 @@ def call(model: nn.Module, batch: Any) -> Any:
             return model(*batch[:count])
         elif isinstance(first, Mapping) or _is_dataclass(first) or _is_named_tuple(first):
             return call(model, first)
-        elif isinstance(first, tuple | list) and len(first) == count:
+        elif isinstance(first, tuple | list) and len(first) == count and not _lists_samples(batch):
             return model(*first)
     elif count == 1 and (positional or any(p.kind is p.VAR_POSITIONAL for p in parameters)):
         return model(batch)
@@ -109,6 +143,17 @@ def call(model: nn.Module, batch: Any) -> Any:
     raise TypeError(
         f"it is not clear how to call {type(_inner(model)).__name__}.forward{inspect.signature(_inner(model).forward)} "
         f"with a batch of type {type(batch).__name__}{names}; say it with forward=lambda model, batch: ..."
+    )
+
+
+def _lists_samples(batch: Sequence[Any]) -> bool:
+    """Whether the items of a batch may be lists with an item for each sample: images, and their labels."""
+    first, *others = batch
+    return any(
+        isinstance(other, tuple | list)
+        and len(other) == len(first)
+        and not (all(isinstance(item, Tensor) for item in other) and _lengths(other)[:1] == _lengths(first)[:1])
+        for other in others
     )
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.torch import batches
+from batchnorm.torch.adapters import eps_of, is_batch_norm
 from batchnorm.torch.eager import not_compiled
 from batchnorm.torch.functional import moments
 from batchnorm.torch.pool import Pool
@@ -60,7 +60,8 @@ def calibrate(
             layer have its running statistics (unless a layer's input depends on its own earlier output). Each pass sees
             the same data only if the loader neither shuffles an incomplete epoch nor augments at random.
         forward: `forward(model, batch)`, called instead of the rules above.
-        max_samples: Stop after the batch that reaches this number, on each process; None takes all.
+        max_samples: Stop after the batch that reaches this number, on each process; None takes all. The samples of a
+            batch are counted by its first tensor, or by a list of tensors if the first layer sees as many.
         unbiased: Whether the running variance is the unbiased one, as in training. Layers normalize with the biased one
             in training, so False makes evaluation agree with it, which matters where few values come in.
         process_group: The processes that pool their statistics; None means all, if `torch.distributed` is initialized.
@@ -105,6 +106,7 @@ class _Model:
         tensors = (*model.parameters(), *model.buffers())
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.layers: dict[str, Any] = {}
+        self.first, self.seen = "", list[int]()  # the layer that ran first in a batch, and the lengths of its inputs
 
     def find(self) -> Mapping[str, whole.Layer | str]:
         found: dict[str, whole.Layer | str] = {}
@@ -121,7 +123,7 @@ class _Model:
                 found[name] = f"{reason}: what it normalizes is not known"
             else:
                 self.layers[name] = layer
-                found[name] = whole.Layer(layer.num_features, layer.eps, str(layer.running_mean.dtype))
+                found[name] = whole.Layer(len(layer.running_mean), eps_of(layer), str(layer.running_mean.dtype))
         if any(layer.training for layer in self.layers.values()):
             evaluating = [name for name, layer in self.layers.items() if not layer.training]
             found |= dict.fromkeys(evaluating, "is frozen: it evaluates, while others train")
@@ -131,18 +133,23 @@ class _Model:
         def watch(name: str) -> Callable[..., None]:
             def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 layer.training = False  # whatever the model's forward has done
+                x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+                if not self.seen:
+                    self.first = name
+                if name == self.first:
+                    self.seen.append(len(x))
                 if name in names:
-                    x = args[0] if args else kwargs["input"]
                     statistics = see(name, moments(x, kwargs.get("mask")))
                     if statistics is not None:  # `layer` may be a replica, on another device
                         _write(layer, *statistics)
 
             return hook
 
+        self.seen = []
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             for name, layer in self.model.named_modules():
-                if isinstance(layer, _BatchNorm):
+                if is_batch_norm(layer):
                     # The last hook: it sees what the layer will see.
                     stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
@@ -150,7 +157,7 @@ class _Model:
             self.forward(self.model, batches.move(batch, self.device))
 
     def size(self, batch: Any) -> int | None:
-        return batches.size(batch)
+        return batches.size(batch, self.seen)
 
     def read(self, name: str) -> whole.Statistics:
         mean, var = (t.detach().to("cpu", torch.float64, copy=True).numpy() for t in _running(self.layers[name]))

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import map_arg
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.torch import fuse
+from batchnorm.torch.adapters import adapter, is_batch_norm
 from batchnorm.whole.fold import Place, Stays
 
 __all__ = ["TRANSPOSED", "Flow", "Link", "is_linear_map", "is_watched", "join"]
@@ -31,7 +31,8 @@ class Link(Place):
     """A layer beside a normalization.
 
     Attributes:
-        changed: What happens to the value on the way: nothing, `"transposed"` or `"flattened"`.
+        changed: What happens to the value on the way: nothing, `"transposed"`, `"flattened"`, or `"merged"`: all its
+            axes but the last become one.
         axes: The number of axes that the normalization's input must have for its channels to be those of the layer;
             None if it certainly has them.
     """
@@ -44,7 +45,6 @@ class Link(Place):
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
@@ -127,13 +127,13 @@ class Flow:
         while True:
             if self._hands_on(value):
                 user, value = value, self._only_input(value)
-            elif _transposes(value) and not changed:
-                user, value, changed = value, self._only_input(value), "transposed"
+            elif not changed and (found := "transposed" * _transposes(value) or "merged" * self._merges(value)):
+                user, value, changed = value, self._only_input(value), found
             else:
                 break
         layer = self._module(value)
         if not is_linear_map(layer) or (changed and not isinstance(layer, nn.Linear)):
-            raise Stays(f"what comes before it is {self._describe(value)}{changed and ', transposed'}")
+            raise Stays(f"what comes before it is {self._describe(value)}{changed and ', '}{changed}")
         return self._link(name, value, changed, "before")
 
     def target(self, name: str) -> Link:
@@ -153,7 +153,7 @@ class Flow:
         while True:
             if value in self.kept:
                 raise Stays(f"its output is also seen by {self.kept[value]}")
-            users = list(value.users)
+            users = [user for user in value.users if _sees(user, value)]
             if len(users) != 1:
                 raise Stays(f"its output is used by {' and '.join(map(self._describe, users)) or 'nothing'}")
             user = users[0]
@@ -184,20 +184,21 @@ class Flow:
             channels = normalization.running_mean.numel()
             positions = layer.in_features // channels
             return dataclasses.replace(link, channels=np.repeat(np.arange(channels), positions))
-        axes = (3 if changed else 2) if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
+        axes = (3 if changed == "transposed" else 2) if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
         least, most = self._axes(name)
         if not least <= axes <= most:
             number = str(least) if least == most else f"{least} or more" if most == math.inf else f"{least} or {most}"
             raise Stays(f"with {number} axes its channels are not those of {type(layer).__name__}")
-        return link if least == most and not changed else dataclasses.replace(link, axes=axes)
+        certain = least == most and changed != "transposed"
+        return link if certain else dataclasses.replace(link, axes=axes)
 
     # --- Axes -----------------------------------------------------------------------------------------------------
 
-    def _axes(self, name: str) -> tuple[int, float]:
+    def _axes(self, name: str) -> tuple[float, float]:
         """The least and the largest number of axes that a normalization's input may have."""
         if name in self.axes:
             return self.axes[name], self.axes[name]
-        least, most = _CHECKED_AXES.get(_check_of(self.model.get_submodule(name)), (2, math.inf))
+        least, most = _checked_axes(self.model.get_submodule(name))
         return least, min(most, self._most_axes(_input(self.calls[name][0])))
 
     def _most_axes(self, node: fx.Node | None) -> float:
@@ -205,15 +206,15 @@ class Flow:
         most, fewer = math.inf, 0
         while node is not None:
             layer: Any = self._module(node)
-            if isinstance(layer, _BatchNorm):
+            if layer is not None and is_batch_norm(layer):
                 known = self.axes.get(join(self.path, str(node.target)))
-                most = min(most, (known or _CHECKED_AXES.get(_check_of(layer), (2, math.inf))[1]) - fewer)
+                most = min(most, (known or _checked_axes(layer)[1]) - fewer)
             elif isinstance(layer, _CONVOLUTIONS + TRANSPOSED):
                 return min(most, len(layer.kernel_size) + 2 - fewer)
-            elif self._flattens(node):
+            elif self._flattened(node) in ((1, -1), (0, -2)):
                 return min(most, 2 - fewer)
-            elif _operation(node) in ("view", "reshape") and len(node.args) > 2:
-                return min(most, len(node.args) - 1 - fewer)
+            elif sizes := _sizes(node):
+                return min(most, len(sizes) - fewer)
             elif _operation(node) == "mean":
                 fewer += _reduced_axes(node)
             elif not (self._hands_on(node) or isinstance(layer, nn.Linear) or self._is_activation(node)):
@@ -247,7 +248,7 @@ class Flow:
             raise Stays("what comes before it is not known")
         if value in self.kept:
             raise Stays(f"its input is also seen by {self.kept[value]}")
-        others = [self._describe(other) for other in value.users if other is not user]
+        others = [self._describe(other) for other in value.users if other is not user and _sees(other, value)]
         if others:
             raise Stays(f"its input is also used by {' and '.join(others)}")
         if _uses(user, value) != 1:
@@ -262,17 +263,29 @@ class Flow:
             return _operation(node) == "contiguous" or (node.target in _DROPOUT_FUNCTIONS and not drops)
         if join(self.path, str(node.target)) in self.gone:
             return True
-        plain = type(layer) is nn.Identity or (type(layer) in _DROPOUTS and not layer.training)
-        return plain and not is_watched(layer) and "forward" not in vars(layer)
+        return fuse.is_identity(layer)
 
     def _flattens(self, node: fx.Node) -> bool:
         """Whether a node keeps the first axis and merges the others, with the channels outermost."""
+        return self._flattened(node) == (1, -1)
+
+    def _merges(self, node: fx.Node) -> bool:
+        """Whether a node merges the first axes and keeps the last one, if a value of two axes comes out.
+
+        Of a linear layer's output, `reshape` to two axes keeps the last one if that is to have the right channels.
+        """
+        return len(_sizes(node)) == 2 or self._flattened(node) in ((0, 1), (0, -2))
+
+    def _flattened(self, node: fx.Node) -> tuple[Any, Any] | None:
+        """The first and the last of the axes that a node merges; None if it is no `flatten`."""
         layer: Any = self._module(node)
         if layer is not None:
             plain = type(layer) is nn.Flatten and not is_watched(layer) and "forward" not in vars(layer)
-            return plain and (layer.start_dim, layer.end_dim) == (1, -1)
-        arguments = (*node.args[1:], *node.kwargs.items())
-        return _operation(node) == "flatten" and arguments in ((1,), (1, -1), (("start_dim", 1),))
+            return (layer.start_dim, layer.end_dim) if plain else None
+        if _operation(node) != "flatten":
+            return None
+        ends: dict[str, Any] = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+        return ends.get("start_dim", 0), ends.get("end_dim", -1)
 
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether a node is an activation, which works value by value."""
@@ -292,8 +305,13 @@ class Flow:
         return name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
-def _check_of(layer: nn.Module) -> Any:
-    return getattr(type(layer), "_check_input_dim", None)
+def _checked_axes(layer: nn.Module) -> tuple[float, float]:
+    """The least and the largest number of axes of an input that a normalization does not reject."""
+    known = adapter(type(layer))
+    if known is not None and known.axes is not None:
+        return known.axes, known.axes
+    check: Any = getattr(type(layer), "_check_input_dim", None)
+    return _CHECKED_AXES.get(check, (2, math.inf))
 
 
 def _require_that_shift_reaches_all(layer: Any) -> None:
@@ -347,6 +365,22 @@ def _transposes(node: fx.Node) -> bool:
         if name == "permute"
         else (name in ("transpose", "swapaxes", "swapdims") and sorted(axes) == [1, 2])
     )
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of all axes that a node gives to a value; nothing if it does not, or does not say how many."""
+    if _operation(node) not in ("view", "reshape") or node.kwargs:
+        return ()
+    sizes = node.args[1] if len(node.args) == 2 else node.args[1:]
+    return tuple(sizes) if isinstance(sizes, tuple | list) else ()
+
+
+def _sees(user: fx.Node, value: fx.Node) -> bool:
+    """Whether a node uses the numbers of a value, and not only its shape."""
+    name = _operation(user)
+    if name in ("reshape_as", "view_as", "expand_as"):
+        return _input(user) is value
+    return name not in ("shape", "ndim", "size", "dim", "numel")
 
 
 def _reduced_axes(node: fx.Node) -> int:

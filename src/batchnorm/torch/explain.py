@@ -25,12 +25,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.torch import fuse, layers
+from batchnorm.torch.adapters import adapter
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
 from batchnorm.torch.source import Site
 from batchnorm.torch.survey import expect_module, is_unsized, survey
 
 __all__ = ["Report", "Row", "explain"]
+
+UNKNOWN = ": batchnorm.torch.register says what a class computes"
 
 
 class Row(NamedTuple):
@@ -76,6 +79,8 @@ class Report:
 def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     """Report for each batch normalization whether it is ours, and what is fused with it, or why nothing is.
 
+    Layers that only resemble one, with running statistics under PyTorch's names, are in the report, too.
+
     The report describes the model as it is now: a hook that is added later changes it. Whether a residual has the right
     shape is known only when the model runs.
 
@@ -96,6 +101,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
         fused = ""
         if not ours:
             reason = reason or hindrance(layer) or "not converted"
+            reason += UNKNOWN * (adapter(type(layer)) is None)
         elif not reason:
             fused, reason = _fused(model, name, layer, shared)
         route = " or ".join(dict.fromkeys(routes.get(layer, ())))
@@ -136,6 +142,10 @@ def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]
 
 def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]) -> tuple[str, str]:
     """What is fused with the layer, and the reason if nothing is."""
+    if isinstance(layer, fuse.Followed) and fuse.steps(layer) and fuse.added_activation(layer) is None:
+        first = fuse.steps(layer)[0]
+        obstacle = fuse.obstacle_inside(layer)
+        return ("", f"{_named(first)}: {obstacle}") if obstacle else (str(_Follower(first)), "")
     if layer in shared:
         return "", "at several places in the model"
     if not name:
@@ -186,6 +196,10 @@ def _why_not(owner: nn.Module, shared: set[nn.Module]) -> str:
     return f"{type(owner).__name__} does not call it and then, with nothing else in between, an activation"
 
 
+def _named(activation: Any) -> str:
+    return str(getattr(activation, "__name__", activation))
+
+
 class _Follower(NamedTuple):
     """What follows a layer at one place; `text` is its source where its value is known only at the call."""
 
@@ -199,7 +213,7 @@ class _Follower(NamedTuple):
         obstacle = fuse.obstacle(layer, self.activation, self.args, self.kwargs)
         if obstacle is None or not obstacle.startswith("what follows"):
             return obstacle
-        return f"{getattr(self.activation, '__name__', self.activation)}: {obstacle}"
+        return f"{_named(self.activation)}: {obstacle}"
 
     def __str__(self) -> str:
         spec = fuse.recognize(self.activation, self.args, self.kwargs)

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch import fuse
+from batchnorm.torch.adapters import adapter, is_batch_norm, resembles
 from batchnorm.torch.composed import ACTIVATIONS
 from batchnorm.torch.dataflow import Flow, Link, is_watched
 from batchnorm.torch.linear import read_map, read_normalization, write_map
@@ -87,15 +87,17 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
 
 
 class Rest(nn.Module):
-    """What remains of a folded normalization, in its place: `act(x + residual)`.
+    """What remains of a folded normalization, in its place: `act(x + residual)`, and what its class calls after it.
 
     Attributes:
         axes: The number of axes that the input must have for the folding to be right; None if any number will do.
         activation: As in our layers.
+        then: The names of the attributes that are called with the result, as in `register`.
     """
 
     axes: int | None
     activation: ActivationSpec
+    then: tuple[str, ...] = ()
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Add the residual and activate.
@@ -106,7 +108,7 @@ class Rest(nn.Module):
             mask: Ignored, as always in evaluation.
 
         Returns:
-            `act(input + residual)`.
+            `act(input + residual)`, after everything in `then`.
 
         Raises:
             ValueError: If `input` has another number of axes than what was folded needs.
@@ -121,13 +123,16 @@ class Rest(nn.Module):
             if self.axes < 4:
                 input = input.contiguous()  # as the normalization's output was: the next operation may need it
         z = input if residual is None else input + residual
-        name, parameter = parse_activation(self.activation)
+        name, parameter = parse_activation(None if "activation" in self.then else self.activation)
         y: Tensor = ACTIVATIONS[name](z, parameter)
+        for name in self.then:
+            y = getattr(self, name)(y)
         return y
 
     def extra_repr(self) -> str:
         """The attributes that are not None."""
-        parts = (f"{name}={value!r}" for name in ("axes", "activation") if (value := getattr(self, name)) is not None)
+        names = [name for name in ("axes", "activation") if name not in self.then]
+        parts = (f"{name}={value!r}" for name in names if (value := getattr(self, name)) is not None)
         return ", ".join(parts)
 
 
@@ -168,12 +173,13 @@ class _Network:
 
     def names(self) -> list[str]:
         """In the order in which they run; those that do not are the last."""
-        layers = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
+        layers = [name for name, module in self.model.named_modules() if is_batch_norm(module) or resembles(module)]
         return list(dict.fromkeys([*(name for name in self.flows if name in layers), *layers]))
 
     def normalization(self, name: str) -> Normalization:
         layer = self.model.get_submodule(name)
-        problem = self.unreached.get(name) or self._problem(name) or _problem_of_normalization(layer)
+        problem = None if is_batch_norm(layer) else deviation(layer)
+        problem = problem or self.unreached.get(name) or self._problem(name) or _problem_of_normalization(layer)
         if problem is not None:
             raise Stays(problem)
         return read_normalization(layer)
@@ -207,14 +213,18 @@ class _Network:
         for name, link in self.gone.items():
             layer = self.model.get_submodule(name)
             named = any(set(node.kwargs) - {"input"} for node in self._calls(name))
-            rest = named or self._keeps(name) or link.axes is not None
-            activation = _activation(layer)
-            for held in (layer._parameters, layer._buffers, layer._modules, layer._non_persistent_buffers_set):
+            activation, then = _activation(layer), _then(layer)
+            rest = named or self._keeps(name) or link.axes is not None or then
+            for held in (layer._parameters, layer._buffers, layer._non_persistent_buffers_set):
                 held.clear()
+            for part in layer._modules.keys() - then:
+                del layer._modules[part]
             # The object stays and changes its class: something else in the model may hold it too.
             layer.__class__ = Rest if rest else nn.Identity
             if rest:
-                layer.axes, layer.activation = link.axes, activation
+                layer.axes, layer.then = link.axes, then
+                if "activation" not in then:
+                    layer.activation = activation
         return self.model
 
     def outputs(self) -> Outputs | None:
@@ -229,7 +239,8 @@ class _Network:
     def _keeps(self, name: str) -> bool:
         """Whether a normalization does more than normalize."""
         added = any(node.kwargs.get("residual") is not None for node in self._calls(name))
-        return added or parse_activation(_activation(self.model.get_submodule(name)))[0] != "none"
+        layer = self.model.get_submodule(name)
+        return added or bool(fuse.steps(layer)) or parse_activation(_activation(layer))[0] != "none"
 
     def _problem(self, name: str) -> str | None:
         """Why a layer must stay as it is, whatever it computes."""
@@ -253,8 +264,14 @@ class _Network:
 
 
 def _activation(layer: Any) -> ActivationSpec:
-    activation: ActivationSpec = layer.activation if fuse.is_ours(layer) else None
-    return activation
+    return fuse.added_activation(layer) if fuse.is_ours(layer) else None
+
+
+def _then(layer: Any) -> tuple[str, ...]:
+    """The names of what the class of a normalization calls after it, but for what never does anything."""
+    known = adapter(type(layer))
+    found = [(name, getattr(layer, name, None)) for name in (() if known is None else known.then)]
+    return tuple(n for n, step in found if not (step is None or (type(step) is nn.Identity and fuse.is_identity(step))))
 
 
 def _common(links: Iterable[Link]) -> Link:
@@ -273,6 +290,9 @@ def _problem_of_normalization(layer: Any) -> str | None:
         return "has no running statistics"
     if layer.training and not is_frozen(layer):
         return "is in training mode: call model.eval() first"
+    for name in _then(layer):
+        if name not in layer._modules and name not in vars(layer):
+            return f"calls {name}, a method of its class"
     return None
 
 

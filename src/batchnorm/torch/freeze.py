@@ -6,10 +6,12 @@ unfreeze(model.backbone)   # exactly as before
 ```
 """
 
+import warnings
 from typing import TypeVar
 
 from torch import nn
 
+from batchnorm.torch.adapters import adapter, is_always_frozen, is_batch_norm
 from batchnorm.torch.adopt import Before, adopt, before_freeze, hindrance, original, release
 from batchnorm.torch.sources import RunningStatistics
 from batchnorm.torch.survey import Found, is_frozen, is_unsized, keeps_statistics, survey
@@ -40,17 +42,35 @@ def freeze(model: M, *, affine: bool = False) -> M:
         ValueError: If the model has no batch normalization, or one without running statistics, or one that has its own
             forward or cannot become ours; nothing is changed then.
         RuntimeError: If a lazy layer does not know its size yet.
+
+    Warns:
+        UserWarning: If something with running statistics is of a class that is not known.
     """
-    layers = survey(model)
+    layers, others = _found(model)
     if not layers:
         raise ValueError("there is no batch normalization to freeze in this model")
     for found in layers:
         _check(found)
+    for name, layer, _, reason in others:
+        warnings.warn(
+            f"{name or 'the layer'} ({type(layer).__name__}) {reason}, and is not frozen: if it is a batch "
+            "normalization, say with batchnorm.torch.register what its class computes",
+            stacklevel=2,
+        )
     thawed = [found for found in layers if not is_frozen(found.layer)]
     learning = [_learning(found.layer) if affine else () for found in thawed]  # before any stops: layers may share them
     for found, names in zip(thawed, learning, strict=True):
         _freeze(found, names)
     return model
+
+
+def _found(model: nn.Module) -> tuple[list[Found], list[Found]]:
+    """The batch normalizations of a model, and what only resembles one."""
+    layers: list[Found] = []
+    others: list[Found] = []
+    for found in survey(model):
+        (layers if is_batch_norm(found.layer) else others).append(found)
+    return layers, others
 
 
 def _check(found: Found) -> None:
@@ -59,6 +79,8 @@ def _check(found: Found) -> None:
     said = f"{name or 'the layer'} ({type(layer).__name__})"
     if is_unsized(layer):
         raise RuntimeError(f"{said} does not know its size yet: call the model on one batch first")
+    if is_always_frozen(type(layer)):
+        return
     if not keeps_statistics(layer):
         raise ValueError(f"{said} keeps no running statistics to normalize by (track_running_stats=False)")
     if problem := reason or ("" if ours else hindrance(layer)):
@@ -66,7 +88,13 @@ def _check(found: Found) -> None:
 
 
 def _learning(layer: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, parameter in layer.named_parameters() if parameter.requires_grad)
+    known = adapter(type(layer))
+    others = () if known is None else known.then  # what its class calls after it, such as a PReLU, goes on learning
+    return tuple(
+        name
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and name.partition(".")[0] not in others
+    )
 
 
 def _freeze(found: Found, learned: tuple[str, ...]) -> None:
@@ -98,6 +126,6 @@ def unfreeze(model: M) -> M:
         del layer._before_freeze
         for name in before.learned:
             layer.get_parameter(name).requires_grad_(True)
-        if not before.ours and layer.activation is None and original(layer) is not None:
+        if not before.ours and original(layer) is not None:
             release(layer)
     return model

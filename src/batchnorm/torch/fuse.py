@@ -9,6 +9,7 @@ So no change to a model between two calls can make the result wrong.
 import operator
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -18,19 +19,25 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm.definition import ActivationSpec
-from batchnorm.torch.layers import BatchNorm1d
+from batchnorm.torch.adapters import Adapter, adapter
+from batchnorm.torch.layers import BatchNorm1d, _Layer
 
 __all__ = [
     "FUNCTIONS",
     "METHODS",
+    "Followed",
+    "added_activation",
     "can_wait",
     "follow",
     "follow_right",
     "is_activation",
+    "is_identity",
     "is_ours",
     "obstacle",
+    "obstacle_inside",
     "recognize",
     "sequence",
+    "steps",
 ]
 
 NONE: Any = MappingProxyType({})
@@ -64,6 +71,9 @@ FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
 METHODS = {name + suffix: name for name in ("relu", "sigmoid", "tanh") for suffix in ("", "_")}
 """Methods of a tensor."""
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+"""Exactly these types hand on their input in evaluation."""
+
 
 def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> ActivationSpec:
     """The activation that `activation(z, *args, **kwargs)` computes, or `z.<activation>(...)`; None without a kernel.
@@ -75,7 +85,8 @@ def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -
     """
     if isinstance(activation, nn.Module):
         module = MODULES.get(type(activation))
-        return None if module is None or args or kwargs else module(activation)
+        spec = None if module is None or args or kwargs else module(activation)
+        return spec if not isinstance(spec, tuple) or isinstance(spec[1], Real) else None
     if isinstance(activation, str):
         return None if args or kwargs else METHODS.get(activation)
     try:
@@ -89,9 +100,9 @@ def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -
     if len(args) > len(parameters) or given.pop("approximate", "none") != "none":
         return None
     value = given.pop(parameters[0], None) if parameters else None
-    if given or not isinstance(value, int | float | None):
+    if given or not isinstance(value, Real | None):
         return None
-    return name if value is None else (name, value)
+    return name if value is None else (name, float(value))
 
 
 def is_activation(module: Any) -> bool:
@@ -99,9 +110,15 @@ def is_activation(module: Any) -> bool:
     return type(module).__module__ == nn.ReLU.__module__
 
 
+def is_identity(module: Any) -> bool:
+    """Whether calling this module returns its input, and nothing else happens."""
+    plain = type(module) is nn.Identity or (type(module) in DROPOUTS and not module.training)
+    return plain and not _is_watched(module)
+
+
 def is_ours(layer: Any) -> bool:
     """Whether this is a batch normalization of this package with its original `forward`."""
-    return getattr(type(layer), "forward", None) is BatchNorm1d.forward
+    return getattr(type(layer), "forward", None) in (BatchNorm1d.forward, Followed.forward)
 
 
 # --- The call ---------------------------------------------------------------------------------------------------------
@@ -155,10 +172,14 @@ def obstacle(layer: Any, activation: Any, args: tuple[Any, ...] = (), kwargs: An
         return "the compiler fuses on its own"
     if not is_ours(layer):
         return "not a layer of this package"
-    if layer.activation is not None:
+    if added_activation(layer) is not None or (isinstance(layer, Followed) and steps(layer)):
         return "has an activation of its own"
     if _is_watched(layer):
         return "has hooks"
+    return _obstacle_of_activation(activation, args, kwargs)
+
+
+def _obstacle_of_activation(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> str | None:
     if isinstance(activation, nn.Module) and _is_watched(activation):
         return "what follows has hooks"
     if activation is not None and recognize(activation, args, kwargs) is None:
@@ -191,6 +212,55 @@ def _fits(residual: Any, x: Any) -> bool:
 def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: ActivationSpec) -> Tensor:
     y: Tensor = layer._run(x, residual, None, activation)
     return y
+
+
+# --- A layer that calls what follows itself ---------------------------------------------------------------------------
+
+
+class Followed(_Layer):
+    """A layer of a class that itself calls something with the normalized values: `Adapter.then`.
+
+    Each call decides anew, as in `follow`, whether the first thing that it calls is computed in the same pass.
+    """
+
+    _adapter: Adapter
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """As in our other layers; `activation`, if it has been set, comes before everything else."""
+        if isinstance(input, torch.fx.Proxy):
+            return super().forward(input, residual=residual, mask=mask)
+        following, activation = steps(self), added_activation(self)
+        if activation is None and following and obstacle_inside(self) is None:
+            activation, *following = recognize(following[0]), *following[1:]
+        y = self._run(input, residual, mask, activation)
+        for step in following:
+            y = step(y)
+        return y
+
+
+def steps(layer: Any) -> list[Any]:
+    """What the class of a layer calls with the normalized values, one after the other, without those that do nothing.
+
+    Args:
+        layer: A batch normalization, ours or not.
+    """
+    known = adapter(type(layer))
+    found = [] if known is None else [getattr(layer, name, None) for name in known.then]
+    return [step for step in found if step is not None and not is_identity(step)]
+
+
+def obstacle_inside(layer: Any) -> str | None:
+    """The reason why a layer is not fused now with the first thing that it calls itself; None if it is."""
+    return (
+        "the compiler fuses on its own" if torch.compiler.is_compiling() else _obstacle_of_activation(steps(layer)[0])
+    )
+
+
+def added_activation(layer: Any) -> ActivationSpec:
+    """The activation that this package has added to a layer of ours; not one that its class calls itself."""
+    taken = isinstance(layer, Followed) and "activation" in type(layer)._adapter.then
+    activation: ActivationSpec = None if taken else layer.activation
+    return activation
 
 
 # --- A layer that waits for its residual ------------------------------------------------------------------------------

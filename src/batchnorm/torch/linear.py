@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
+from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.dataflow import TRANSPOSED
 from batchnorm.whole.linear import LinearMap, Normalization, exchange_ends
 
@@ -42,7 +43,7 @@ def write_map(layer: Any, map: LinearMap) -> None:
 def read_normalization(layer: Any) -> Normalization:
     """The constants of a normalization in evaluation."""
     weight, bias = (None if tensor is None else _float64(tensor) for tensor in (layer.weight, layer.bias))
-    return Normalization(_float64(layer.running_mean), _float64(layer.running_var), weight, bias, layer.eps)
+    return Normalization(_float64(layer.running_mean), _float64(layer.running_var), weight, bias, eps_of(layer))
 
 
 def _tensor(layer: Any, name: str) -> Any:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.torch.adapters import is_batch_norm
 from batchnorm.torch.tracing import duplicate, leaves
 
 __all__ = ["arrays", "dtypes", "run"]
@@ -28,13 +28,14 @@ def run(model: nn.Module, inputs: Any, axes: dict[str, int] | None = None) -> An
 
     def watch(name: str, layer: nn.Module) -> None:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, set()).add((args[0] if args else kwargs["input"]).dim())
+            x, *_rest = (*args, *kwargs.values())  # not every class calls it `input`
+            seen.setdefault(name, set()).add(x.dim())
 
         layer.register_forward_pre_hook(note, with_kwargs=True)
 
     if axes is not None:
         for name, layer in model.named_modules():
-            if isinstance(layer, _BatchNorm):
+            if is_batch_norm(layer):
                 watch(name, layer)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     if isinstance(inputs, tuple | list):

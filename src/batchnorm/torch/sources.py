@@ -8,6 +8,7 @@ running statistics. A subclass of `Statistics` with its own `plan` is a source, 
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,8 +114,9 @@ class GhostStatistics(Statistics):
     unbiased: bool = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.batch_size, int) and self.batch_size > 0):
+        if not (isinstance(self.batch_size, int | np.integer) and self.batch_size > 0):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
+        object.__setattr__(self, "batch_size", int(self.batch_size))  # it may be NumPy's
 
     def sizes(self, samples: int) -> list[int]:
         """The number of samples of each group."""

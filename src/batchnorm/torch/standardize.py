@@ -70,9 +70,9 @@ class Standardize(nn.Module):
 
     def __init__(self, num_features: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        if not (isinstance(num_features, int) and num_features > 0):
+        if not (isinstance(num_features, int | np.integer) and num_features > 0):
             raise ValueError(f"num_features must be a positive integer, got {num_features!r}")
-        self.num_features = num_features
+        self.num_features = int(num_features)
         self.register_buffer("mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("std", torch.ones(num_features, device=device, dtype=dtype))
         self.register_buffer("count", torch.zeros((), device=device, dtype=dtype))

@@ -1,16 +1,16 @@
 """Which batch normalizations a model has, and which of them a tool may touch.
 
-A layer counts as a batch normalization if it computes what one computes: if it has the forward of PyTorch's class or of
-ours. A subclass that inherits the forward counts; one that has its own does not, since it may normalize something else.
+A layer counts as a batch normalization if it computes what one computes: if it has the forward of PyTorch's class, of
+ours, or of another class that is known (`adapters`). A subclass that inherits the forward counts; one that has its own
+does not, since it may normalize something else.
 """
 
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from batchnorm.torch.adopt import FORWARDS
+from batchnorm.torch.adapters import adapter, forward_of, is_always_frozen, is_batch_norm, resembles
 from batchnorm.torch.fuse import is_ours
 from batchnorm.torch.sources import RunningStatistics
 
@@ -44,20 +44,24 @@ def expect_module(model: Any) -> None:
 
 
 def survey(model: nn.Module) -> list[Found]:
-    """All batch normalizations of a model, each once, in the order of `named_modules`."""
+    """All batch normalizations of a model, and what resembles one, each once, in the order of `named_modules`."""
     expect_module(model)
     return [
         Found(name, module, is_ours(module), deviation(module))
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        if is_batch_norm(module) or resembles(module)
     ]
 
 
 def deviation(layer: nn.Module) -> str:
     """Why a layer may compute something other than a batch normalization, to be read after its name; empty if not."""
-    kind = type(layer)
-    if kind.forward not in FORWARDS:
-        return f"has a forward of its own, {kind.__name__}.forward"
+    kind, known = type(layer), adapter(type(layer))
+    if known is not None:
+        for name in ("weight", "bias", "running_mean", "running_var", *(["eps"] if known.eps is None else [])):
+            if not hasattr(layer, name):
+                return f"has no attribute {name}"
+    elif not is_ours(layer):
+        return f"has a forward of its own, {forward_of(kind).__name__}.forward"
     return "has had its forward replaced" if "forward" in vars(layer) else ""
 
 
@@ -69,9 +73,9 @@ def is_unsized(layer: nn.Module) -> bool:
 
 def keeps_statistics(layer: Any) -> bool:
     """Whether a layer has running statistics."""
-    return layer.running_mean is not None and layer.running_var is not None
+    return all(getattr(layer, name, None) is not None for name in ("running_mean", "running_var"))
 
 
 def is_frozen(layer: Any) -> bool:
     """Whether a layer normalizes by its running statistics in training, too, and leaves them as they are."""
-    return is_ours(layer) and layer.statistics == RunningStatistics()
+    return layer.statistics == RunningStatistics() if is_ours(layer) else is_always_frozen(type(layer))

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
+from batchnorm.torch.adapters import is_batch_norm, resembles
 from batchnorm.torch.dataflow import Flow, is_linear_map, is_watched, join
 
 __all__ = ["duplicate", "leaves", "trace"]
@@ -89,7 +89,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _BatchNorm) or is_linear_map(m):
+        if is_batch_norm(m) or resembles(m) or is_linear_map(m):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not _normalizations(m)
 
@@ -111,7 +111,7 @@ class _Tracer(fx.Tracer):
 
 
 def _normalizations(module: nn.Module) -> list[str]:
-    return [name for name, inner in module.named_modules() if isinstance(inner, _BatchNorm)]
+    return [name for name, inner in module.named_modules() if is_batch_norm(inner)]
 
 
 def _trace(model: nn.Module, path: str, given: dict[str, Any]) -> Flow:
@@ -171,7 +171,7 @@ def trace(model: nn.Module) -> tuple[list[tuple[Flow, ...]], dict[str, str]]:
 
     def visit(path: str, reason: str) -> None:
         module = model.get_submodule(path)
-        if isinstance(module, _BatchNorm):
+        if is_batch_norm(module):
             unreached[path] = reason
             return
         if module in seen or not _normalizations(module):

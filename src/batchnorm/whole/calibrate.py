@@ -33,7 +33,7 @@ class Calibration:
     """What `calibrate` did.
 
     Attributes:
-        samples: The number of samples, over all processes; a batch without tensors counts as one.
+        samples: The number of samples, over all processes; a batch whose number cannot be seen counts as one.
         changes: How much each layer changed: the largest difference in its normalized output, over its channels, for an
             input one standard deviation from the mean. 0.01 is little, 1 is a standard deviation.
         skipped: Why each of the other layers is as it was.
@@ -124,7 +124,7 @@ class Model(Protocol):
         ...
 
     def size(self, batch: Any) -> int | None:
-        """The number of samples in a batch; None if it cannot be seen."""
+        """The number of samples in a batch, which has just been `run`; None if it cannot be seen."""
         ...
 
     def read(self, name: str) -> Statistics:
@@ -219,7 +219,8 @@ def calibrate(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be positive, got {max_samples}")
-    if isinstance(data, Mapping | str) or (hasattr(data, "shape") and hasattr(data, "dtype")):
+    named = isinstance(data, Mapping) or (isinstance(data, tuple) and hasattr(data, "_fields"))
+    if named or isinstance(data, str | bytes) or (hasattr(data, "shape") and hasattr(data, "dtype")):
         raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
     if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"data must give batches, one after the other, got {data!r}: pass a data loader or a list")
