@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch import composed
-from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_tracing
+from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
 from batchnorm.torch.running import Running, is_finite
 
 __all__ = ["compute", "takes"]
@@ -15,7 +15,9 @@ def takes(call: Call, plan: Plan) -> bool:
     x = call.x
     if call.counts is not None or plan.parts is not None or plan.group is not None or plan.adjust is not None:
         return False
-    if plan.count == 0 or (call.residual is not None and call.residual.dtype is not x.dtype):
+    if (not isinstance(plan.count, Tensor) and plan.count == 0) or (
+        call.residual is not None and call.residual.dtype is not x.dtype
+    ):
         return False
     if not call.is_eager and (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -29,14 +31,14 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
     """Compute a call without a mask, by the statistics of the batch or by constants."""
     if plan.constants is not None:
         mean, var = plan.constants
-        if torch.is_grad_enabled() and (call.is_eager or not is_tracing()):
+        if torch.is_grad_enabled() and (call.is_eager or not is_recorded()):
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
     x = call.x
-    if x.is_cpu and call.is_eager and plan.unbiased and x.dtype is call.arithmetic and is_finite(x):
+    if x.is_cpu and call.is_eager and plan.unbiased and x.dtype is call.arithmetic and not x.is_mkldnn and is_finite(x):
         rate = running.rate()
         assert isinstance(rate, float)
         # PyTorch changes them without telling autograd, and saves them although the backward pass does not need them.
@@ -45,7 +47,9 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
         running.note(True)
         return Outcome(_follow(call, z))
     # PyTorch returns a batch's statistics only by moving running ones: with momentum 1 these become the batch's.
-    batch = Batch.of(x.new_zeros((2, x.shape[1]), dtype=call.arithmetic), plan.count, is_unbiased=True)
+    batch = Batch.of(
+        x.new_zeros((2, x.shape[1]), dtype=call.arithmetic, layout=torch.strided), plan.count, is_unbiased=True
+    )
     return Outcome(_follow(call, _batch_norm(call, batch.mean, batch.var, True, 1.0)), batch)
 
 
