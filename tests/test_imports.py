@@ -39,6 +39,8 @@ ORDER = [
     "batchnorm.torch.transforms",
     "batchnorm.torch.routes",
     "batchnorm.torch.functional",
+    "batchnorm.torch.handover",
+    "batchnorm.torch.scripted",
     "batchnorm.torch.layers",
     "batchnorm.torch.*",  # tools on whole models
     "batchnorm.torch",

@@ -142,7 +142,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if keras.backend.backend() == "torch" and not self.renorm:
             from batchnorm.keras import fused
 
-            if fused.takes(x, counts, self.axis, self.virtual_batch_size, self.synchronized):
+            if self.epsilon > 0 and fused.takes(x, counts, self.axis, self.virtual_batch_size, self.synchronized):
                 y, mean, var = fused.train(
                     x, counts, self.moving_mean, self.moving_variance, self.gamma, self.beta, self.axis, self.momentum,
                     self.epsilon, self.activation.fused, self.virtual_batch_size, self.synchronized, self.unbiased,

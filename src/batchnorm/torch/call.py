@@ -24,6 +24,7 @@ __all__ = [
     "check_channels",
     "is_eager",
     "is_plain",
+    "is_recorded",
     "is_symbolic",
     "is_tracing",
 ]
@@ -68,8 +69,6 @@ class Call(NamedTuple):
         """Check the arguments of `batch_norm`, with its errors, and collect them in a call."""
         eager = is_eager()
         parsed = _parse(activation) if eager else parse_activation(activation)
-        if not eps >= 0:
-            raise ValueError(f"eps must not be negative, got {eps}")
         if eager or not is_tracing():
             _check(x, weight, bias, residual)
         counts = None if mask is None else _expand(mask, x)
@@ -96,10 +95,14 @@ class Call(NamedTuple):
 
     def total(self) -> float | Tensor:
         """The total count of the values of each channel; a tensor where code must not depend on values."""
+        if self.counts is None and is_tracing():
+            sizes: Any = self.x.shape  # of tensors
+            values: Tensor = (self.x.numel() // sizes[1]).double()
+            return values
         if self.counts is None:
             return torch.sym_float(self.x.numel() // max(1, self.x.shape[1]))  # type: ignore[no-any-return]
         total = self.counts.sum(dtype=self.arithmetic if self.x.device.type == "mps" else torch.float64)
-        return total if is_symbolic() else float(total)
+        return total if is_symbolic() or is_tracing() else float(total)
 
 
 class Part(NamedTuple):
@@ -182,6 +185,11 @@ def is_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` or `torch.export` is recording a graph, to be run by something else."""
+    return torch.compiler.is_exporting() or is_tracing()
+
+
 def is_eager() -> bool:
     """Whether operations run as they are called, by PyTorch itself."""
     return not (
@@ -253,6 +261,6 @@ def _expand(mask: Tensor, x: Tensor) -> Tensor:
             f"it must have the shape {positions}, without channels, or its first axes"
         )
     counts = mask.detach().to(x.device, arithmetic(x.dtype))
-    if not is_symbolic() and not bool(((counts >= 0) & counts.isfinite()).all()):
+    if not is_symbolic() and not is_tracing() and not bool(((counts >= 0) & counts.isfinite()).all()):
         raise ValueError("mask must hold booleans, or weights that are finite and not negative")
     return counts.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchnorm.definition import ActivationSpec, Moments
 from batchnorm.torch import composed, cpu, transforms
-from batchnorm.torch.call import Batch, Call, Plan, is_plain
+from batchnorm.torch.call import Batch, Call, Plan, is_plain, is_tracing
 from batchnorm.torch.recomputation import is_repetition, unseen
 from batchnorm.torch.routes import choose
 from batchnorm.torch.running import Running
@@ -63,7 +63,7 @@ def batch_norm(
     Raises:
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
             per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
-            unknown; if `eps` is negative; if a group of `GhostStatistics` has fewer than two values.
+            unknown; if `eps` is negative, or 0 in training; if a group of `GhostStatistics` has fewer than two values.
         TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor; if `x` is missing.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
             type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or with
@@ -134,6 +134,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     if not source.takes_mask:
         asked = (*asked[:4], None, *asked[5:])
     try:
+        _check_eps(asked[5], source)
         call = Call.of(*asked)
         running.check(call.x, source.needs_running)
         if not source.needs_running and not torch.compiler.is_compiling() and is_repetition():
@@ -141,6 +142,11 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         plan = source.plan(call, running)
         if plan.constants is not None:
             call = call._replace(counts=None)
+        if not call.is_eager and (plan.parts is not None or plan.group is not None) and is_tracing():
+            raise RuntimeError(
+                f"torch.jit.trace cannot record {source!r}: the trace would repeat what this batch and this process "
+                "make of it; trace the model after model.eval()"
+            )
         chosen = choose(call, plan)
     except Exception:
         source.fail(asked[0].device)  # the other processes wait for this one
@@ -170,3 +176,10 @@ def _record(running: Running, batch: Batch | None, plan: Plan, is_mapped: bool) 
         update(running, batch, plan.unbiased)
     elif running.mean is None:
         running.note(True)
+
+
+def _check_eps(eps: float, source: Statistics) -> None:
+    """Check that `eps` is what PyTorch takes, with its words."""
+    if not (eps > 0 or (source.needs_running and eps == 0)):
+        wanted = "non-negative" if source.needs_running else "positive during training"
+        raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")

@@ -57,6 +57,22 @@ MODULES: dict[type[nn.Module], Callable[[Any], ActivationSpec]] = {
 }
 """Exactly these types: a subclass may compute something else."""
 
+_COMPUTED: dict[type[nn.Module], tuple[Any, Any, str, Any]] = {
+    kind: (kind.forward, place, name, getattr(place, name))
+    for kind, place, name in (
+        (nn.ReLU, F, "relu"),
+        (nn.ReLU6, F, "hardtanh"),
+        (nn.LeakyReLU, F, "leaky_relu"),
+        (nn.SiLU, F, "silu"),
+        (nn.Hardswish, F, "hardswish"),
+        (nn.ELU, F, "elu"),
+        (nn.Sigmoid, torch, "sigmoid"),
+        (nn.Tanh, torch, "tanh"),
+        (nn.GELU, F, "gelu"),
+    )
+}
+"""By their types: their `forward`, and the function that it calls. Somebody may put others in the place of these."""
+
 FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     **{function: (function.__name__, ("inplace",)) for function in (F.relu, F.relu6, F.silu, F.hardswish)},
     **dict.fromkeys((torch.relu, torch.relu_, F.relu_), ("relu", ())),
@@ -73,6 +89,8 @@ METHODS = {name + suffix: name for name in ("relu", "sigmoid", "tanh") for suffi
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 """Exactly these types hand on their input in evaluation."""
+_METHODS = {name: getattr(Tensor, name) for name in METHODS}
+_CALL = nn.Module.__call__
 
 
 def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> ActivationSpec:
@@ -84,11 +102,12 @@ def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -
         kwargs: Its named arguments.
     """
     if isinstance(activation, nn.Module):
-        module = MODULES.get(type(activation))
+        module = MODULES.get(type(activation)) if _is_original(type(activation)) else None
         spec = None if module is None or args or kwargs else module(activation)
         return spec if not isinstance(spec, tuple) or isinstance(spec[1], Real) else None
     if isinstance(activation, str):
-        return None if args or kwargs else METHODS.get(activation)
+        replaced = getattr(Tensor, activation, None) is not _METHODS.get(activation)
+        return None if args or kwargs or replaced else METHODS.get(activation)
     try:
         name, parameters = FUNCTIONS[activation]
     except (KeyError, TypeError):  # a TypeError: it is not hashable
@@ -103,6 +122,12 @@ def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -
     if given or not isinstance(value, Real | None):
         return None
     return name if value is None else (name, float(value))
+
+
+def _is_original(kind: type[nn.Module]) -> bool:
+    """Whether modules of this type compute what PyTorch's compute: nothing has been put in the place of its code."""
+    forward, place, name, function = _COMPUTED.get(kind, (None, F, "relu", None))
+    return kind.forward is forward and getattr(place, name) is function
 
 
 def is_activation(module: Any) -> bool:
@@ -195,6 +220,7 @@ def _is_watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or type(module).__call__ is not _CALL
         or _has_any_global_hook()
     )
 

@@ -9,14 +9,17 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch.call import is_tracing
 from batchnorm.torch.functional import normalize
+from batchnorm.torch.handover import Eps, QConfig
 from batchnorm.torch.running import Running
-from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics, expect
+from batchnorm.torch.scripted import activate, compiled_as
+from batchnorm.torch.sources import BatchStatistics, RunningStatistics, Statistics, SyncStatistics, expect
 
 __all__ = [
     "BatchNorm1d",
@@ -44,6 +47,34 @@ if TYPE_CHECKING:
     _Base = nn.modules.batchnorm._BatchNorm
 else:
     _Base = object
+
+
+def _scripted(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`_Layer.forward` as `torch.jit.script` compiles it, in the part of Python that it knows."""
+    self._check_input_dim(input)
+    if self.training and not self._script_trains:
+        raise RuntimeError("this batch normalization was scripted in evaluation: its statistics in training are Python")
+    training = self.training and not self._script_is_frozen
+    rate = 0.0
+    if self.momentum is not None:
+        rate = self.momentum
+    if training and self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:
+            rate = 1.0 / float(self.num_batches_tracked)
+    z = F.batch_norm(
+        input,
+        self.running_mean if not training or self.track_running_stats else None,
+        self.running_var if not training or self.track_running_stats else None,
+        self.weight,
+        self.bias,
+        training or (self.running_mean is None and self.running_var is None),
+        rate,
+        self.eps,
+    )
+    if residual is not None:
+        z = z + residual
+    return activate(z, self._script_activation, self._script_parameter)
 
 
 class _Layer(_Base):
@@ -77,6 +108,9 @@ class _Layer(_Base):
     """
 
     num_batches_skipped: Tensor
+
+    eps = Eps()
+    qconfig = QConfig()
 
     def __init__(
         self,
@@ -157,6 +191,7 @@ class _Layer(_Base):
                 self.num_batches_skipped.copy_(before)
         return self.num_batches_skipped
 
+    @compiled_as(_scripted)
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalize `input`; in training, update the running statistics.
 
@@ -215,12 +250,51 @@ class _Layer(_Base):
             running = Running(self.running_mean, self.running_var)
         if not self.training and (running.mean is not None or running.var is not None):
             source, mask = RUNNING, None
-        asked = input, self.weight, self.bias, residual, mask, self.eps, activation
+        asked = input, self.weight, self.bias, residual, mask, self.__dict__["eps"], activation
         y, route = normalize(asked, running, source)
         if observers:
             for observer in observers:
                 observer(self, route)
         return y
+
+    # --- For `torch.jit.script` ---
+
+    __constants__ = [  # noqa: RUF012, PyTorch's is a list, too
+        *nn.modules.batchnorm._BatchNorm.__constants__,
+        "_script_activation", "_script_parameter", "_script_is_frozen", "_script_trains",
+    ]  # fmt: skip
+    __jit_ignored_attributes__ = ("num_batches_skipped",)  # a script would save it in its state dict
+    __jit_unused_properties__ = ("_script_activation", "_script_parameter", "_script_is_frozen", "_script_trains")
+
+    @property
+    def _script_activation(self) -> str:
+        return parse_activation(self.activation)[0]
+
+    @property
+    def _script_parameter(self) -> float:
+        return parse_activation(self.activation)[1]
+
+    @property
+    def _script_is_frozen(self) -> bool:
+        return self.statistics == RUNNING
+
+    @property
+    def _script_trains(self) -> bool:
+        """Whether the compiled layer can be trained: whether its statistics are known to `torch.batch_norm`."""
+        return self.statistics in (None, BatchStatistics(), RUNNING)
+
+    def __prepare_scriptable__(self) -> Any:
+        """The layer, as `torch.jit.script` asks for it.
+
+        Raises:
+            RuntimeError: If the layer is in training, by statistics that cannot be compiled.
+        """
+        if self.training and not self._script_trains:
+            raise RuntimeError(
+                f"{type(self).__name__}({self.num_features}): torch.jit.script cannot compile the training of "
+                f"statistics={self.statistics!r}; script the model after model.eval()"
+            )
+        return self
 
     def extra_repr(self) -> str:
         """PyTorch's text, with the activation and the statistics if they are set."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch import composed
-from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_tracing
+from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running, is_finite
 
@@ -22,7 +22,9 @@ def takes(call: Call, plan: Plan) -> bool:
     x = call.x
     if call.counts is not None or plan.parts is not None or plan.group is not None or plan.adjust is not None:
         return False
-    if plan.count == 0 or (call.residual is not None and call.residual.dtype is not x.dtype):
+    if (not isinstance(plan.count, Tensor) and plan.count == 0) or (
+        call.residual is not None and call.residual.dtype is not x.dtype
+    ):
         return False
     if not call.is_eager and (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -39,12 +41,12 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
     `mean / std`. Where that would cost accuracy, and for values that are not finite or so large that PyTorch's variance
     is not, a strict call returns None and changes nothing.
     """
-    eager = call.is_eager and call.x.is_cpu
+    eager = call.is_eager and call.x.is_cpu and not call.x.is_mkldnn
     if plan.constants is not None:
         mean, var = plan.constants
         if strict and eager and not _is_near(mean, var, call.eps):
             return None
-        if torch.is_grad_enabled() and (call.is_eager or not is_tracing()):
+        if torch.is_grad_enabled() and (call.is_eager or not is_recorded()):
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
@@ -79,7 +81,7 @@ def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> 
 def _of_momentum_one(call: Call, plan: Plan) -> Batch:
     """What PyTorch will turn into the statistics of the batch: running ones, which move with momentum 1."""
     with nullcontext() if call.is_eager or torch.compiler.is_compiling() else unseen():
-        moments = call.x.new_zeros((2, call.x.shape[1]), dtype=call.arithmetic)
+        moments = call.x.new_zeros((2, call.x.shape[1]), dtype=call.arithmetic, layout=torch.strided)
     return Batch.of(moments, plan.count, is_unbiased=True)
 
 

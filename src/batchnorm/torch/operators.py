@@ -140,22 +140,33 @@ def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     dy, x, weight, bias, residual, counts = ctx.saved_tensors
     eps, name, parameter = ctx.how
     needs_x, needs_residual = ctx.needs
-    with torch.enable_grad():
-        inputs = [None if t is None else t.view_as(t).requires_grad_() for t in (dy, x, weight, bias, residual)]
-        dy_, x_, weight_, bias_, residual_ = inputs
-        assert x_ is not None
-        call = Call(x_, weight_, bias_, residual_, counts, eps, (name, parameter), arithmetic=arithmetic(x_.dtype))
-        y, *_ = composed.forward(call, Plan(torch.inf))
-        found = (x_, needs_x), (weight_, True), (bias_, True), (residual_, needs_residual)
-        outer = {t: grad for (t, needed), grad in zip(found, grads, strict=True) if needed and t is not None}
-        if not outer:
-            return (None,) * 12
-        first = torch.autograd.grad(y, list(outer), dy_, create_graph=True)
-        second = torch.autograd.grad(
-            first, [t for t in inputs if t is not None], list(outer.values()), create_graph=True, allow_unused=True
-        )
-    result = iter(second)
-    return (*(None if t is None else next(result) for t in inputs), *(None,) * 7)
+    inputs = dy, x, weight, bias, residual
+    needed = needs_x, weight is not None, bias is not None, needs_residual and residual is not None
+    outer = tuple(grad for grad, is_needed in zip(grads, needed, strict=True) if is_needed)
+    if not outer:
+        return (None,) * 12
+
+    def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        call = Call(x, weight, bias, residual, counts, eps, (name, parameter), arithmetic=arithmetic(x.dtype))
+        return composed.forward(call, Plan(torch.inf))[0]
+
+    def differentiate(dy: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        gradients = _pull_back(normalize, tensors, dy)
+        return tuple(g for g, is_needed in zip(gradients, needed, strict=True) if is_needed and g is not None)
+
+    return (*_pull_back(differentiate, inputs, outer), *(None,) * 7)
+
+
+def _pull_back(function: Any, inputs: tuple[Tensor | None, ...], grads: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs, of which some are None, by `torch.func`: under its transforms, autograd cannot."""
+
+    def of_tensors(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return function(*(None if t is None else next(given) for t in inputs))
+
+    pull: Any = torch.func.vjp(of_tensors, *(t for t in inputs if t is not None))[1]
+    found = iter(pull(grads))
+    return tuple(None if t is None else next(found) for t in inputs)
 
 
 register_fake("batchnorm::forward", _like_forward, lib=LIBRARY)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.torch import fuse
+from batchnorm.torch.scripted import compiled_as
 from batchnorm.torch.source import FUSE, Names, Site, Source
 
 __all__ = ["NotRewritten", "at_several_places", "forward_sequence", "neighbors", "origin", "original_class", "rewrite"]
@@ -168,6 +169,7 @@ def _rewrite(original: Any, names: Names, methods: tuple[FunctionType, ...]) -> 
 _HARMLESS = [kind.__dict__["__init_subclass__"] for kind in (object, Generic)]
 
 
+@compiled_as(nn.Sequential.forward)
 def forward_sequence(self: nn.Sequential, input: Any) -> Any:
     """`nn.Sequential.forward`, with layers and activations called together."""
     return fuse.sequence(self, input)

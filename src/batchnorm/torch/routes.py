@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
-from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_tracing
+from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_recorded
 from batchnorm.torch.running import Running
 
 __all__ = ["ROUTES", "Route", "choose", "route"]
@@ -43,9 +43,9 @@ graph, an operator in Python takes about 100 us more than the graph's own loops,
 
 def _native_pays(call: Call, plan: Plan) -> bool:
     """On small CPU tensors, where calling our kernels costs more than they gain, and where we have no kernels."""
-    if not call.x.is_cpu:
+    if not call.x.is_cpu or call.x.is_mkldnn:
         return True
-    if plan.constants is not None and not call.is_eager and is_tracing():
+    if not call.is_eager and is_recorded():
         return True  # deployment tools know PyTorch's operation
     if (
         not call.is_eager or not is_plain(call.x) or call.x.dtype is not call.arithmetic
@@ -60,6 +60,7 @@ def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
     """Whether the kernels of a device support everything in the call."""
     return (
         call.x.dtype in stages.DTYPES
+        and not call.x.is_mkldnn
         and (call.residual is None or call.residual.dtype is call.x.dtype)
         and (call.x.numel() > 0 or plan.group is not None)
         and call.is_eager
@@ -102,6 +103,10 @@ def _compute_natively(call: Call, plan: Plan, running: Running) -> Outcome | Non
     return native.compute(call, plan, running, strict=_allowed is None or "numba" in _allowed)
 
 
+def _composed_takes(call: Call, plan: Plan) -> bool:
+    return not call.x.is_mkldnn
+
+
 ROUTES = (
     Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
     Route("native", native.takes, _native_pays, _compute_natively),
@@ -113,7 +118,7 @@ ROUTES = (
         lambda call, plan, _: operators.compute(call, plan),
     ),
     Route("functorch", _functorch_takes, _always, lambda call, plan, _: transforms.compute(call, plan)),
-    Route("composed", _always, _always, lambda call, plan, _: composed.compute(call, plan)),
+    Route("composed", _composed_takes, _always, lambda call, plan, _: composed.compute(call, plan)),
 )
 """In order of preference.
 
@@ -135,7 +140,7 @@ def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
     """The first route that takes the call, among all or among those after another.
 
     Raises:
-        RuntimeError: If none of the routes that `with route(...)` allows can compute it.
+        RuntimeError: If none of the routes that `with route(...)` allows can compute it, or none at all.
     """
     for each in ROUTES[0 if after is None else ROUTES.index(after) + 1 :]:
         if _allowed is None:
@@ -143,6 +148,11 @@ def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
                 return each
         elif each.name in _allowed and each.takes(call, plan):
             return each
+    if call.x.is_mkldnn:
+        raise RuntimeError(
+            f"x is an mkldnn tensor of shape {tuple(call.x.shape)}, for which there is only PyTorch's own operation: "
+            "without a mask, by the statistics of the batch or the running ones; otherwise call x.to_dense() first"
+        )
     raise RuntimeError(
         f"route({', '.join(map(repr, _allowed or ()))}) cannot compute this call: x is {call.x.dtype} of shape "
         f"{tuple(call.x.shape)} on {call.x.device}. Allow another route as well; 'composed' computes everything"

@@ -81,6 +81,9 @@ class Running(NamedTuple):
             counter = self.batches if moved else self.skipped
             if counter is not None:
                 counter.add_(1)
+        elif self.batches is not None and self.skipped is not None and torch.compiler.is_exporting():
+            self.batches.add_(moved)
+            self.skipped.add_(~moved)
         elif self.batches is not None and self.skipped is not None:
             torch._foreach_add_([self.batches, self.skipped], [moved, ~moved])  # pyright: ignore[reportPrivateImportUsage]
         elif self.batches is not None:
@@ -134,10 +137,10 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
     """
     # In the type of the buffers: a variance above 65504 is finite, but not in the float16 of `model.half()`.
     stored = batch.moments if running_var.dtype is batch.var.dtype else batch.moments.to(running_var.dtype)
-    if stored.numel() == 0:
+    if not is_tracing() and stored.numel() == 0:
         return True
     many = batch.var.dim() > 1
-    finite = torch.linalg.vector_norm(stored, torch.inf, dim=(0, -1) if many else None) < torch.inf
+    finite: Tensor = torch.linalg.vector_norm(stored, torch.inf, dim=(0, -1) if many else None) < torch.inf
     if isinstance(batch.count, Tensor):
         finite = finite & (batch.count > 0)
     at_once = not many and batch.var.is_cpu and type(batch.var) is Tensor and is_eager()
@@ -146,7 +149,8 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
     olds, targets = [running_mean, running_var], [batch.mean, batch.var]
     is_exact = running_var.dtype is batch.var.dtype and running_mean.dtype is batch.var.dtype
     exact = olds if is_exact else [old.to(batch.var.dtype) for old in olds]
-    if isinstance(rate, Tensor):
+    simply = torch.compiler.is_exporting()  # few tools that read an exported graph know operations on lists
+    if isinstance(rate, Tensor) or simply:
         news = [torch.lerp(old, new, rate) for old, new in zip(exact, targets, strict=True)]
     else:
         news = list(torch._foreach_lerp(exact, targets, rate))  # pyright: ignore[reportPrivateImportUsage]
@@ -158,6 +162,10 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
             torch.where(keep, new, old, out=old)
     else:
         kept = [torch.where(keep, new, old) for old, new in zip(exact, news, strict=True)]
+        if simply:
+            for old, new in zip(olds, kept, strict=True):
+                old.copy_(new)
+            return finite
         torch._foreach_copy_(olds, kept)  # pyright: ignore[reportPrivateImportUsage]
     return True if at_once else finite
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.torch.call import Call, Part, Plan, is_symbolic
+from batchnorm.torch.call import Call, Part, Plan, is_symbolic, is_tracing
 from batchnorm.torch.running import Running
 from batchnorm.torch.sync import Group
 
@@ -88,7 +88,7 @@ class RunningStatistics(Statistics):
         mean, var = running.mean, running.var
         assert mean is not None
         assert var is not None
-        return Plan(torch.inf, (mean.detach(), var.detach()))
+        return Plan(torch.inf, (mean, var))
 
 
 @dataclass(frozen=True)
@@ -304,6 +304,15 @@ def expect(statistics: Any) -> None:
 
 def _count_two(call: Call) -> float | Tensor:
     """The total count of the values of each channel, of which there must be at least two, or none."""
+    if not call.is_eager and is_tracing():
+        tracer: Any = torch._C
+        state = tracer._get_tracing_state()
+        tracer._set_tracing_state(None)  # sizes are numbers, for the errors of this batch
+        try:
+            _count_two(call)
+        finally:
+            tracer._set_tracing_state(state)
+        return call.total()
     if call.counts is not None and is_symbolic():
         return call.total()  # what is the same for all values cannot depend on them
     values = call.positions()

@@ -1,0 +1,99 @@
+"""What other tools may take from a layer of ours, and where they are stopped.
+
+Tools that fuse, synchronize or quantize ask `isinstance(module, _BatchNorm)`, and put a layer of their own in the place
+of ours. They know nothing of its activation and of the source of its statistics, which would be lost without a word.
+Two attributes see such a tool coming before it has changed anything: whoever computes a batch normalization in place of
+a layer must read its `eps`, and quantization gives every layer a `qconfig`.
+"""
+
+import sys
+from typing import Any
+
+__all__ = ["Eps", "QConfig"]
+
+TOOLS = {
+    "torch.nn.modules.batchnorm": (
+        "torch.nn.SyncBatchNorm.convert_sync_batchnorm",
+        "batchnorm.torch.SyncBatchNorm.convert_sync_batchnorm(model)",
+        True,
+    ),
+    "torch.nn.utils.fusion": ("torch.nn.utils.fusion", "batchnorm.torch.fold(model)", False),
+    "torch.utils.mkldnn": ("torch.utils.mkldnn.to_mkldnn", "batchnorm.torch.fold(model) first", False),
+    "torch.ao.nn.quantized.modules.batchnorm": ("torch.ao.quantization", "batchnorm.torch.fold(model) first", False),
+}
+"""By the module that reads `eps`: the tool, what to call instead, and whether what it makes is trained."""
+
+
+class Eps:
+    """The attribute `eps` of a layer: a number, but not for tools that would lose something else of the layer."""
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        """The number.
+
+        Raises:
+            RuntimeError: If one of `TOOLS` asks for it, and would lose an activation, or statistics.
+        """
+        if layer is None:
+            return self
+        own = vars(layer)
+        if own.get("activation") is not None or own.get("statistics") is not None:
+            _refuse(layer, sys._getframe(1).f_globals.get("__name__", ""))
+        try:
+            return own["eps"]
+        except KeyError:
+            raise AttributeError(f"{type(layer).__name__} has no eps yet") from None
+
+    def __set__(self, layer: Any, value: float) -> None:
+        vars(layer)["eps"] = value
+
+    def __delete__(self, layer: Any) -> None:
+        del vars(layer)["eps"]
+
+
+def _refuse(layer: Any, asking: str) -> None:
+    """Raise an error if this module belongs to a tool that would lose something."""
+    if asking not in TOOLS:
+        return
+    tool, instead, trains = TOOLS[asking]
+    lost = [f"activation={layer.activation!r}"] if layer.activation is not None else []
+    lost += [f"statistics={layer.statistics!r}"] if trains and layer.statistics is not None else []
+    if lost:
+        raise RuntimeError(
+            f"{type(layer).__name__}({layer.num_features}): {tool} would lose {' and '.join(lost)}; call {instead}"
+        )
+
+
+class QConfig:
+    """The attribute `qconfig` by which `torch.ao.quantization` says how a layer is to be quantized: only None."""
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        if layer is None:
+            return self
+        try:
+            return vars(layer)["qconfig"]
+        except KeyError:
+            raise AttributeError(f"{type(layer).__name__} has no qconfig") from None
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        """Set it.
+
+        Raises:
+            RuntimeError: If it is not None.
+        """
+        if value is not None:
+            raise RuntimeError(unquantized(layer))
+        vars(layer)["qconfig"] = value
+
+    def __delete__(self, layer: Any) -> None:
+        del vars(layer)["qconfig"]
+
+
+def unquantized(layer: Any) -> str:
+    """Why a layer is not quantized, and what to do."""
+    said = f"{type(layer).__name__}({layer.num_features}): torch.ao.quantization knows only PyTorch's own layers"
+    if layer.activation is None:
+        return f"{said}; call batchnorm.torch.revert(model) first, or set qconfig = None to leave this one in float"
+    return (
+        f"{said}, which have no activation; call batchnorm.torch.fold(model) first, or let a module of its own compute "
+        f"activation={layer.activation!r}"
+    )
