@@ -7,8 +7,8 @@ import keras
 import numpy as np
 import pytest
 from backends import numbers
-from check_layer import draw, randomize
-from check_tools import Own, Subclassed, normalizations, subclassed
+from check_layer import draw, normalizations, randomize
+from check_tools import Own, Subclassed, subclassed
 from keras import layers, ops
 
 from batchnorm.keras import BatchNormalization, fold

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND, numbers
-from check_layer import BOUND, EPS, close, draw, randomize, second
+from check_layer import BOUND, EPS, close, draw, normalizations, randomize, second
 from keras import layers, ops
 
 from batchnorm import definition
@@ -64,10 +64,6 @@ def subclassed(kind: Kind = BatchNormalization) -> Any:
 
 
 MODELS = [functional, sequential, subclassed]
-
-
-def normalizations(model: Any) -> list[Any]:
-    return [layer for layer in model._flatten_layers() if isinstance(layer, layers.BatchNormalization)]
 
 
 def statistics(model: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from keras import ops
 
 from batchnorm.definition import Moments, moments
 from batchnorm.keras.functional import expand_mask
-from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.models import named_layers, refuse, to_float64
 from batchnorm.whole import calibrate as whole
 from batchnorm.whole.calibrate import Calibration, Method
@@ -26,7 +26,7 @@ __all__ = ["Calibration", "calibrate"]
 COMPILED = ("TracerArrayConversionError", "NotImplementedError", "OperatorNotAllowedInGraphError")
 """The errors that JAX and TensorFlow raise for a tensor without values."""
 
-KNOWN = (keras.layers.BatchNormalization.call, BatchNormalization.call)
+KNOWN = (KerasBatchNormalization.call, BatchNormalization.call)
 """The calls that normalize exactly what they are given."""
 
 
@@ -155,7 +155,7 @@ class _Model:
 
 def _normalizations(model: Any) -> dict[str, Any]:
     found = named_layers(model).items()
-    return {name: layer for name, layer in found if isinstance(layer, keras.layers.BatchNormalization)}
+    return {name: layer for name, layer in found if isinstance(layer, KerasBatchNormalization)}
 
 
 def _write(layer: Any, mean: Any, var: Any) -> None:

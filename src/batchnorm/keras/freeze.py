@@ -8,9 +8,7 @@ unfreeze(backbone)   # exactly as before
 
 from typing import Any, TypeVar
 
-import keras
-
-from batchnorm.keras.layers import BatchNormalization, adopt, release
+from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization, adopt, release
 from batchnorm.keras.models import forget_compiled, named_layers, refuse
 
 __all__ = ["freeze", "unfreeze"]
@@ -42,7 +40,7 @@ def freeze(model: M, *, affine: bool = False) -> M:
     """
     refuse(model)
     layers = {
-        name: layer for name, layer in named_layers(model).items() if isinstance(layer, keras.layers.BatchNormalization)
+        name: layer for name, layer in named_layers(model).items() if isinstance(layer, KerasBatchNormalization)
     }
     if not layers:
         raise ValueError("there is no batch normalization to freeze in this model")
@@ -50,7 +48,7 @@ def freeze(model: M, *, affine: bool = False) -> M:
         said = f"{name or 'the layer'} ({type(layer).__name__})"
         if not layer.built:
             raise ValueError(f"{said} does not know its size yet: call the model on one batch first")
-        if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization) or "call" in vars(layer):
+        if type(layer) not in (KerasBatchNormalization, BatchNormalization) or "call" in vars(layer):
             raise ValueError(
                 f"{said} has a call of its own, so it cannot be frozen: freeze the other layers one by one"
             )
