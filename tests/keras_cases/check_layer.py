@@ -542,24 +542,28 @@ def test_files_of_onnx(shape: tuple[int, ...], axis: int, tmp_path: Path) -> Non
     close(session.run(None, {session.get_inputs()[0].name: x})[0], numbers(model(x)))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"synchronized": True}])
-def test_our_class_in_the_place_of_that_of_keras(kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_class_in_the_place_of_that_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
     """As people exchange a class in a program that they did not write."""
-    theirs = network(layers.BatchNormalization)
+
+    def small(normalization: Any) -> Any:
+        return keras.Sequential([keras.Input((5,)), layers.Dense(4), normalization(), layers.Dense(3)])
+
+    theirs = small(layers.BatchNormalization)
     monkeypatch.setattr(keras.layers, "BatchNormalization", BatchNormalization)
     assert layers.BatchNormalization is BatchNormalization
-    model, x = network(keras.layers.BatchNormalization, **kwargs), draw((8, 8, 8, 3))
-    model.compile("sgd", "mse")
-    model.fit(x, np.zeros((8, 3)), verbose=0)
-    model.trainable = False
-    assert [type(layer) for layer in normalizations(convert(theirs))] == [BatchNormalization] * 3
-    revert(theirs)
-    assert not any(isinstance(layer, BatchNormalization) for layer in theirs.layers)
-    for each in (theirs, model):
-        for tool in (freeze, unfreeze, lambda m: calibrate(m, [x]), lambda m: fold(m, x)):
-            tool(each)
-        assert len(to_torch(normalizations(each)[0]).changes) == 1
-    assert BatchNormalization in [type(layer) for layer in keras.models.clone_model(model).layers]
+    ours, x = small(keras.layers.BatchNormalization), draw((8, 5))
+    ours(x, training=True)
+    ours.trainable = False
+    assert [type(layer) for layer in normalizations(convert(theirs))] == [BatchNormalization]
+    assert type(normalizations(revert(theirs))[0]) is KerasBatchNormalization is not BatchNormalization
+    for model in (theirs, ours):
+        (normalization,) = normalizations(model)
+        freeze(model)
+        assert normalization.frozen == ()
+        unfreeze(model)
+        assert len(calibrate(model, [x]).layers) == len(fold(model, x).folded) == 1
+        assert len(to_torch(normalization).changes) == 1
+    assert type(keras.models.clone_model(ours).layers[1]) is BatchNormalization
 
 
 def test_converting() -> None:

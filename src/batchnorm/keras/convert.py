@@ -41,7 +41,7 @@ def convert(model: M, **extras: Any) -> M:
     found = [layer for layer in named_layers(model).values() if type(layer) in kinds]
     checked = []
     for layer in found:  # before anything is changed
-        has = {name: getattr(layer, name, EXTRAS.get(name)) for name in ("renorm", *allowed)}
+        has: dict[str, Any] = {name: getattr(layer, name, EXTRAS.get(name)) for name in ("renorm", *allowed)}
         checked.append(BatchNormalization(**(has | extras)))
     for layer, other in zip(found, checked, strict=True):
         if type(layer) is KerasBatchNormalization:

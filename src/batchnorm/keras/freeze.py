@@ -39,9 +39,7 @@ def freeze(model: M, *, affine: bool = False) -> M:
             nothing is changed then.
     """
     refuse(model)
-    layers = {
-        name: layer for name, layer in named_layers(model).items() if isinstance(layer, KerasBatchNormalization)
-    }
+    layers = {name: layer for name, layer in named_layers(model).items() if isinstance(layer, KerasBatchNormalization)}
     if not layers:
         raise ValueError("there is no batch normalization to freeze in this model")
     for name, layer in layers.items():
