@@ -329,10 +329,10 @@ def test_what_was_not_compared_is_said() -> None:
     result = fold(network((5,), Random(), layers.Dense(4), BN()), draw((3, 5)))
     assert len(result.folded) == 1
     assert result.max_error is None
-    assert "not compared, because the model gives other outputs for the same inputs each time" in str(result)
+    assert "outputs were not compared: the model gives other outputs for the same inputs each time" in str(result)
     model = network((5,), Counted(), layers.Dense(4), BN())
     said = "the model cannot be called on made-up inputs (these are no counts): give example inputs"
-    assert fold(model).unchecked == said
+    assert fold(model).notes == (f"outputs were not compared: {said}",)
     assert fold(model, np.abs(draw((3, 5)))).max_error is not None
 
 

@@ -1,6 +1,6 @@
 """Inputs on which to compare a model with its copy, some of them made up; and what the model gives for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm.keras.copying import duplicate, kept_state
 from batchnorm.keras.models import to_float64
-from batchnorm.whole.comparison import ROUNDING, difference, rounding
+from batchnorm.whole.comparison import ROUNDING, Outputs, difference, is_noise, rounding
 
 __all__ = ["Examples"]
 
@@ -69,21 +69,30 @@ class Examples:
         Raises:
             TypeError: If it does not, although the model itself does each time.
         """
-        if self._error(copy) <= rounding(self.dtypes):
+        error, limit = self._error(self.run(copy)), rounding(self.dtypes)
+        if error <= limit:
             return
-        if not self._error(self.original) <= rounding(self.dtypes):
+        if not self._error(self.run(self.original)) <= limit:
             self.inputs, self.expected = {}, {}
             self.problem = "the model gives other outputs for the same inputs each time"
             return
         raise TypeError(
             f"{type(self.original).__name__} cannot be copied: a copy from its config, weights and assets, as a file "
-            f"keeps them, gives other outputs, which differ by {self._error(copy):.1e} of the largest. Some layer has "
+            f"keeps them, gives other outputs, which differ by {error:.1e} of the largest. Some layer has "
             "a state that its get_config or save_own_variables leaves out"
         )
 
-    def _error(self, model: Any) -> float:
-        found = self.run(model)
+    def _error(self, found: Mapping[str, NDArray[Any]]) -> float:
         return max((difference(y, found[path]) for path, y in self.expected.items()), default=0.0)
+
+    def compare(self, model: Any) -> Outputs:
+        """The outputs of the original and of another model, and whether rounding explains what is different."""
+        notes = (f"outputs were not compared: {self.problem}",) if self.problem else ()
+        outputs = Outputs(self.expected, self.run(model), self.dtypes, notes=notes)
+        shapes, others = ([y.shape for y in of.values()] for of in (outputs.expected, outputs.found))
+        if shapes == others and self._error(outputs.found) > rounding(self.dtypes):
+            return outputs._replace(explained=is_noise(outputs, self.rounded()))
+        return outputs
 
     def rounded(self) -> dict[str, NDArray[Any]]:
         """The outputs of the model if each of its weights moves by the last digit of the coarsest of its types."""

@@ -12,7 +12,7 @@ What is decided, in which order and why not, is in `batchnorm.whole.fold`; here 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import keras
@@ -111,8 +111,7 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     if not given.built:
         raise ValueError(f"{given.name} has not seen an input yet: call it on one batch first")
     examples = Examples(given, example_inputs)
-    result = fold_network(_Network(given, examples), lambda: _Network(given, examples))
-    return replace(result, unchecked=examples.problem)
+    return fold_network(_Network(given, examples), lambda: _Network(given, examples))
 
 
 # --- What folding needs to know ---------------------------------------------------------------------------------------
@@ -254,11 +253,8 @@ class _Network:
         refuse_config(self.examples.original, self.model)
         return self.model
 
-    def outputs(self) -> Outputs | None:
-        examples = self.examples
-        if examples.problem:
-            return None
-        return Outputs(examples.expected, examples.run(self.model), examples.dtypes, examples.rounded)
+    def outputs(self) -> Outputs:
+        return self.examples.compare(self.model)
 
     def _place(self, name: str) -> tuple[Any, Any]:
         """The graph that calls a normalization, and the call."""

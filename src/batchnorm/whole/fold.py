@@ -38,27 +38,25 @@ class Folded(Generic[Model]):
         folded: The layer that each normalization went into, in the order in which the normalizations run.
         skipped: The reason why each of the others is still there.
         max_error: The largest difference between the outputs of the two models on the example inputs, relative to the
-            largest output; None if they were not compared.
-        unchecked: Why the outputs were not compared, where the model could not be called.
+            largest output; None if no outputs were compared.
+        notes: What else the comparison found, such as which outputs could not be compared.
     """
 
     model: Model
     folded: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     max_error: float | None = None
-    unchecked: str = ""
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """A summary, and a line for each normalization."""
+        """A summary, a line for each normalization, and the notes."""
         total = len(self.folded) + len(self.skipped)
         head = f"{len(self.folded)} of {total} batch normalization{'s' * (total != 1)} folded"
         if self.max_error is not None:
             head += f"; outputs differ by at most {self.max_error:.1e} of the largest"
-        elif self.unchecked:
-            head += f"; outputs were not compared, because {self.unchecked}"
         lines = [f"  {name} -> {into}" for name, into in self.folded.items()]
         lines += [f"  {name} stays: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *(f"  {note}" for note in self.notes)])
 
 
 # --- What a framework brings ------------------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def fold_network(network: Network[P, Model], again: Callable[[], Network[P, Mode
 
 def _checked(network: Network[P, Model], result: Folded[Model]) -> Folded[Model]:
     outputs = network.outputs()
-    return result if outputs is None else replace(result, max_error=compare(outputs))
+    return result if outputs is None else replace(result, max_error=compare(outputs), notes=outputs.notes)
 
 
 def _to_blame(names: list[str], error: OutputsDiffer, again: Callable[[], Network[P, Model]]) -> dict[str, str]:
