@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from backends import BACKEND, numbers
 from check_layer import draw, normalizations, randomize
-from check_tools import Own, Subclassed, subclassed
+from check_tools import Named, Own, Subclassed, subclassed
 from keras import layers, ops
 
 from batchnorm.keras import BatchNormalization, fold
@@ -61,7 +61,7 @@ MAPS = [
 
 
 @pytest.mark.parametrize(("shape", "make"), MAPS)
-@pytest.mark.parametrize("kind", [layers.BatchNormalization, BN])
+@pytest.mark.parametrize("kind", [layers.BatchNormalization, BN, Named])
 def test_into_the_layer_before(shape: tuple[int, ...], make: Any, kind: Any) -> None:
     map, extra = make(), {"activation": "relu"} if kind is BN else {}
     result = assert_folds(

@@ -138,7 +138,17 @@ class Own(layers.BatchNormalization):
         return inputs
 
 
+@keras.saving.register_keras_serializable(package="checks")
+class Named(layers.BatchNormalization):
+    """A class of its own, which computes the same."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"epsilon": 0.01} | kwargs)
+
+
 def test_what_cannot_be_frozen() -> None:
+    with pytest.raises(ValueError, match=r"named \(Named\) has a class of its own"):
+        freeze(keras.Sequential([keras.Input((3,)), Named()]))
     with pytest.raises(ValueError, match="no batch normalization to freeze"):
         freeze(layers.Dense(3))
     with pytest.raises(ValueError, match="call the model on one batch first"):

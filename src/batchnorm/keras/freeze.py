@@ -35,8 +35,8 @@ def freeze(model: M, *, affine: bool = False) -> M:
 
     Raises:
         TypeError: If `model` is no model.
-        ValueError: If it has no batch normalization, or one whose class has its own `call`, or one that is not built;
-            nothing is changed then.
+        ValueError: If it has no batch normalization, or one of another class than Keras' and ours, or one that is not
+            built; nothing is changed then.
     """
     refuse(model)
     layers = {name: layer for name, layer in named_layers(model).items() if isinstance(layer, KerasBatchNormalization)}
@@ -47,8 +47,10 @@ def freeze(model: M, *, affine: bool = False) -> M:
         if not layer.built:
             raise ValueError(f"{said} does not know its size yet: call the model on one batch first")
         if type(layer) not in (KerasBatchNormalization, BatchNormalization) or "call" in vars(layer):
+            inherits = type(layer).call in (KerasBatchNormalization.call, BatchNormalization.call)
+            own = "class" if inherits and "call" not in vars(layer) else "call"
             raise ValueError(
-                f"{said} has a call of its own, so it cannot be frozen: freeze the other layers one by one"
+                f"{said} has a {own} of its own, so it cannot be frozen: freeze the other layers one by one"
             )
     for layer in layers.values():
         if getattr(layer, "frozen", None) is None:
