@@ -196,6 +196,48 @@ def test_chains(rng: np.random.Generator) -> None:
     assert str(result).splitlines()[1:] == ["  n1 -> a", "  n2 -> a", "  n3 -> a", "  n4 -> a"]
 
 
+# --- Folds that change the outputs ------------------------------------------------------------------------------------
+
+
+class Dishonest(Network):
+    """Has layers that compute something else once they change: those whose names end in `?`."""
+
+    def finish(self, maps: Mapping[str, LinearMap]) -> Layers:
+        super().finish(maps)
+        for name in maps:
+            if name.endswith("?"):
+                self.layers[name].bias = self.layers[name].bias + 0.1
+        return self.layers
+
+
+def several(rng: np.random.Generator, wrong: Callable[[int], bool], count: int) -> Layers:
+    made: Layers = {}
+    for i in range(count):
+        made[f"a{i}{'?' * wrong(i)}"], made[f"n{i}"], made[f"r{i}"] = dense(rng, 3, 3), norm(rng, 3), Relu()
+    return made
+
+
+@pytest.mark.parametrize("wrong", [(0,), (6,), (2, 3), (0, 1, 4, 5)])
+def test_folds_that_change_the_outputs_are_undone(rng: np.random.Generator, wrong: tuple[int, ...]) -> None:
+    layers, x = several(rng, lambda i: i in wrong, 7), rng.normal(size=(50, 3))
+    for layer in layers.values():
+        if isinstance(layer, Norm):
+            layer.constants = layer.constants._replace(bias=np.ones(3))  # so that something passes every Relu
+    result = fold_network(Dishonest(layers, x), lambda: Dishonest(layers, x))
+    assert list(result.skipped) == [f"n{i}" for i in wrong]
+    assert all("was folded and put back: the folded model's outputs differ by" in r for r in result.skipped.values())
+    assert list(result.folded) == [f"n{i}" for i in range(7) if i not in wrong]
+    np.testing.assert_allclose(run(result.model, x), run(layers, x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(OutputsDiffer, match="differ by"):
+        fold_network(Dishonest(layers, x))
+
+
+def test_a_model_with_many_of_them_is_refused(rng: np.random.Generator) -> None:
+    layers, x = several(rng, lambda i: i < 5, 7), rng.normal(size=(50, 3))
+    with pytest.raises(OutputsDiffer, match="differ by"):
+        fold_network(Dishonest(layers, x), lambda: Dishonest(layers, x))
+
+
 # --- What stays -------------------------------------------------------------------------------------------------------
 
 

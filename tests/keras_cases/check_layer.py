@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 
 from batchnorm import definition
 from batchnorm.definition import Moments
-from batchnorm.keras import BatchNormalization, convert, revert
+from batchnorm.keras import BatchNormalization, calibrate, convert, fold, freeze, revert, to_torch, unfreeze
+from batchnorm.keras.layers import KerasBatchNormalization
 
 EPS = 1e-3
 BOUND = 40 * float(np.finfo(np.float32).eps)
@@ -44,6 +47,10 @@ def randomize(layer: Any, seed: int = 1) -> None:
         if (variable := getattr(layer, name)) is not None:
             positive = name in ("gamma", "moving_variance")
             variable.assign(rng.uniform(0.5, 2.0, variable.shape) if positive else rng.normal(size=variable.shape))
+
+
+def normalizations(model: Any) -> list[Any]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, KerasBatchNormalization)]
 
 
 def close(found: Any, exact: NDArray[Any], bound: float = BOUND) -> None:
@@ -323,12 +330,50 @@ def test_mixed_precision(policy: str, training: bool) -> None:
     assert {keras.backend.standardize_dtype(v.dtype) for v in layer.variables} == {"float32"}
 
 
-def test_float64() -> None:
-    if BACKEND == "jax":
-        pytest.skip("jax has no float64 unless it is asked for at start")
-    layer, x = layer_for((6, 5), dtype="float64"), draw((6, 5)).astype(np.float64)
-    exact, _ = definition.forward(x, numbers(layer.gamma), numbers(layer.beta), eps=EPS)
-    close(layer(ops.convert_to_tensor(x), training=True), exact, 1e-14)
+def with_float64() -> Any:
+    """JAX has no float64 unless it is asked for."""
+    if BACKEND != "jax":
+        return nullcontext()
+    import jax
+
+    return jax.enable_x64(True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"virtual_batch_size": 3}, {"synchronized": True}, {"unbiased": True}])
+def test_float64(kwargs: dict[str, Any], masked: bool) -> None:
+    """All of it, although `keras.backend.result_type` says float32 on JAX and PyTorch."""
+    with with_float64():
+        layer, x = layer_for((6, 5), dtype="float64", **kwargs), np.random.default_rng(0).normal(size=(6, 5))
+        gamma, beta = numbers(layer.gamma), numbers(layer.beta)
+        moving = numbers(layer.moving_mean), numbers(layer.moving_variance)
+        mask = np.array([True, True, False, True, True, True]) if masked else None
+        given = {"mask": ops.convert_to_tensor(mask)} if masked else {}
+        y = layer(ops.convert_to_tensor(x), training=True, **given)
+        for part in [slice(0, 3), slice(3, 6)] if "virtual_batch_size" in kwargs else [slice(0, 6)]:
+            exact, _ = definition.forward(x[part], gamma, beta, mask=None if mask is None else mask[part], eps=EPS)
+            close(y[part], exact, 1e-14)
+        batch = definition.moments(x, mask)
+        mean, var = definition.update_running(*moving, batch, 0.1, unbiased="unbiased" in kwargs)
+        close(layer.moving_mean, mean, 1e-14)
+        close(layer.moving_variance, var, 1e-14)
+        rstd = definition.reciprocal_std(numbers(layer.moving_variance), EPS)
+        exact = definition.normalize(x, numbers(layer.moving_mean), rstd, gamma, beta)
+        close(layer(ops.convert_to_tensor(x), training=False), exact, 1e-14)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["int32", "uint8", "bool"])
+def test_integers(kind: str, training: bool) -> None:
+    layer, x = layer_for((8, 5), activation="relu"), np.random.default_rng(0).integers(0, 2, (8, 5)).astype(kind)
+    gamma, beta = numbers(layer.gamma), numbers(layer.beta)
+    exact, _ = definition.forward(x.astype(np.float64), gamma, beta, activation="relu", eps=EPS)
+    if not training:
+        rstd = definition.reciprocal_std(numbers(layer.moving_variance), EPS)
+        exact = definition.normalize(x, numbers(layer.moving_mean), rstd, gamma, beta, activation="relu")
+    y = layer(ops.convert_to_tensor(x), training=training)
+    assert keras.backend.standardize_dtype(y.dtype) == "float32"
+    close(y, exact)
 
 
 # --- As Keras' -------------------------------------------------------------------------------------------------------
@@ -387,6 +432,9 @@ def test_xla_compiles_all_of_it(kwargs: dict[str, Any]) -> None:
 def test_arguments_and_errors() -> None:
     with pytest.raises(ValueError, match="virtual_batch_size must be a positive integer, got 0"):
         BatchNormalization(virtual_batch_size=0)
+    with pytest.raises(ValueError, match=r"virtual_batch_size must be a positive integer, got 1\.5"):
+        BatchNormalization(virtual_batch_size=1.5)
+    assert type(BatchNormalization(virtual_batch_size=np.int64(4)).get_config()["virtual_batch_size"]) is int
     with pytest.raises(ValueError, match="cannot be combined with synchronized=True"):
         BatchNormalization(virtual_batch_size=4, synchronized=True)
     with pytest.raises(ValueError, match="cannot be combined with renorm=True"):
@@ -457,18 +505,66 @@ def test_a_file_for_where_this_package_is_not(tmp_path: Path) -> None:
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the others export by way of packages that are not among ours")
+@pytest.mark.parametrize(("shape", "axis"), [((5,), -1), ((6, 5), -1), ((6, 5), 1), ((6, 7, 4), -1), ((6, 7, 4), 2)])
+def test_files_of_onnx(shape: tuple[int, ...], axis: int, tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = keras.Sequential([keras.Input(shape), BatchNormalization(axis=axis, activation="relu"), layers.Dense(3)])
+    randomize(model.layers[0])
+    model(x := draw((3, *shape)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras 3.15 calls PyTorch's older exporter
+        model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    close(session.run(None, {session.get_inputs()[0].name: x})[0], numbers(model(x)))
+
+
+def test_our_class_in_the_place_of_that_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As people exchange a class in a program that they did not write."""
+
+    def small(normalization: Any) -> Any:
+        return keras.Sequential([keras.Input((5,)), layers.Dense(4), normalization(), layers.Dense(3)])
+
+    theirs = small(layers.BatchNormalization)
+    monkeypatch.setattr(keras.layers, "BatchNormalization", BatchNormalization)
+    assert layers.BatchNormalization is BatchNormalization
+    ours, x = small(keras.layers.BatchNormalization), draw((8, 5))
+    ours(x, training=True)
+    ours.trainable = False
+    assert [type(layer) for layer in normalizations(convert(theirs))] == [BatchNormalization]
+    assert type(normalizations(revert(theirs))[0]) is KerasBatchNormalization is not BatchNormalization
+    (normalization,) = normalizations(ours)
+    freeze(ours)
+    assert normalization.frozen == ()
+    unfreeze(ours)
+    assert len(calibrate(ours, [x]).layers) == len(fold(ours, x).folded) == 1
+    assert len(to_torch(normalization).changes) == 1
+    assert type(keras.models.clone_model(ours).layers[1]) is BatchNormalization
+
+
 def test_converting() -> None:
     model, x = network(layers.BatchNormalization), draw((4, 8, 8, 3))
     model.compile("sgd", "mse")
     model.fit(x, np.zeros((4, 3)), verbose=0)
     before, expected = model.get_weights(), numbers(model(x))
     assert convert(model, virtual_batch_size=2, unbiased=True) is model
-    assert all(layer.virtual_batch_size == 2 for layer in model.layers if isinstance(layer, BatchNormalization))
+    assert all(layer.virtual_batch_size == 2 for layer in normalizations(model))
     np.testing.assert_allclose(numbers(model(x)), expected, rtol=1e-4, atol=1e-4)
     model.fit(x, np.zeros((4, 3)), verbose=0)
     assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
     with pytest.raises(ValueError, match=r"has virtual_batch_size=2, unbiased=True, which Keras' layer does not have"):
         revert(model)
+    assert convert(model, unbiased=False) is model  # layers that are already ours get it, too
+    assert not any(layer.unbiased for layer in normalizations(model))
+    with pytest.raises(ValueError, match="cannot be combined with synchronized=True"):
+        convert(model, synchronized=True)
+    assert not any(layer.synchronized for layer in normalizations(model))
+    convert(model, synchronized=True, virtual_batch_size=None)
+    with pytest.raises(ValueError, match="cannot be combined with synchronized=True"):
+        convert(model, virtual_batch_size=4)
+    assert all(layer.virtual_batch_size is None for layer in normalizations(model))
     with pytest.raises(TypeError, match="convert has no argument size"):
         convert(model, size=2)
     with pytest.raises(TypeError, match=r"must be a keras.Model or a layer, got int"):

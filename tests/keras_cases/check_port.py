@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from backends import numbers, step
-from check_layer import draw, layer_for, randomize
-from check_tools import normalizations
+from check_layer import draw, layer_for, normalizations, randomize
 from keras import layers
 from torch import nn
 

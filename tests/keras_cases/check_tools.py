@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND, numbers
-from check_layer import BOUND, EPS, close, draw, randomize, second
+from check_layer import BOUND, EPS, close, draw, normalizations, randomize, second
 from keras import layers, ops
 
 from batchnorm import definition
@@ -64,10 +64,6 @@ def subclassed(kind: Kind = BatchNormalization) -> Any:
 
 
 MODELS = [functional, sequential, subclassed]
-
-
-def normalizations(model: Any) -> list[Any]:
-    return [layer for layer in model._flatten_layers() if isinstance(layer, layers.BatchNormalization)]
 
 
 def statistics(model: Any) -> list[Any]:
@@ -142,7 +138,17 @@ class Own(layers.BatchNormalization):
         return inputs
 
 
+@keras.saving.register_keras_serializable(package="checks")
+class Named(layers.BatchNormalization):
+    """A class of its own, which computes the same."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"epsilon": 0.01} | kwargs)
+
+
 def test_what_cannot_be_frozen() -> None:
+    with pytest.raises(ValueError, match=r"named \(Named\) has a class of its own"):
+        freeze(keras.Sequential([keras.Input((3,)), Named()]))
     with pytest.raises(ValueError, match="no batch normalization to freeze"):
         freeze(layers.Dense(3))
     with pytest.raises(ValueError, match="call the model on one batch first"):

@@ -16,14 +16,14 @@ from keras import ops
 from batchnorm.definition import Moments, moments
 from batchnorm.keras import batches
 from batchnorm.keras.eager import eagerly, layer_input
-from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.models import normalizations, refuse, to_float64
 from batchnorm.whole import calibrate as whole
 from batchnorm.whole.calibrate import Calibration, Method
 
 __all__ = ["Calibration", "calibrate"]
 
-KNOWN = (keras.layers.BatchNormalization.call, BatchNormalization.call)
+KNOWN = (KerasBatchNormalization.call, BatchNormalization.call)
 """The calls that normalize exactly what they are given."""
 
 

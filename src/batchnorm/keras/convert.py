@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import keras
 
-from batchnorm.keras.layers import EXTRAS, BatchNormalization, adopt, release
+from batchnorm.keras.layers import EXTRAS, BatchNormalization, KerasBatchNormalization, adopt, release
 from batchnorm.keras.models import forget_compiled, named_layers, refuse
 
 __all__ = ["convert", "revert"]
@@ -23,26 +23,31 @@ def convert(model: M, **extras: Any) -> M:
 
     Args:
         model: A model of any kind, or a layer.
-        **extras: Arguments for all of them, e.g. `virtual_batch_size=32` or `synchronized=True`.
+        **extras: Arguments for all of them, e.g. `virtual_batch_size=32` or `synchronized=True`. Layers that are
+            already ours get them, too.
 
     Returns:
         `model`. Layers of other classes stay as they are, and so do subclasses.
 
     Raises:
         TypeError: If `model` is no model, or there is no such argument.
-        ValueError: If the arguments contradict each other.
+        ValueError: If the arguments contradict each other, or what a layer has already; nothing is changed then.
     """
     refuse(model)
     allowed = EXTRAS.keys() - {"frozen", "activation"} | {"synchronized"}
     if unknown := extras.keys() - allowed:
         raise TypeError(f"convert has no argument {', '.join(sorted(unknown))}; there are {', '.join(sorted(allowed))}")
-    found = [layer for layer in named_layers(model).values() if type(layer) is keras.layers.BatchNormalization]
-    for layer in found:
-        BatchNormalization(renorm=layer.renorm, **extras)  # raises before anything is changed
-    for layer in found:
-        adopt(layer)
-        for name, value in extras.items():
-            setattr(layer, name, value)
+    kinds = (KerasBatchNormalization, BatchNormalization)
+    found = [layer for layer in named_layers(model).values() if type(layer) in kinds]
+    checked = []
+    for layer in found:  # before anything is changed
+        has: dict[str, Any] = {name: getattr(layer, name, EXTRAS.get(name)) for name in ("renorm", *allowed)}
+        checked.append(BatchNormalization(**(has | extras)))
+    for layer, other in zip(found, checked, strict=True):
+        if type(layer) is KerasBatchNormalization:
+            adopt(layer)
+        for name in extras:
+            setattr(layer, name, getattr(other, name))
     forget_compiled(model)
     return model
 

@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 
 import keras
 import numpy as np
-from keras import layers, tree
+from keras import layers
 from numpy.typing import NDArray
 
 from batchnorm.keras.activations import Activation
+from batchnorm.keras.copying import duplicate, kept_state, refuse_config
+from batchnorm.keras.examples import Examples
 from batchnorm.keras.graph import graphs
-from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.linear import channel_axis, is_linear, read_map, shift_problem, write_map
 from batchnorm.keras.models import named_layers, refuse, to_float64
 from batchnorm.whole.comparison import Outputs
@@ -49,6 +51,9 @@ SILENT = (
 POOLING = (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
 """Means over positions: to scale and shift a channel before them or after them is the same."""
 
+KNOWN = (KerasBatchNormalization.call, BatchNormalization.call)
+"""The calls that are a batch normalization and its activation."""
+
 GRAPH = ("_inbound_nodes", "_outbound_nodes", "_build_shapes_dict", "_parent_path", "_path")
 """The attributes that say where a layer is in its model."""
 
@@ -69,7 +74,16 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
 
     The copy is a model of the same class, for evaluation: with `training=True`, a folded normalization still does not
     normalize. A `keras.layers.Identity` takes the place of each, or its activation if it had one. If all of them are
-    folded, the model's file needs nothing but Keras.
+    folded, the model's file needs nothing but Keras. A model or layer whose class makes its normalizations by itself
+    would make them again when it is loaded: its folded copy can be called, trained and exported, and its weights can be
+    saved, but `save` raises an error that says so.
+
+    The copy is compared with the original twice, before and after folding: on the example inputs, and on made-up ones
+    of the same shapes, or of the shapes that the model knows. The outputs may be apart as far as rounding explains:
+    relative to the largest value 1e-10 in float64, 1e-4 in float32 (in which Keras computes float64, too, unless it
+    runs on TensorFlow), 0.02 in float16 and 0.1 in bfloat16, where the coarsest type of a layer counts; or ten times as
+    far as those of the original move when each of its weights is rounded once more. A fold that changes them by more is
+    undone.
 
     Args:
         model: Functional, Sequential or subclassed; built; it is left as it is. A subclassed model must have
@@ -81,11 +95,9 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
         The new model, the layer that each normalization went into, and the reason why others did not.
 
     Raises:
-        TypeError: If `model` is not a model, or cannot be copied.
+        TypeError: If `model` is not a model, or cannot be copied: its copy must give the same outputs.
         ValueError: If it is not built, or if its copy can only be built by a call and there are no example inputs.
-        RuntimeError: If the outputs on the example inputs differ by more than rounding explains: relative to the
-            largest value 1e-10 in float64, 1e-4 in float32, 0.02 in float16 and 0.1 in bfloat16 (the coarsest type of a
-            layer counts); or if they have other shapes or another structure.
+        RuntimeError: If more than four folds change the outputs by more than rounding explains.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
@@ -98,26 +110,8 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
         )
     if not given.built:
         raise ValueError(f"{given.name} has not seen an input yet: call it on one batch first")
-    return fold_network(_Network(given, example_inputs))
-
-
-def _copy(model: Any, example_inputs: Any) -> Any:
-    """A model of the same class with the same weights."""
-    try:
-        copy = type(model).from_config(model.get_config())
-        if not copy.built:
-            if example_inputs is not None:
-                copy(example_inputs, training=False)
-            else:
-                copy.build_from_config(model.get_build_config())
-    except Exception as error:
-        raise TypeError(
-            f"{type(model).__name__} cannot be copied, which needs get_config and from_config, as for saving: {error}"
-        ) from error
-    if not all(layer.built for layer in copy._flatten_layers()):
-        raise ValueError(f"{model.name} has layers that only a call builds: give example inputs")
-    copy.set_weights(model.get_weights())
-    return copy
+    examples = Examples(given, example_inputs)
+    return fold_network(_Network(given, examples), lambda: _Network(given, examples))
 
 
 # --- What folding needs to know ---------------------------------------------------------------------------------------
@@ -159,20 +153,22 @@ class _Network:
 
     constants = ("moving_mean", "moving_variance", "gamma", "beta", "epsilon")
 
-    def __init__(self, original: Any, example_inputs: Any) -> None:
-        self.original, self.example_inputs = original, example_inputs
-        self.model = _copy(original, example_inputs)
+    def __init__(self, original: Any, examples: Examples) -> None:
+        self.examples = examples
+        self.model = duplicate(original, examples.given)
+        examples.require_the_same(self.model)
         self.layers = named_layers(self.model)
         self.names_of = {id(layer): name for name, layer in self.layers.items()}
         self.changed = {name for name, layer in named_layers(original).items() if "call" in vars(layer)}
-        self.graphs, self.closed = graphs(self.model, example_inputs)
+        with kept_state(self.model):  # a layer may count its symbolic calls
+            self.graphs, self.closed = graphs(self.model, examples.given)
         self.calls = sum((graph.calls() for graph in self.graphs), Counter[int]())
         self.read = {key for graph in self.graphs for key in graph.variables()}
         self.silent: set[int] = set()
         self.gone: list[str] = []
 
     def names(self) -> list[str]:
-        return [name for name, layer in self.layers.items() if isinstance(layer, layers.BatchNormalization)]
+        return [name for name, layer in self.layers.items() if isinstance(layer, KerasBatchNormalization)]
 
     def normalization(self, name: str) -> Normalization:
         layer = self.layers[name]
@@ -181,7 +177,7 @@ class _Network:
         count = self.calls[id(layer)]
         if count != 1:
             raise Stays(f"is called {count} times" if count else "is never called")
-        if type(layer) not in (layers.BatchNormalization, BatchNormalization) or name in self.changed:
+        if type(layer).call not in KNOWN or name in self.changed:
             raise Stays(f"is {_a(type(layer).__name__)} with a call of its own")
         _, node = self._place(name)
         if node.arguments.kwargs.get("training") or True in node.arguments.args[1:]:
@@ -254,16 +250,11 @@ class _Network:
             write_map(self.layers[name], map)
         for name in self.gone:
             _retire(self.layers[name])
+        refuse_config(self.examples.original, self.model)
         return self.model
 
-    def outputs(self) -> Outputs | None:
-        if self.example_inputs is None:
-            return None
-        expected, found = (
-            {str(i): to_float64(y) for i, y in enumerate(tree.flatten(model(self.example_inputs, training=False)))}
-            for model in (self.original, self.model)
-        )
-        return Outputs(expected, found, {layer.compute_dtype for layer in self.original._flatten_layers()})
+    def outputs(self) -> Outputs:
+        return self.examples.compare(self.model)
 
     def _place(self, name: str) -> tuple[Any, Any]:
         """The graph that calls a normalization, and the call."""
@@ -292,7 +283,7 @@ def _a(name: str) -> str:
 
 
 def _activation(layer: Any) -> Activation:
-    activation: Activation = layer.activation if type(layer) is BatchNormalization else Activation()
+    activation: Activation = layer.activation if isinstance(layer, BatchNormalization) else Activation()
     return activation
 
 

@@ -8,9 +8,7 @@ unfreeze(backbone)   # exactly as before
 
 from typing import Any, TypeVar
 
-import keras
-
-from batchnorm.keras.layers import BatchNormalization, adopt, release
+from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization, adopt, release
 from batchnorm.keras.models import forget_compiled, named_layers, refuse
 
 __all__ = ["freeze", "unfreeze"]
@@ -37,22 +35,22 @@ def freeze(model: M, *, affine: bool = False) -> M:
 
     Raises:
         TypeError: If `model` is no model.
-        ValueError: If it has no batch normalization, or one whose class has its own `call`, or one that is not built;
-            nothing is changed then.
+        ValueError: If it has no batch normalization, or one of another class than Keras' and ours, or one that is not
+            built; nothing is changed then.
     """
     refuse(model)
-    layers = {
-        name: layer for name, layer in named_layers(model).items() if isinstance(layer, keras.layers.BatchNormalization)
-    }
+    layers = {name: layer for name, layer in named_layers(model).items() if isinstance(layer, KerasBatchNormalization)}
     if not layers:
         raise ValueError("there is no batch normalization to freeze in this model")
     for name, layer in layers.items():
         said = f"{name or 'the layer'} ({type(layer).__name__})"
         if not layer.built:
             raise ValueError(f"{said} does not know its size yet: call the model on one batch first")
-        if type(layer) not in (keras.layers.BatchNormalization, BatchNormalization) or "call" in vars(layer):
+        if type(layer) not in (KerasBatchNormalization, BatchNormalization) or "call" in vars(layer):
+            inherits = type(layer).call in (KerasBatchNormalization.call, BatchNormalization.call)
+            own = "class" if inherits and "call" not in vars(layer) else "call"
             raise ValueError(
-                f"{said} has a call of its own, so it cannot be frozen: freeze the other layers one by one"
+                f"{said} has a {own} of its own, so it cannot be frozen: freeze the other layers one by one"
             )
     for layer in layers.values():
         if getattr(layer, "frozen", None) is None:

@@ -6,11 +6,22 @@ in each channel.
 
 from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from batchnorm.keras.activations import Activation
 
-__all__ = ["Moments", "expand_mask", "group_moments", "group_sizes", "moments", "normalize", "per_channel"]
+__all__ = [
+    "Moments",
+    "arithmetic",
+    "expand_mask",
+    "group_moments",
+    "group_sizes",
+    "moments",
+    "normalize",
+    "per_channel",
+    "type_name",
+]
 
 
 class Moments(NamedTuple):
@@ -25,6 +36,19 @@ class Moments(NamedTuple):
     count: Any
     mean: Any
     var: Any
+
+
+def type_name(x: Any) -> str:
+    """The type of a tensor by its name in Keras, such as `"float32"`."""
+    return str(keras.backend.standardize_dtype(x.dtype))
+
+
+def arithmetic(x: Any) -> str:
+    """The type in which `x` is computed: float64 for float64, float32 for all others.
+
+    `keras.backend.result_type` would say float32 for float64, too, on all backends but TensorFlow.
+    """
+    return "float64" if type_name(x) == "float64" else "float32"
 
 
 def per_channel(values: Any, x: Any, axis: int) -> Any:
@@ -109,7 +133,7 @@ def moments(x: Any, counts: Any, axis: int) -> Moments:
         shape = ops.shape(x)
         count = ops.cast(ops.prod(ops.stack([ops.cast(shape[i], "int32") for i in axes])), x.dtype)
         count = count * ops.ones((x.shape[axis],), x.dtype)
-        some = ops.maximum(count, 1)  # a batch may be empty
+        some = ops.where(count > 0, count, 1)  # a batch may be empty
         mean = ops.sum(x, axes) / some
         return Moments(count, mean, ops.sum(ops.square(x - per_channel(mean, x, axis)), axes) / some)
     counts = ops.broadcast_to(counts, ops.shape(x))
@@ -162,7 +186,7 @@ def group_moments(x: Any, counts: Any, axis: int, size: int) -> tuple[Moments, A
 
     def gather(values: Any) -> Any:
         """Sum the values of each sample and position by group."""
-        return ops.segment_sum(ops.sum(values, inside) if inside else values, group, num_segments=groups)
+        return _segment_sum(ops.sum(values, inside) if inside else values, group, groups)
 
     def spread(values: Any) -> Any:
         """Give each sample the value of its group."""
@@ -178,6 +202,13 @@ def group_moments(x: Any, counts: Any, axis: int, size: int) -> tuple[Moments, A
     share = count / ops.where(total > 0, total, 1)
     center = ops.sum(share * mean, 0)
     return Moments(total, center, ops.sum(share * (var + ops.square(mean - center)), 0)), spread(mean), spread(var)
+
+
+def _segment_sum(values: Any, group: Any, groups: Any) -> Any:
+    """`keras.ops.segment_sum`, which on PyTorch sums float64 in float32."""
+    if keras.backend.backend() == "torch":
+        return values.new_zeros((groups, values.shape[1])).index_add(0, group, values)
+    return ops.segment_sum(values, group, num_segments=groups)
 
 
 # --- Normalize -------------------------------------------------------------------------------------------------------

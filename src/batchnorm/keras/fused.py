@@ -111,10 +111,16 @@ def _positions(x: Tensor, axis: int) -> tuple[int, ...]:
 
 def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
     """`x` with the channels in axis 1, without a copy: a matrix where they are last."""
-    if x.dim() > 2 and axis % x.dim() == x.dim() - 1 and size is None and x.is_contiguous():
+    axis %= x.dim()
+    if axis == 1:
+        return x
+    if axis == x.dim() - 1 and size is None and x.is_contiguous():
         return x.view(-1, x.shape[-1])
     return x.movedim(axis, 1)
 
 
 def _restored(y: Tensor, x: Tensor, axis: int) -> Tensor:
-    return y.reshape(x.shape) if y.dim() != x.dim() else y.movedim(1, axis)
+    axis %= x.dim()  # PyTorch's exporter to ONNX writes a negative one into the file as it is
+    if y.dim() != x.dim():
+        return y.reshape(x.shape)
+    return y if axis == 1 else y.movedim(1, axis)

@@ -1,16 +1,18 @@
 """The layer: Keras' own, with every feature on every backend, and with the activation inside."""
 
 from collections.abc import Collection
+from numbers import Integral
 from typing import Any
 
 import keras
 from keras import ops
+from keras.layers import BatchNormalization as KerasBatchNormalization
 
 from batchnorm.keras import functional
 from batchnorm.keras.activations import Activation, KerasActivation
 from batchnorm.keras.sync import pool
 
-__all__ = ["BatchNormalization", "adopt", "release"]
+__all__ = ["BatchNormalization", "KerasBatchNormalization", "adopt", "release"]
 
 EXTRAS: dict[str, Any] = {
     "activation": None,
@@ -21,9 +23,12 @@ EXTRAS: dict[str, Any] = {
 }
 """The arguments of our layer that Keras' layer lacks, and their defaults."""
 
+KERNELS = ("float16", "bfloat16", "float32", "float64")
+"""The types that `batchnorm.torch` takes as they are."""
+
 
 @keras.saving.register_keras_serializable(package="batchnorm")
-class BatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(KerasBatchNormalization):
     """Batch normalization and its activation, on every backend of Keras.
 
     `y = act((x - mean) / sqrt(var + epsilon) * gamma + beta)`, where `mean` and `var` are the batch's in training and
@@ -76,14 +81,14 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.synchronized = bool(synchronized)  # Keras' constructor accepts it only on TensorFlow
         self.activation = Activation(activation)
         if virtual_batch_size is not None:
-            if not isinstance(virtual_batch_size, int) or virtual_batch_size < 1:
+            if not isinstance(virtual_batch_size, Integral) or virtual_batch_size < 1:
                 raise ValueError(f"virtual_batch_size must be a positive integer, got {virtual_batch_size!r}")
             if synchronized or self.renorm:
                 raise ValueError(
                     "virtual_batch_size makes the batch smaller and cannot be combined with "
                     f"{'synchronized' if synchronized else 'renorm'}=True: give only one of them"
                 )
-        self.virtual_batch_size = virtual_batch_size
+        self.virtual_batch_size = None if virtual_batch_size is None else int(virtual_batch_size)
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.unbiased = bool(unbiased)
         self.frozen = None if frozen is None else tuple(frozen)
@@ -103,7 +108,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalize `inputs`; in training, update the moving statistics.
 
         Args:
-            inputs: `x`, of any rank.
+            inputs: `x`, of any rank. Integers and booleans are converted to float32.
             training: Whether to use the batch's statistics. Layers that are frozen or not trainable never use them.
             mask: Which positions count in the statistics, or how much each counts, as in `functional.expand_mask`. All
                 positions are normalized. Ignored in evaluation.
@@ -115,9 +120,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             ValueError: If the mask does not fit the inputs.
         """
         x = inputs
-        by_kernels = keras.backend.backend() == "torch"
+        by_kernels = keras.backend.backend() == "torch" and functional.type_name(x) in KERNELS
         if not by_kernels:
-            x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+            x = ops.cast(x, functional.arithmetic(x))
         counts = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
         learning = bool(training) and self.trainable and self.frozen is None
         y = self._train(x, counts) if learning else self._evaluate(x)
@@ -135,7 +140,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 activation.fused,
             )  # fmt: skip
             return y if activation.is_fused else activation(y)
-        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        x = ops.cast(x, functional.arithmetic(x))
         return self._normalize(x, self._as(x, self.moving_mean), self._as(x, self.moving_variance))
 
     def _train(self, x: Any, counts: Any) -> Any:
@@ -150,7 +155,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 self.moving_mean.assign(mean)
                 self.moving_variance.assign(var)
                 return y if self.activation.is_fused else self.activation(y)
-        x = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+        x = ops.cast(x, functional.arithmetic(x))
         counts = None if counts is None else ops.cast(counts, x.dtype)
         if self.virtual_batch_size is not None:
             batch, mean, var = functional.group_moments(x, counts, self.axis, self.virtual_batch_size)
@@ -180,7 +185,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _move(self, batch: functional.Moments) -> None:
         var = batch.var
         if self.unbiased:
-            var = ops.where(batch.count > 1, var * batch.count / ops.maximum(batch.count - 1, 1e-7), var)
+            var = var * ops.where(batch.count > 1, batch.count / ops.where(batch.count > 1, batch.count - 1, 1), 1)
         usable = self._is_usable(batch)
         self._assign(usable, self.moving_mean, batch.mean, self.momentum)
         self._assign(usable, self.moving_variance, var, self.momentum)
@@ -214,11 +219,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
     @property
     def trainable(self) -> bool:
         """Keras' `trainable`; weights that `freeze(affine=True)` froze never learn."""
-        return bool(keras.layers.BatchNormalization.trainable.fget(self))
+        return bool(KerasBatchNormalization.trainable.fget(self))
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        keras.layers.BatchNormalization.trainable.fset(self, value)
+        KerasBatchNormalization.trainable.fset(self, value)
         self._hold()
 
     def _hold(self) -> None:
@@ -249,4 +254,4 @@ def release(layer: Any) -> None:
     """Make our layer Keras', in place."""
     for name in EXTRAS:
         delattr(layer, name)
-    layer.__class__ = keras.layers.BatchNormalization
+    layer.__class__ = KerasBatchNormalization

@@ -8,6 +8,8 @@ from keras import ops
 from numpy import asarray, float64
 from numpy.typing import NDArray
 
+from batchnorm.keras.layers import KerasBatchNormalization
+
 __all__ = ["forget_compiled", "named_layers", "normalizations", "refuse", "to_float64"]
 
 
@@ -40,7 +42,7 @@ def _walk(model: Any, name: str) -> Iterator[tuple[str, Any]]:
 def normalizations(model: Any) -> dict[str, Any]:
     """The batch normalizations among them."""
     found = named_layers(model).items()
-    return {name: layer for name, layer in found if isinstance(layer, keras.layers.BatchNormalization)}
+    return {name: layer for name, layer in found if isinstance(layer, KerasBatchNormalization)}
 
 
 def to_float64(variable: Any) -> NDArray[float64]:

@@ -16,7 +16,7 @@ import numpy as np
 from keras import layers
 
 from batchnorm.definition import parse_activation
-from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.models import named_layers, to_float64
 
 __all__ = ["Ported", "from_torch", "to_torch"]
@@ -61,7 +61,7 @@ def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = Non
             nothing is changed then.
         TypeError: If `into` is missing for a model.
     """
-    if isinstance(model, layers.BatchNormalization):
+    if isinstance(model, KerasBatchNormalization):
         return Ported(*_layer_to_torch(model))
     if into is None:
         raise TypeError(f"{type(model).__name__} has several layers: pass the PyTorch model that gets their weights")
@@ -279,7 +279,7 @@ def _fit(name: str, layer: Any, other: str, module: Any) -> None:
     def wrong(what: str) -> ValueError:
         return ValueError(f"{name}, a {type(layer).__name__}, and {other}, a {type(module).__name__}, {what}")
 
-    if isinstance(layer, layers.BatchNormalization):
+    if isinstance(layer, KerasBatchNormalization):
         if not isinstance(module, _BatchNorm):
             raise wrong("are not of the same kind")
         _check_torch(module, other)
@@ -303,7 +303,7 @@ def _give(layer: Any, module: Any) -> list[str]:
     from batchnorm.torch.adopt import adopt, hindrance
     from batchnorm.torch.fuse import is_ours
 
-    if isinstance(layer, layers.BatchNormalization):
+    if isinstance(layer, KerasBatchNormalization):
         if not (is_ours(module) or hindrance(module)):
             adopt(module)
         return _set(layer, module)
@@ -320,8 +320,8 @@ def _take(layer: Any, module: Any) -> list[str]:
     """Copy PyTorch's weights to Keras."""
     from batchnorm.keras.layers import adopt
 
-    if isinstance(layer, layers.BatchNormalization):
-        if type(layer) is layers.BatchNormalization:
+    if isinstance(layer, KerasBatchNormalization):
+        if type(layer) is KerasBatchNormalization:
             adopt(layer)
         return _get(layer, module)
     order = _order(layer)

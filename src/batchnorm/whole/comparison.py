@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ROUNDING", "Outputs", "OutputsDiffer", "compare", "difference", "rounding"]
+__all__ = ["ROUNDING", "Outputs", "OutputsDiffer", "compare", "difference", "is_noise", "rounding"]
 
 ROUNDING = {"float64": 1e-10, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 """How far apart rounding may bring the outputs, relative to the largest, by the types of a model's numbers."""
@@ -87,3 +87,21 @@ def difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
         apart = np.nan_to_num(np.abs(expected - found), nan=np.inf, posinf=np.inf)
     largest = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
     return float(apart[~same].max(initial=0.0) / (largest or 1.0))
+
+
+MARGIN = 10.0
+"""How many times as far as one more rounding of all weights moves it an output may be off for rounding."""
+
+
+def is_noise(outputs: Outputs, rounded: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether the original itself is as inexact as the outputs are apart: in some, the last digit of a weight counts.
+
+    Args:
+        outputs: Of both models, of the same shapes.
+        rounded: What the original gives if each of its weights is rounded once more.
+    """
+    limit = rounding(outputs.dtypes)
+    return all(
+        difference(y, outputs.found[path]) <= max(limit, MARGIN * difference(y, rounded[path]))
+        for path, y in outputs.expected.items()
+    )

@@ -11,14 +11,14 @@ if nothing else sees the value in between. A framework brings a `Network`, which
 `fold_network` decides what goes where, computes the weights, and compares the outputs.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.whole.comparison import Outputs, compare
+from batchnorm.whole.comparison import Outputs, OutputsDiffer, compare
 from batchnorm.whole.linear import LARGEST, LinearMap, Normalization
 
 __all__ = ["Folded", "Network", "Place", "Stays", "fold_network"]
@@ -148,7 +148,11 @@ class Network(Protocol[P, Made]):
 # --- Folding ----------------------------------------------------------------------------------------------------------
 
 
-def fold_network(network: Network[P, Model]) -> Folded[Model]:
+UNDONE = 4
+"""How many folds may be undone; a model where more of them change the outputs is not understood, and is refused."""
+
+
+def fold_network(network: Network[P, Model], again: Callable[[], Network[P, Model]] | None = None) -> Folded[Model]:
     """Fold every normalization that can go into a layer beside it.
 
     Each goes into the layer before it if it can, otherwise into the layer after it. Weights are computed in float64; a
@@ -157,19 +161,78 @@ def fold_network(network: Network[P, Model]) -> Folded[Model]:
 
     Args:
         network: A copy of the model, as its framework brings it.
+        again: Makes another such copy. With it, folds that change the outputs are found and undone.
 
     Returns:
         The new model, and what became of each normalization.
 
     Raises:
-        OutputsDiffer: If the outputs of the new model differ by more than rounding explains.
+        OutputsDiffer: If the outputs of the new model differ by more than rounding explains; with `again`, if more than
+            `UNDONE` folds change them.
     """
+    result = _fold(network, {})
+    try:
+        return _checked(network, result)
+    except OutputsDiffer as error:
+        if again is None:
+            raise
+        left = _to_blame(list(result.folded), error, again)
+    network = again()
+    return _checked(network, _fold(network, left))
+
+
+def _checked(network: Network[P, Model], result: Folded[Model]) -> Folded[Model]:
+    outputs = network.outputs()
+    return result if outputs is None else replace(result, max_error=compare(outputs), notes=outputs.notes)
+
+
+def _to_blame(names: list[str], error: OutputsDiffer, again: Callable[[], Network[P, Model]]) -> dict[str, str]:
+    """The normalizations that must stay for the outputs to stay the same, and why, found by halving.
+
+    Args:
+        names: All that were folded when the outputs changed.
+        error: By how much they did.
+        again: As in `fold_network`.
+
+    Raises:
+        OutputsDiffer: If they are more than `UNDONE`.
+    """
+    sound: list[str] = []
+    found: dict[str, str] = {}
+
+    def differ(folded: list[str]) -> OutputsDiffer | None:
+        network = again()
+        try:
+            _checked(network, _fold(network, {name: "" for name in network.names() if name not in folded}))
+        except OutputsDiffer as error:
+            return error
+        return None
+
+    def sort(group: list[str], error: OutputsDiffer) -> None:
+        if len(group) == 1:
+            if len(found) == UNDONE:
+                raise error
+            found[group[0]] = f"was folded and put back: {str(error).partition(':')[0]}"
+            return
+        for half in (group[: len(group) // 2], group[len(group) // 2 :]):
+            problem = differ([*sound, *half])
+            if problem is None:
+                sound.extend(half)
+            else:
+                sort(half, problem)
+
+    sort(names, error)
+    return found
+
+
+def _fold(network: Network[P, Model], left: Mapping[str, str]) -> Folded[Model]:
+    """Fold all that can be folded, except those that are left for a reason; nothing is compared."""
     names = list(network.names())
     normalizations: dict[str, Normalization] = {}
     folded: dict[str, str] = {}
-    skipped: dict[str, str] = {}
+    skipped = dict(left)
     maps: dict[str, LinearMap] = {}
-    for name in names:
+    for name in (name for name in names if name not in left):
         try:
             normalizations[name] = network.normalization(name)
             _require_sound(normalizations[name], network.constants)
@@ -202,14 +265,10 @@ def fold_network(network: Network[P, Model]) -> Folded[Model]:
         changed = any(name in folded for name in waiting)
         waiting = [name for name in waiting if name not in folded]
 
-    model = network.finish(maps)
-    outputs = network.outputs()
     return Folded(
-        model,
+        network.finish(maps),
         {name: folded[name] for name in names if name in folded},
         {name: skipped[name] for name in names if name not in folded},
-        None if outputs is None else compare(outputs),
-        () if outputs is None else outputs.notes,
     )
 
 
