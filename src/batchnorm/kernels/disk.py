@@ -120,7 +120,7 @@ def keep(kernel: Any) -> None:
 def folder() -> Path | None:
     """Where compiled kernels are kept; None if nowhere."""
     try:
-        return Path(_KernelCache(folder).cache_path) if DIGEST else None  # the choice depends on the file alone
+        return Path(_KernelCache(keep).cache_path) if DIGEST else None  # the choice depends on the file alone
     except RuntimeError:
         return None
 

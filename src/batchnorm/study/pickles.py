@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = ["read_pickled_batch"]
 
-REBUILD, *_ = np.empty(0).__reduce__()
+REBUILD = np.empty(0).__reduce__()[0]
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): REBUILD,
