@@ -14,9 +14,8 @@ from cases import ACTIVATIONS, problem, relative_error, tolerance
 from batchnorm import definition
 from batchnorm.definition import ActivationSpec
 
-jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
-
+import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
 
@@ -233,7 +232,7 @@ def test_vmap(route: str) -> None:
     one_by_one = [jax.value_and_grad(loss, (0, 1))(x[i], weight[i]) for i in range(3)]
     for value, exact in zip(
         jax.tree.leaves(found), jax.tree.leaves(jax.tree.map(lambda *v: jnp.stack(v), *one_by_one)), strict=True
-    ):  # noqa: E501
+    ):
         np.testing.assert_allclose(value, exact, rtol=2e-4, atol=2e-5)
     only_x = jax.vmap(lambda x: batch_norm(x, weight=weight[0], training=True)[0])(x)
     np.testing.assert_allclose(only_x[2], batch_norm(x[2], weight=weight[0], training=True)[0], rtol=2e-5, atol=1e-6)
@@ -296,8 +295,8 @@ place = NamedSharding(mesh, P("data"))
 given = [jax.device_put(v, place) for v in (x, mask)] + [weight, jax.device_put(dy, place)]
 agree(jax.jit(lambda *given: step(*given, None))(*given), "jit of sharded arrays")
 parts = [v.reshape(4, 2, *v.shape[1:]) for v in (x, mask, dy)]
-y, running_, dx_, d_weight_ = jax.pmap(lambda x, m, w, dy: step(x, m, w, dy, "data"), axis_name="data", in_axes=(0, 0, None, 0))(
-    parts[0], parts[1], weight, parts[2])
+mapped = jax.pmap(lambda x, m, w, dy: step(x, m, w, dy, "data"), axis_name="data", in_axes=(0, 0, None, 0))
+y, running_, dx_, d_weight_ = mapped(*parts[:2], weight, parts[2])
 agree((y.reshape(x.shape), jax.tree.map(lambda v: v[3], running_), dx_.reshape(x.shape), d_weight_.sum(0)), "pmap")
 print("agree")
 """
@@ -346,7 +345,8 @@ def test_nothing_of_torch_is_imported() -> None:
         "before = 'numba' in sys.modules\n"
         "ours.kernels.SMALL = 0\n"
         "ours.batch_norm(np.ones((4, 3), np.float32), training=True)\n"
-        "print(before, 'numba' in sys.modules, *(name for name in ('torch', 'keras', 'tensorflow') if name in sys.modules))"
+        "absent = ('torch', 'keras', 'tensorflow')\n"
+        "print(before, 'numba' in sys.modules, *(name for name in absent if name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from batchnorm.jax import formula
 from batchnorm.jax.formula import How, Moments, arithmetic
 from batchnorm.jax.statistics import BatchStatistics, Call, Running, RunningStatistics, Statistics
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "expand_mask"]
 
 BATCH, RUNNING = BatchStatistics(), RunningStatistics()
 
@@ -85,12 +85,16 @@ def batch_norm(
     running = _running(running_mean, running_var, x, channels, needed=source.needs_running)
     if isinstance(source, RunningStatistics):
         mask = None
-    counts = None if mask is None else _counts(jnp.asarray(mask), x, channels).astype(wide)
+    counts = None if mask is None else expand_mask(jnp.asarray(mask), x, channels).astype(wide)
     if residual is not None:
         residual = jnp.asarray(residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     weight, bias = (_vector(name, v, x, channels) for name, v in (("weight", weight), ("bias", bias)))
+    if isinstance(counts, jax.core.Tracer) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
+        # A wrong weight is NaN here; the kernels would leave it out.
+        weight = jnp.where(jnp.all(jnp.isfinite(counts)), 1 if weight is None else weight, jnp.nan)
+        weight = jnp.broadcast_to(weight, (x.shape[channels],))
     given = [None if v is None else v.astype(wide) for v in (weight, bias)] + [residual, counts]
     how = How(channels, float(eps), parse_activation(activation), *(v is not None for v in given))
     total = None
@@ -162,8 +166,17 @@ def _running(mean: Any, var: Any, x: Any, axis: int, needed: bool) -> Running | 
     return Running(_vector("running_mean", mean, x, axis), _vector("running_var", var, x, axis))
 
 
-def _counts(mask: Any, x: Any, axis: int) -> Any:
-    """A mask as counts, with as many axes as `x`."""
+def expand_mask(mask: Any, x: Any, axis: int) -> Any:
+    """A mask as counts, with as many axes as `x`.
+
+    Args:
+        mask: As in `batch_norm`.
+        x: The batch.
+        axis: Its channel axis, not negative.
+
+    Raises:
+        ValueError: If the mask does not fit, or has a negative or infinite weight and is not traced.
+    """
     positions = x.shape[:axis] + x.shape[axis + 1 :]
     whole = mask.ndim == x.ndim
     target = x.shape if whole else positions
