@@ -6,7 +6,7 @@ print(result)    # what went where, what stays and why, and how far the outputs 
 ```
 
 What is decided, in which order and why not, is in `batchnorm.whole.fold`. The graph is a jaxpr: the model is traced
-with one equation for each call of a normalization or of a linear map, so that every use of a value between them is seen.
+with one equation for each call of a normalization or a linear map, so that every use of a value between them is seen.
 """
 
 import math
@@ -23,7 +23,7 @@ from jax.extend.core import Literal, Primitive, Var
 from batchnorm.definition import parse_activation
 from batchnorm.jax.formula import ACTIVATIONS
 from batchnorm.jax.layers import BatchNorm
-from batchnorm.jax.modules import evaluating, named_modules, refuse, to_float64, watched
+from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, to_float64, watched
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization
@@ -276,7 +276,7 @@ class _Network:
 
     def _require_unread(self, layer: Any, said: str) -> None:
         variables = [v for v in vars(layer).values() if isinstance(v, nnx.Variable)]
-        if any(id(v.raw_value) in self.graph.constants for v in variables):
+        if any(id(raw_value(v)) in self.graph.constants for v in variables):
             raise Stays(f"{said} variables that something else reads")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-__all__ = ["evaluating", "named_modules", "refuse", "to_float64", "watched"]
+__all__ = ["evaluating", "named_modules", "raw_value", "refuse", "to_float64", "watched"]
 
 MODES = ("deterministic", "use_running_average")
 """The attributes that `eval()` makes true."""
@@ -26,7 +26,13 @@ def refuse(model: Any) -> None:
 
 def named_modules(model: Any) -> dict[str, Any]:
     """The model and all its modules, each once, such as `blocks.0.norm`; the model's own name is ''."""
-    return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    found = nnx.iter_graph(model)
+    return {".".join(map(str, path)): module for path, module in found if isinstance(module, nnx.Module)}
+
+
+def raw_value(variable: Any) -> Any:
+    """The very array in a variable, not a copy."""
+    return variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value  # Flax 0.12.0
 
 
 def to_float64(variable: Any) -> NDArray[np.float64]:
