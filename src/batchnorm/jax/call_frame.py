@@ -32,7 +32,7 @@ BUFFER = 1  # XLA_FFI_ArgType_BUFFER and XLA_FFI_RetType_BUFFER
 STRING = 4  # XLA_FFI_AttrType_STRING
 INTERNAL = 13  # XLA_FFI_Error_Code_INTERNAL
 
-TYPES = {
+TYPES: dict[int, np.dtype[Any]] = {
     11: np.dtype(np.float32),
     12: np.dtype(np.float64),
     16: np.dtype(np.uint16),  # bfloat16, as the kernels take it
@@ -179,7 +179,8 @@ def _describe(extension: Any, version: Version) -> None:
 def _error(api: Any, message: str) -> int | None:
     if not api:  # it only asks for the version, and refuses a target without one
         return None
-    return api.contents.create_error(ErrorArguments(ERROR_SIZE, None, message.encode(), INTERNAL))
+    created: int = api.contents.create_error(ErrorArguments(ERROR_SIZE, None, message.encode(), INTERNAL))
+    return created
 
 
 def _expect(structure: Any, size: int) -> None:
@@ -202,7 +203,7 @@ def _buffers(many: Any) -> Iterator[NDArray[Any]]:
             raise RuntimeError(f"XLA passes a buffer of type {buffer.dtype}, which the kernels do not take")
         dtype, shape = TYPES[buffer.dtype], tuple(buffer.dims[: buffer.rank])
         size = int(np.prod(shape)) * dtype.itemsize
-        memory = (ctypes.c_char * size).from_address(buffer.data) if size else b""
+        memory: Any = (ctypes.c_char * size).from_address(buffer.data) if size else b""
         yield np.ndarray(shape, dtype, memory)
 
 

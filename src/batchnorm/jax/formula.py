@@ -58,7 +58,7 @@ class Moments(NamedTuple):
         var: `(C,)`, biased.
     """
 
-    count: Any  # type: ignore[assignment]  # hides tuple.count
+    count: Any
     mean: Any
     low: Any
     var: Any

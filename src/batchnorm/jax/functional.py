@@ -141,7 +141,7 @@ def _check(x: Any, axis: int, eps: float) -> int:
         raise ValueError(f"axis must be one of the {x.ndim} axes of x, of shape {x.shape}, got {axis!r}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    return axis % x.ndim
+    return axis % int(x.ndim)
 
 
 def _vector(name: str, values: Any, x: Any, axis: int) -> Any:

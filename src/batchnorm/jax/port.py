@@ -108,8 +108,8 @@ def _port(model: Any, others: Mapping[str, Any], names: Names, fit: Fit, move: M
     pairs = {}
     for name, module in weighted.items():
         other = (names or {}).get(name, name)
-        other = next((each for each in (other, other.replace(".", "/")) if each in others), None)
-        if other is None:
+        other = other if other in others else other.replace(".", "/")
+        if other not in others:
             raise ValueError(f"the other model has no {name!r}: name the counterpart with names={{{name!r}: ...}}")
         if problem := fit(module, others[other]):
             raise ValueError(

@@ -109,7 +109,8 @@ class BatchStatistics(Statistics):
         if call.total is None and kernels.pay(x, call.arrays, how):
             y, *statistics = primitive.batch_norm(x, call.arrays, how)
             return y, Moments(formula.count(x, how.spread(call.arrays)[3], how.axis), *statistics)
-        return _recomputed(partial(_compute, how=how, total=call.total))(x, *call.arrays)  # type: ignore[no-any-return]
+        found: tuple[Any, Moments] = _recomputed(partial(_compute, how=how, total=call.total))(x, *call.arrays)
+        return found
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ class RunningStatistics(Statistics):
 
         def compute(x: Any, *arrays: Any) -> Any:
             wide = x.astype(formula.arithmetic(x.dtype))
+            weight, bias, residual, _ = how.spread(arrays)
             mean, var = (jax.lax.stop_gradient(each).astype(wide.dtype) for each in running)
-            return formula.normalize(wide, mean, None, var, *how.spread(arrays)[:3], how).astype(x.dtype)
+            return formula.normalize(wide, mean, None, var, weight, bias, residual, how).astype(x.dtype)
 
         return _recomputed(compute)(call.x, *call.arrays), None
 
@@ -253,4 +255,5 @@ class Renorm(Statistics):
             y = formula.normalize(wide, *batch[1:], r, d if bias is None else d + bias, residual, how)
             return y.astype(x.dtype), batch
 
-        return _recomputed(compute)(call.x, self.r_max, self.d_max, *call.arrays)  # type: ignore[no-any-return]
+        found: tuple[Any, Moments] = _recomputed(compute)(call.x, self.r_max, self.d_max, *call.arrays)
+        return found
