@@ -64,6 +64,21 @@ def test_statistics_are_right_where_those_of_flax_are_not() -> None:
     np.testing.assert_allclose(layer(jnp.asarray(x)), definition.forward(x)[0], atol=1e-4)
 
 
+def test_masks_are_those_of_flax_or_ours() -> None:
+    x, *_ = batches(6, 4, 5)
+    rng = np.random.default_rng(0)
+    for shape in ((4, 5), (1, 4, 1), (6, 4, 5)):
+        theirs, ours = (kind(5, rngs=nnx.Rngs(0)) for kind in (nnx.BatchNorm, BatchNorm))
+        mask = rng.random(shape) < 0.8
+        np.testing.assert_allclose(ours(x, mask=mask), theirs(x, mask=mask), rtol=1e-5, atol=1e-5)
+    y = ours(x, mask=(mask := rng.random((6, 4)) < 0.6))
+    expected, _ = definition.forward(np.moveaxis(np.asarray(x), -1, 1), mask=mask)
+    np.testing.assert_allclose(np.moveaxis(np.asarray(y), -1, 1), expected, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(ours(x[:, 0], mask=np.array([1, 0, 1, 0, 1], bool))).all()
+    with pytest.raises(ValueError, match=r"mask of shape \(5,\) can be read in two ways for x of shape \(5, 5\)"):
+        ours(x[:5, 0], mask=np.ones(5, bool))
+
+
 def test_activation_and_residual() -> None:
     x, residual, _ = batches(8, 5)
     layer = BatchNorm(5, activation=("leaky_relu", 0.2), rngs=nnx.Rngs(0))

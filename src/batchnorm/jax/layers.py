@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -37,8 +38,9 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
         1. `activation`, `statistics`, and `residual` in a call.
         2. The variance is never `E[x^2] - E[x]^2`.
         3. Over devices, means with masks are weighted by the count of each device; Flax averages them without weights.
-        4. A mask may be without the channel axis, or hold weights; a shape that NumPy would broadcast from the right,
-           with fewer axes than `x`, is not taken.
+        4. A mask may be without the channel axis, or hold weights. One with fewer axes than `x` that can be read both
+           as that and as NumPy would broadcast it, as in Flax, is an error. Where it leaves out a whole channel, the
+           statistics of this channel are 0, not NaN.
         5. A batch whose statistics are not finite, or in which nothing counts, does not move the running statistics.
         6. With `dtype` in half precision, the statistics stay in float32.
         7. One value per channel is an error in training.
@@ -90,6 +92,8 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
         promote = getattr(self, "promote_dtype", promote_dtype)  # Flax 0.12.0 has no such argument
         x, _, _, scale, bias = promote((x, *running, scale, bias), dtype=self.dtype)
+        if mask is not None:
+            mask = _whole(jnp.asarray(mask), x, self.axis)
         y, moved = batch_norm(
             x, *running, weight=scale, bias=bias, training=not evaluate, momentum=1 - self.momentum, eps=self.epsilon,
             axis=self.axis, activation=self.activation, residual=residual, mask=mask, axis_name=self.axis_name,
@@ -99,6 +103,26 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
             assert moved is not None
             self.mean[...], self.var[...] = moved
         return y if self.dtype is None else y.astype(self.dtype)
+
+
+def _whole(mask: Any, x: Any, axis: int) -> Any:
+    """A mask that Flax would broadcast, with as many axes as `x`; any other as it is, for `batch_norm`."""
+    if not 0 < mask.ndim < x.ndim:
+        return mask
+    channels = axis % x.ndim
+    positions = x.shape[:channels] + x.shape[channels + 1 :]
+
+    def fits(target: tuple[int, ...]) -> bool:
+        return all(m in (1, n) for m, n in zip(mask.shape, target, strict=True))
+
+    if not fits(x.shape[-mask.ndim :]):
+        return mask
+    if fits(positions[: mask.ndim]) and mask.size > 1:
+        raise ValueError(
+            f"mask of shape {mask.shape} can be read in two ways for x of shape {x.shape} with channels in axis {axis}: "
+            "as NumPy broadcasts it, and as the first axes without the channels; give it as many axes as x"
+        )
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
 
 # --- Layers of Flax' that become ours ---------------------------------------------------------------------------------
