@@ -129,7 +129,7 @@ def test_jax(devices: int) -> None:
         pytest.importorskip(module)
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     process = subprocess.run(
-        [sys.executable, str(EXAMPLES / "jax_digits.py"), "--epochs", "5"],
+        [sys.executable, str(EXAMPLES / "jax_digits.py"), "--epochs", "10"],
         capture_output=True, text=True, env=environment, check=False, timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

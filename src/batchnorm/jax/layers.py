@@ -119,8 +119,8 @@ def _whole(mask: Any, x: Any, axis: int) -> Any:
         return mask
     if fits(positions[: mask.ndim]) and mask.size > 1:
         raise ValueError(
-            f"mask of shape {mask.shape} can be read in two ways for x of shape {x.shape} with channels in axis {axis}: "
-            "as NumPy broadcasts it, and as the first axes without the channels; give it as many axes as x"
+            f"mask of shape {mask.shape} can be read in two ways for x of shape {x.shape} with channels in axis "
+            f"{axis}, as NumPy broadcasts it and as the first axes without the channels: give it as many axes as x"
         )
     return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
