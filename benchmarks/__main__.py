@@ -20,6 +20,7 @@ from batchnorm.environment import columns
 from benchmarks import (
     folding,
     gradients,
+    jax_steps,
     keras_steps,
     kernels,
     memory,
@@ -53,6 +54,7 @@ class Name(StrEnum):
     SMALL = "small"
     VERDICTS = "verdicts"
     KERAS = "keras"
+    JAX = "jax"
     REPORT = "report"
 
 
@@ -94,6 +96,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.SMALL: lambda s: (len(small_batches.VARIANTS) * s.seeds, small_batches.run(s.seeds, s.quick)),
     Name.VERDICTS: lambda s: (s.seeds, verdicts.run(s.seeds, s.quick)),
     Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
+    Name.JAX: lambda s: (len(jax_steps.CASES), jax_steps.run(s.seconds(2.0), s.quick)),
 }
 """The parts: the number of runs of each, and their records. The seconds are per case."""
 

@@ -192,6 +192,31 @@ def keras_on(backend: str) -> Check:
     return check
 
 
+def jax_layer() -> None:
+    """On both sides of the size rule, and the tools."""
+    import jax
+    from flax import nnx
+
+    from batchnorm.jax import BatchNorm, batch_norm, calibrate, fold, freeze, kernels, unfreeze
+
+    assert kernels.registered()
+    x = images().transpose(0, 2, 3, 1).copy()
+    for kernels.SMALL in (0, 1 << 60):
+        y, pull = jax.vjp(lambda x: batch_norm(x, training=True, activation="relu")[0], x)
+        agree(BatchNorm(3, activation="relu", rngs=nnx.Rngs(0))(x), y)
+        agree(y.transpose(0, 3, 1, 2), definition.forward(x.transpose(0, 3, 1, 2), activation="relu")[0])
+        dx, *_ = definition.backward(x.transpose(0, 3, 1, 2), x.transpose(0, 3, 1, 2), activation="relu")
+        agree(pull(x)[0].transpose(0, 3, 1, 2), dx)
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    calibrate(model, [x[:5], x[5:]], progress=False)
+    folded = fold(model, x)
+    assert len(folded.folded) == 1, folded
+    assert folded.max_error is not None
+    assert folded.max_error < 1e-5
+    unfreeze(freeze(model, affine=True))
+
+
 def onnx_fold() -> None:
     """By the command, which compares the outputs in onnxruntime."""
     import onnx
@@ -262,6 +287,7 @@ CHECKS: list[Check] = [
     torch_compiled,
     torch_models,
     *map(keras_on, KERAS_BACKENDS),
+    jax_layer,
     onnx_fold,
     the_command_line,
     the_study,

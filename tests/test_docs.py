@@ -28,7 +28,7 @@ def name(page: Path) -> str:
 def test_programs_run(page: Path, tmp_path: Path) -> None:
     """The blocks of a page are one program, from top to bottom."""
     program = "\n\n".join(blocks(page, "python"))
-    for module in ("torch", "keras", "sklearn", "jax"):
+    for module in ("torch", "keras", "sklearn", "jax", "flax"):
         if module in program:
             pytest.importorskip(module)
     file = tmp_path / "page.py"
@@ -101,7 +101,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert "BatchNorm2d" in (tmp_path / "reference/torch.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("framework", ["torch", "keras", "onnx"])
+@pytest.mark.parametrize("framework", ["torch", "keras", "jax", "onnx"])
 def test_the_reference_has_every_public_name(framework: str) -> None:
     source = (ROOT / f"src/batchnorm/{framework}/__init__.py").read_text(encoding="utf-8")
     public = set(re.findall(r'^    "(\w+)",$|__all__ = \["(\w+)"\]', source, re.MULTILINE))

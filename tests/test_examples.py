@@ -121,3 +121,22 @@ def test_tensorflow_as_it_is_written_today() -> None:
     last = process.stdout.splitlines()[-1]
     assert last.startswith("accuracy on 397 test images: ")
     assert float(last.split()[-1].rstrip("%")) > 95
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_jax(devices: int) -> None:
+    for module in ("flax", "optax", "sklearn"):
+        pytest.importorskip(module)
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / "jax_digits.py"), "--epochs", "10"],
+        capture_output=True, text=True, env=environment, check=False, timeout=900,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    text = process.stdout
+    for name, layers in (("MLP", 1), ("CNN", 2)):
+        start = text.index(f"{name}, {devices} devices: accuracy on 450 test images: ")
+        assert float(text[start:].splitlines()[0].split()[-1].rstrip("%")) > 90
+        assert (
+            f"{layers} of {layers} batch normalization{'s' * (layers > 1)} folded; outputs differ by " in text[start:]
+        )

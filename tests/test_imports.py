@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(next(iter(importlib.util.find_spec("batchnorm").submodule_search_locations)))  # type: ignore[union-attr, arg-type]
-FRAMEWORKS = ("torch", "triton", "keras", "jax", "tensorflow", "sklearn", "plotly", "onnxruntime", "onnx")
+FRAMEWORKS = ("torch", "triton", "keras", "jax", "flax", "tensorflow", "sklearn", "plotly", "onnxruntime", "onnx")
 
 ORDER = [
     "batchnorm",
@@ -46,6 +46,8 @@ ORDER = [
     "batchnorm.torch",
     "batchnorm.keras.*",
     "batchnorm.keras",
+    "batchnorm.jax.*",
+    "batchnorm.jax",
     "batchnorm.environment",
     "batchnorm.study",
     "batchnorm.bench",
@@ -61,6 +63,7 @@ TOGETHER = [
     "batchnorm.kernels.gpu",
     "batchnorm.torch.*",
     "batchnorm.keras.*",
+    "batchnorm.jax.*",
     "batchnorm.study",
     "batchnorm.onnx",
     "batchnorm.bench",
@@ -75,6 +78,7 @@ ALLOWED = {
     "batchnorm.kernels.gpu": {"torch", "triton"},
     "batchnorm.torch": {"torch"},
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
+    "batchnorm.jax": {"jax", "flax", "torch", "keras"},  # the last two inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},
     "batchnorm.onnx": {"onnx", "onnxruntime"},
     "batchnorm.environment": {"torch"},
@@ -114,14 +118,19 @@ def test_keras_brings_no_torch_unless_it_is_the_backend(backend: str) -> None:
 
 def test_backends_are_imported_inside_of_functions() -> None:
     """But for the module of the torch backend, which is itself imported so."""
+    late = {
+        "keras": {"torch", "jax", "tensorflow", "batchnorm.torch"},
+        "jax": {"torch", "keras", "batchnorm.torch", "batchnorm.keras"},
+    }
     for module, path in modules().items():
-        if not module.startswith("batchnorm.keras") or module == "batchnorm.keras.fused":
+        package = module.split(".")[1] if "." in module else ""
+        if package not in late or module == "batchnorm.keras.fused":
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             roots = {name.split(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
-            assert not roots & {"torch", "jax", "tensorflow", "batchnorm.torch"}, module
+            assert not roots & late[package], module
 
 
 @pytest.mark.parametrize(
@@ -132,9 +141,12 @@ def test_backends_are_imported_inside_of_functions() -> None:
         ("batchnorm.kernels.launch", FRAMEWORKS),
         ("batchnorm.torch", FRAMEWORKS[1:]),
         ("batchnorm.onnx", (*FRAMEWORKS[:-1], "numba")),
+        ("batchnorm.jax", ("torch", "triton", "keras", "tensorflow", "sklearn", "plotly", "onnx", "numba")),
     ],
 )
 def test_only_what_is_needed_is_imported(module: str, absent: tuple[str, ...]) -> None:
+    if module == "batchnorm.jax":
+        pytest.importorskip("flax")
     code = f"import sys, {module}; print(*(name for name in {absent!r} if name in sys.modules))"
     assert in_new_process(code).split() == []
 
@@ -188,11 +200,15 @@ def _imports(nodes: Iterable[ast.AST], path: Path, known: dict[str, Path]) -> se
     return {name for name in found if name in known}
 
 
+WHOLE = ("batchnorm", "batchnorm.torch", "batchnorm.keras", "batchnorm.jax")
+"""Packages whose modules have places of their own."""
+
+
 def place(module: str) -> int:
     """Where in `ORDER` a module is."""
     package = module.rpartition(".")[0]
     for name in (module, package, f"{package}.*", package.rpartition(".")[0]):
-        if name in ORDER and (name == module or name not in ("batchnorm", "batchnorm.torch", "batchnorm.keras")):
+        if name in ORDER and (name == module or name not in WHOLE):
             return ORDER.index(name)
     raise AssertionError(f"{module} has no place in ORDER")
 

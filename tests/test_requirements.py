@@ -18,8 +18,8 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 OURS = ("test", "lint", "docs")
 """The extras of those who work on the package; the others are for those who use it."""
 
-COMMANDS = {"study": "study", "bench": "bench", "fold": "onnx", "diagnose": "diagnose"}
-"""The extra that each command needs."""
+COMMANDS = {"study": "study", "bench": "bench", "fold": "onnx", "diagnose": "diagnose", "env": "diagnose"}
+"""The extra that each command needs; `env` needs no more than a command line."""
 
 
 def requirements(extra: str) -> list[Requirement]:

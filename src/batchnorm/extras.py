@@ -7,7 +7,7 @@ __all__ = ["EXTRAS", "missing", "require"]
 EXTRAS = {
     "torch": ("torch",),
     "keras": ("keras",),
-    "jax": ("jax",),
+    "jax": ("jax", "flax"),
     "onnx": ("onnx",),
     "study": ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich"),
     "bench": ("torch", "rich"),

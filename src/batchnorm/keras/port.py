@@ -8,7 +8,6 @@ to_torch(keras_model, torch_model, {"stem/bn": "stem.1"})
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -18,27 +17,9 @@ from keras import layers
 from batchnorm.definition import parse_activation
 from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.models import named_layers, to_float64
+from batchnorm.whole.port import Ported
 
 __all__ = ["Ported", "from_torch", "to_torch"]
-
-
-@dataclass(frozen=True)
-class Ported:
-    """A layer or model from the other framework, and what changed on the way.
-
-    Attributes:
-        model: The layer or model.
-        changes: What each layer writes differently, by the layer's name; '' for a single layer.
-    """
-
-    model: Any
-    changes: dict[str, tuple[str, ...]]
-
-    def __str__(self) -> str:
-        """A summary, and a line for each layer that changed."""
-        lines = [f"{len(self.changes)} layer{'s' * (len(self.changes) != 1)} ported"]
-        lines += [f"  {name or 'the layer'}: {'; '.join(said)}" for name, said in self.changes.items() if said]
-        return "\n".join(lines)
 
 
 def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = None) -> Ported:

@@ -1,0 +1,43 @@
+"""Batch normalization for JAX: a pure function, our CPU kernels under XLA, a Flax NNX layer, and tools for models."""
+
+from batchnorm.extras import require
+
+require("jax")
+
+from batchnorm.jax.calibrate import Calibration, calibrate
+from batchnorm.jax.fold import fold
+from batchnorm.jax.freeze import freeze, unfreeze
+from batchnorm.jax.functional import batch_norm
+from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.port import Ported, from_keras, from_torch, to_keras, to_torch
+from batchnorm.jax.standardize import Standardize
+from batchnorm.jax.statistics import (
+    BatchStatistics,
+    GhostStatistics,
+    Renorm,
+    Running,
+    RunningStatistics,
+    Statistics,
+)
+
+__all__ = [
+    "BatchNorm",
+    "BatchStatistics",
+    "Calibration",
+    "GhostStatistics",
+    "Ported",
+    "Renorm",
+    "Running",
+    "RunningStatistics",
+    "Standardize",
+    "Statistics",
+    "batch_norm",
+    "calibrate",
+    "fold",
+    "freeze",
+    "from_keras",
+    "from_torch",
+    "to_keras",
+    "to_torch",
+    "unfreeze",
+]

@@ -1,0 +1,150 @@
+"""Running statistics that are exactly those of the data, pooled over all of it: for a model that is about to be used.
+
+```
+calibrate(model, batches)                          # one pass
+calibrate(model, batches, method="sequential")     # one pass per layer: training and evaluation agree exactly
+```
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from batchnorm.definition import Moments, moments
+from batchnorm.jax.functional import expand_mask
+from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.modules import evaluating, named_modules, refuse, to_float64, watched
+from batchnorm.jax.statistics import RunningStatistics
+from batchnorm.whole import calibrate as whole
+from batchnorm.whole.calibrate import Calibration, Method
+
+__all__ = ["Calibration", "calibrate"]
+
+
+def calibrate(
+    model: Any,
+    data: Iterable[Any],
+    *,
+    method: Method = "parallel",
+    forward: Callable[[Any, Any], object] | None = None,
+    max_samples: int | None = None,
+    unbiased: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Set the running statistics of all batch normalizations to the statistics of the data.
+
+    For each layer and channel, over all `n` values that come in: `mean = mean`, `var = var`. Batches are merged by
+    their counts, with the variance between them: however the same inputs of a layer are split, the result is the same,
+    up to rounding. The model is called step by step, not compiled, and evaluates: dropout is off.
+
+    Nothing else changes, and frozen layers stay as they are. After an exception everything is as before.
+
+    Args:
+        model: A module with Flax' layers or ours.
+        data: Batches: arrays, or tuples or lists that begin with the inputs, or mappings with `forward`.
+            "sequential" reads them several times.
+        method: "parallel": one pass. Each layer normalizes with the statistics of the batch at hand, so a layer's
+            inputs depend on how the data are split. "sequential": one pass per layer; the layers before it already
+            evaluate with their new statistics.
+        forward: `forward(model, batch)`, called instead of `model(inputs)`.
+        max_samples: Stop after the batch that reaches this number; None takes all.
+        unbiased: Whether the running variance is the unbiased one. Flax' layers keep the biased one.
+        progress: Whether to show a bar, where stderr is a terminal and rich is installed.
+
+    Returns:
+        What was done. Layers that no sample reached are among the skipped.
+
+    Raises:
+        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
+            `max_samples` is wrong; if the data can be read only once and `method` is "sequential"; if a layer is called
+            inside a function that is compiled on its own.
+        TypeError: If `model` is no module; if `data` is one batch.
+
+    Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
+    """
+    refuse(model)
+    return whole.calibrate(
+        _Model(model, forward or _call), data, method=method, max_samples=max_samples, unbiased=unbiased,
+        processes=whole.Alone(), progress=progress,
+    )  # fmt: skip
+
+
+class _Model:
+    """A model of Flax, as `whole.calibrate` sees it: a `whole.Model`."""
+
+    def __init__(self, model: Any, forward: Callable[[Any, Any], object]) -> None:
+        self.model, self.forward = model, forward
+        self.layers: dict[str, Any] = {}
+
+    def find(self) -> Mapping[str, whole.Layer | str]:
+        found: dict[str, whole.Layer | str] = {}
+        for name, layer in named_modules(self.model).items():
+            if not isinstance(layer, nnx.BatchNorm):
+                continue
+            if type(layer) not in (nnx.BatchNorm, BatchNorm):
+                found[name] = f"has a call of its own, {type(layer).__name__}.__call__: what it normalizes is not known"
+            elif isinstance(getattr(layer, "statistics", None), RunningStatistics):
+                found[name] = "is frozen"
+            else:
+                self.layers[name] = layer
+                found[name] = whole.Layer(layer.num_features, layer.epsilon, str(layer.mean[...].dtype))
+        return found
+
+    def run(self, batch: Any, names: Collection[str], see: whole.See) -> None:
+        def watch(name: str, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+            def normalize(x: Any, use_running_average: Any = None, *, mask: Any = None, **more: Any) -> Any:
+                if name in names:
+                    statistics = see(name, _moments(x, mask, layer.axis, name))
+                    if statistics is not None:
+                        self.write(name, *statistics)
+                return call(x, True, mask=mask, **more)
+
+            return normalize
+
+        with evaluating(self.model), watched(self.layers, watch):
+            self.forward(self.model, batch)
+
+    def size(self, batch: Any) -> int | None:
+        shapes: Any = (getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(batch))
+        return next((int(shape[0]) for shape in shapes if len(shape) > 0), None)
+
+    def read(self, name: str) -> whole.Statistics:
+        layer = self.layers[name]
+        return to_float64(layer.mean), to_float64(layer.var)
+
+    def write(self, name: str, mean: Any, var: Any) -> None:
+        layer = self.layers[name]
+        for variable, values in (layer.mean, mean), (layer.var, var):
+            variable[...] = jax.numpy.asarray(values, variable[...].dtype)
+
+    def keep(self, name: str) -> Callable[[], None]:
+        layer = self.layers[name]
+        kept = layer.mean[...], layer.var[...]
+
+        def put_back() -> None:
+            layer.mean[...], layer.var[...] = kept
+
+        return put_back
+
+
+def _call(model: Any, batch: Any) -> Any:
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments | str:
+    """The moments of an input; or the reason why they cannot be taken."""
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            f"{name or 'the layer'} is called inside a function that is compiled on its own, where its inputs cannot "
+            "be seen: call the model without it, with forward=lambda model, batch: ..."
+        )
+    values = np.moveaxis(to_float64(x), axis, 1)
+    if mask is None:
+        return moments(values)
+    counts = np.moveaxis(to_float64(expand_mask(jax.numpy.asarray(mask), x, axis % x.ndim)), axis, 1)
+    if counts.shape[1] != 1:
+        return "its mask counts other positions in each channel"
+    return moments(values, np.broadcast_to(counts[:, 0], (len(values), *values.shape[2:])))

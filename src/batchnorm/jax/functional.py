@@ -1,0 +1,198 @@
+"""`batch_norm`: check the arguments, normalize by a source of statistics, and move the running statistics."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.jax import formula
+from batchnorm.jax.formula import How, Moments, arithmetic
+from batchnorm.jax.statistics import BatchStatistics, Call, Running, RunningStatistics, Statistics
+
+__all__ = ["batch_norm", "expand_mask"]
+
+BATCH, RUNNING = BatchStatistics(), RunningStatistics()
+
+
+def batch_norm(
+    x: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+    axis: int = -1,
+    activation: ActivationSpec = None,
+    residual: Any = None,
+    mask: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    statistics: Statistics | None = None,
+) -> tuple[Any, Running | None]:
+    """Batch normalization, with residual and activation, as a pure function.
+
+    `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are the batch's in
+    training and the running ones otherwise. In training the running statistics move: `running += momentum * (batch -
+    running)`, with the unbiased variance.
+
+    It can be used under `jit`, `grad` of any order, forward differentiation, `vmap`, `shard_map`, `pmap`, and `jit` of
+    sharded arrays, where the statistics are those of the whole array. Between forward and backward, it keeps `x`, the
+    statistics and the other arguments only. Half precision is computed in float32.
+
+    Args:
+        x: The batch, of any rank from 2 on.
+        running_mean, running_var: `(C,)`; required in evaluation. A batch whose statistics are not finite, or in which
+            nothing counts, does not move them.
+        weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
+        training: Whether to use the batch's statistics.
+        momentum: The weight of the new batch in the running statistics; it may be traced.
+        eps: Added to the variance, in the square of the units of `x`.
+        axis: The channel axis of `x`.
+        activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu
+            (alpha), sigmoid, tanh, gelu.
+        residual: Of the shape of `x`, added before the activation.
+        mask: Booleans (which positions count in the statistics) or weights (2 counts a position twice): the shape of
+            `x` without its channels, or the first axes of that, or as many axes as `x`, each of the same length or of
+            length 1. All positions are normalized. A traced mask with a negative or infinite weight makes the
+            statistics NaN. Ignored in evaluation.
+        axis_name: The mapped axes, of `shard_map`, `pmap` or `vmap`, over which the statistics are pooled, by counts.
+        axis_index_groups: Groups of indices along that axis which pool on their own, as in `jax.lax.psum`.
+        statistics: The source of the statistics in training; `BatchStatistics()` if None.
+
+    Returns:
+        `y`, of the shape and type of `x`; and the running statistics after the batch, which have no gradient, or None
+        if there were none.
+
+    Raises:
+        ValueError: If `x` has fewer than two axes, or no such channel axis; if another array does not fit it; if there
+            is one value per channel in training; if running statistics are missing; if the activation is unknown;
+            if `eps` is negative; if a mask that is not traced has a negative or infinite weight.
+        TypeError: If `x` is not of a floating-point type; if `statistics` is not a source.
+
+    Source: Ioffe & Szegedy 2015, algorithm 1.
+    """
+    x = jnp.asarray(x)
+    source = (BATCH if statistics is None else statistics) if training else RUNNING
+    if not isinstance(source, Statistics):
+        raise TypeError(f"statistics must be a source such as BatchStatistics(), got {source!r}")
+    channels = _check(x, axis, eps)
+    wide = arithmetic(x.dtype)
+    running = _running(running_mean, running_var, x, channels, needed=source.needs_running)
+    if isinstance(source, RunningStatistics):
+        mask = None
+    counts = None if mask is None else expand_mask(jnp.asarray(mask), x, channels).astype(wide)
+    if residual is not None:
+        residual = jnp.asarray(residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
+    weight, bias = (_vector(name, v, x, channels) for name, v in (("weight", weight), ("bias", bias)))
+    if isinstance(counts, jax.core.Tracer) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
+        # A wrong weight is NaN here; the kernels would leave it out.
+        weight = jnp.where(jnp.all(jnp.isfinite(counts)), 1 if weight is None else weight, jnp.nan)
+        weight = jnp.broadcast_to(weight, (x.shape[channels],))
+    given = [None if v is None else v.astype(wide) for v in (weight, bias)] + [residual, counts]
+    how = How(channels, float(eps), parse_activation(activation), *(v is not None for v in given))
+    total = None
+    if axis_name is not None and not isinstance(source, RunningStatistics):
+        total = lambda values: lax.psum(values, axis_name, axis_index_groups=axis_index_groups)  # noqa: E731
+    if not isinstance(source, RunningStatistics) and counts is None:
+        devices = 1 if axis_name is None else lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
+        if formula.count(x, None, channels) * devices == 1:
+            raise ValueError(
+                f"training needs more than 1 value per channel, got x of shape {x.shape} with channels in axis {axis}: "
+                "drop the last, incomplete batch, use larger batches, or evaluate"
+            )
+    y, batch = source.normalize(Call(x, tuple(v for v in given if v is not None), how, running, total))
+    if running is None or batch is None:
+        return y, running
+    return y, _moved(running, batch, momentum, source.unbiased)
+
+
+def _moved(running: Running, batch: Moments, momentum: Any, unbiased: bool) -> Running:
+    """The running statistics after a batch: `definition.update_running`."""
+    count, mean, low, var = lax.stop_gradient(batch)
+    count = jnp.asarray(count, var.dtype)
+    if unbiased:
+        var = jnp.where(count > 1, var * (count / jnp.where(count > 1, count - 1, 1)), var)
+    usable = jnp.all(jnp.isfinite(mean)) & jnp.all(jnp.isfinite(var)) & (count > 0)
+
+    def move(old: Any, new: Any) -> Any:
+        moved = (old + momentum * (new.astype(old.dtype) - old)).astype(old.dtype)
+        return lax.stop_gradient(jnp.where(usable, moved, old))
+
+    return Running(move(running.mean, mean + low), move(running.var, var))
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check(x: Any, axis: int, eps: float) -> int:
+    """The channel axis, not negative."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be of a floating-point type, got {x.dtype} of shape {x.shape}: convert it first")
+    if x.ndim < 2:
+        raise ValueError(f"x must have at least two axes, samples and channels, got shape {x.shape}")
+    if not (isinstance(axis, int) and -x.ndim <= axis < x.ndim):
+        raise ValueError(f"axis must be one of the {x.ndim} axes of x, of shape {x.shape}, got {axis!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return axis % int(x.ndim)
+
+
+def _vector(name: str, values: Any, x: Any, axis: int) -> Any:
+    if values is None:
+        return None
+    values = jnp.asarray(values)
+    if values.shape != (x.shape[axis],):
+        raise ValueError(
+            f"{name} must have shape ({x.shape[axis]},), one value per channel, got {values.shape}; "
+            f"x has shape {x.shape} with channels in axis {axis}"
+        )
+    return values
+
+
+def _running(mean: Any, var: Any, x: Any, axis: int, needed: bool) -> Running | None:
+    if (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var come together, got one of them")
+    if mean is None:
+        if needed:
+            raise ValueError("running_mean and running_var are needed, by which these statistics are defined")
+        return None
+    return Running(_vector("running_mean", mean, x, axis), _vector("running_var", var, x, axis))
+
+
+def expand_mask(mask: Any, x: Any, axis: int) -> Any:
+    """A mask as counts, with as many axes as `x`.
+
+    Args:
+        mask: As in `batch_norm`.
+        x: The batch.
+        axis: Its channel axis, not negative.
+
+    Raises:
+        ValueError: If the mask does not fit, or has a negative or infinite weight and is not traced.
+    """
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    whole = mask.ndim == x.ndim
+    target = x.shape if whole else positions
+    if not (0 < mask.ndim <= x.ndim and all(m in (1, n) for m, n in zip(mask.shape, target, strict=False))):
+        raise ValueError(
+            f"mask of shape {mask.shape} does not fit x of shape {x.shape} with channels in axis {axis}: it must have "
+            f"the shape {positions}, without channels, or the first axes of that, or as many axes as x"
+        )
+    if not whole:
+        mask = mask.reshape(mask.shape + (1,) * (len(positions) - mask.ndim))
+        mask = jnp.expand_dims(mask, axis)
+    if mask.dtype == jnp.bool_:
+        return mask
+    sound = (mask >= 0) & (mask < jnp.inf)
+    if not isinstance(mask, jax.core.Tracer):
+        if not bool(jnp.all(sound)):
+            raise ValueError("mask must hold booleans, or weights that are finite and not negative")
+        return mask
+    return jnp.where(sound, mask.astype(arithmetic(x.dtype)), jnp.nan)

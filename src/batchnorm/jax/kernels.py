@@ -1,0 +1,147 @@
+"""The CPU kernels as targets of XLA's custom calls."""
+
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+from numpy.typing import NDArray
+
+from batchnorm.jax import call_frame
+from batchnorm.jax.formula import How
+
+__all__ = ["BACKWARD", "FORWARD", "SMALL", "lowering", "pay", "registered"]
+
+SMALL = 1 << 16
+"""The number of values from which a kernel should be faster than XLA's loops. Not yet measured on a quiet machine:
+`python -m benchmarks jax` times both on either side of it."""
+
+DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
+"""The types that the kernels support."""
+
+FORWARD, BACKWARD = "batchnorm_forward", "batchnorm_backward"
+"""The names of the targets."""
+
+
+def pay(x: Any, arrays: Sequence[Any], how: How) -> bool:
+    """Whether the kernels can compute this on a CPU, and should.
+
+    The program is for one device: a custom call in a program for several would first gather `x` on each.
+
+    Args:
+        x, arrays, how: As in `formula.forward`.
+    """
+    *_, residual, counts = how.spread(arrays)
+    return (
+        x.size >= SMALL
+        and x.dtype in DTYPES
+        and (residual is None or residual.dtype == x.dtype)
+        and (counts is None or counts.shape[how.axis] == 1)  # the kernels count the same positions in all channels
+        and jax.typeof(x).sharding.mesh.empty  # neither in a `shard_map` nor with an explicit sharding
+        and registered()
+    )
+
+
+@functools.cache
+def registered() -> bool:
+    """Whether XLA has the targets; it does not if its interface has a version that is not known."""
+    version = call_frame.version(jax.ffi.include_dir())
+    try:
+        if version is None:
+            raise RuntimeError("its interface has a version that is not known")
+        # Here, because in XLA's threads the smallest numbers are 0, which NumPy would note for the whole process.
+        from batchnorm.kernels import launch  # noqa: F401
+
+        jax.local_devices(backend="cpu")  # a target that is refused while a backend starts would keep it from starting
+        for name, function in (FORWARD, _forward), (BACKWARD, _backward):
+            handler = call_frame.target(function, version)
+            _handlers.append(handler)
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    except Exception as error:
+        logging.getLogger("batchnorm").warning("XLA computes without the CPU kernels of batchnorm: %s", error)
+        return False
+    return True
+
+
+_handlers: list[Any] = []
+"""XLA may call them as long as the process lives."""
+
+
+def lowering(name: str, formula: Any) -> Any:
+    """How a primitive becomes a program for CPUs: a custom call if the program is for one device, or the formula."""
+
+    def lower(context: Any, *operands: Any, how: How) -> Any:
+        axes = context.module_context.axis_context
+        if not (isinstance(axes, mlir.ShardingContext) and axes.num_devices == 1 and registered()):
+            return mlir.lower_fun(formula, multiple_results=True)(context, *operands, how=how)
+        return jax.ffi.ffi_lowering(name)(context, *operands, how=json.dumps(how))
+
+    return lower
+
+
+# --- What XLA calls ---------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _how(text: bytes) -> How:
+    axis, eps, (name, parameter), *given = json.loads(text)
+    return How(axis, eps, (name, parameter), *given)
+
+
+def _rows(x: NDArray[Any], axis: int) -> NDArray[Any]:
+    """`(N, C, L)`, without a copy."""
+    return x.reshape(int(np.prod(x.shape[:axis])), x.shape[axis], int(np.prod(x.shape[axis + 1 :])))
+
+
+def _spread(how: How, arrays: list[NDArray[Any]]) -> tuple[Any, ...]:
+    """Weight, bias, residual `(N, C, L)` and counts `(N, L)`."""
+    weight, bias, residual, counts = how.spread(arrays)
+    return (
+        weight,
+        bias,
+        None if residual is None else _rows(residual, how.axis),
+        None if counts is None else _rows(counts, how.axis)[:, 0],
+    )
+
+
+def _forward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], attributes: dict[str, bytes]) -> None:
+    from batchnorm.kernels import launch
+
+    how = _how(attributes["how"])
+    y, mean, low, var = results
+    x, weight, bias, residual, counts = _rows(arguments[0], how.axis), *_spread(how, arguments[1:])
+    exact_mean, exact_var, rstd = np.empty((3, x.shape[1]))
+    launch.forward(
+        x, residual, counts, weight, bias, how.eps, how.activation, _rows(y, how.axis), exact_mean, exact_var, rstd
+    )
+    mean[:] = exact_mean
+    low[:] = exact_mean - mean
+    var[:] = exact_var
+
+
+def _backward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], attributes: dict[str, bytes]) -> None:
+    from batchnorm.kernels import launch
+
+    how = _how(attributes["how"])
+    dy, mean, low, var, x, *arrays = arguments
+    left = iter(results)
+    dx = next(left)
+    d_weight, d_bias, d_residual = (next(left) if there else None for there in how[3:6])
+    rows = _rows(x, how.axis)
+    weight, bias, residual, counts = _spread(how, arrays)
+    count = rows.shape[0] * rows.shape[2] if counts is None else float(counts.sum(dtype=np.float64))
+    sums = np.empty((2, rows.shape[1]))
+    launch.backward(
+        _rows(dy, how.axis), rows, residual, counts, mean.astype(np.float64) + low,
+        1 / np.sqrt(var.astype(np.float64) + how.eps), weight, bias, count, how.activation, sums[0], sums[1],
+        _rows(dx, how.axis), None if d_residual is None else _rows(d_residual, how.axis),
+    )  # fmt: skip
+    if d_weight is not None:
+        d_weight[:] = sums[1]
+    if d_bias is not None:
+        d_bias[:] = sums[0]

@@ -1,0 +1,70 @@
+"""The modules of a model by name, a model in evaluation, and calls that are seen from outside."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+__all__ = ["evaluating", "named_modules", "raw_value", "refuse", "to_float64", "watched"]
+
+MODES = ("deterministic", "use_running_average")
+"""The attributes that `eval()` makes true."""
+
+
+def refuse(model: Any) -> None:
+    """Check that this is a module.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
+
+
+def named_modules(model: Any) -> dict[str, Any]:
+    """The model and all its modules, each once, such as `blocks.0.norm`; the model's own name is ''."""
+    found = nnx.iter_graph(model)
+    return {".".join(map(str, path)): module for path, module in found if isinstance(module, nnx.Module)}
+
+
+def raw_value(variable: Any) -> Any:
+    """The very array in a variable, not a copy."""
+    return variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value  # Flax 0.12.0
+
+
+def to_float64(variable: Any) -> NDArray[np.float64]:
+    """A variable or an array as a float64 array on the host."""
+    return np.asarray(variable[...] if isinstance(variable, nnx.Variable) else variable).astype(np.float64)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The whole model evaluates; afterwards every module has its own mode again."""
+    before = [(m, name, vars(m)[name]) for m in named_modules(model).values() for name in MODES if name in vars(m)]
+    try:
+        for module, name, _ in before:
+            setattr(module, name, True)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@contextmanager
+def watched(
+    modules: Mapping[str, Any], watch: Callable[[str, Any, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """The calls of these modules go through what `watch(name, module, call)` returns."""
+    classes = {name: type(module) for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            call = watch(name, module, classes[name].__call__.__get__(module))
+            body = {"__call__": lambda self, *args, _call=call, **kwargs: _call(*args, **kwargs)}
+            object.__setattr__(module, "__class__", type(classes[name].__name__, (classes[name],), body))
+        yield
+    finally:
+        for name, module in modules.items():
+            object.__setattr__(module, "__class__", classes[name])

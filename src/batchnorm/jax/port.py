@@ -1,0 +1,326 @@
+"""Port layers and models between Flax NNX and PyTorch or Keras, and report what the two define differently.
+
+```
+print(to_torch(nnx_model, torch_model, {"norm": "1"}))    # the weights of an NNX model in a PyTorch model
+from_keras(keras_model, nnx_model)
+```
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from batchnorm.definition import parse_activation
+from batchnorm.jax.layers import BatchNorm, adopt
+from batchnorm.jax.modules import named_modules, refuse, to_float64
+from batchnorm.jax.statistics import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, Statistics
+from batchnorm.whole.port import Ported
+
+__all__ = ["Ported", "from_keras", "from_torch", "to_keras", "to_torch"]
+
+Names = Mapping[str, str] | None
+
+
+def to_torch(model: Any, into: Any, names: Names = None) -> Ported:
+    """The weights of an NNX layer or model in a PyTorch layer or model.
+
+    Outputs are equal, in evaluation and after steps of training: PyTorch's `momentum` is one minus Flax', and the
+    running variance stays the biased one, `BatchStatistics(unbiased=False)`.
+
+    Args:
+        model: A batch normalization, Flax' or ours, or a model with them, `nnx.Linear` and `nnx.Conv`. Its channels are
+            last; PyTorch's are axis 1. A linear layer after a flattening is right only if both flatten in one order.
+        into: The PyTorch layer or model that gets the weights. Its batch normalizations become ours.
+        names: The PyTorch layer of each NNX layer, where the names differ.
+
+    Returns:
+        `into`, and the changes.
+
+    Raises:
+        ValueError: If a layer is of an unknown kind, or has no counterpart of the same shape; nothing is changed then.
+        TypeError: If `model` is no module.
+    """
+    return Ported(into, _port(model, dict(into.named_modules()), names, _fit_torch, _give_torch))
+
+
+def from_torch(model: Any, into: Any, names: Names = None) -> Ported:
+    """The weights of a PyTorch layer or model in an NNX layer or model: the reverse of `to_torch`.
+
+    The running variance stays the unbiased one: batch normalizations become ours, `BatchStatistics(unbiased=True)`.
+
+    Args:
+        model: The PyTorch layer or model.
+        into: The NNX layer or model that gets the weights.
+        names: The PyTorch layer of each NNX layer, where the names differ.
+
+    Returns:
+        `into`, and the changes.
+
+    Raises:
+        ValueError: As `to_torch`, and if a layer averages over all batches (`momentum=None`) or keeps no statistics.
+        TypeError: If `into` is no module.
+    """
+    return Ported(into, _port(into, dict(model.named_modules()), names, _fit_torch, _take_torch))
+
+
+def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
+    """The weights of an NNX layer or model in a Keras layer or model, which must be built.
+
+    Args, Returns and Raises: as `to_torch`. Names of Keras layers in other layers are such as "block/norm".
+    """
+    from batchnorm.keras.models import named_layers
+
+    return Ported(into, _port(model, named_layers(into), names, _fit_keras, _give_keras))
+
+
+def from_keras(model: Any, into: Any, names: Names = None) -> Ported:
+    """The weights of a Keras layer or model, which must be built, in an NNX layer or model.
+
+    Args, Returns and Raises: as `from_torch`. Names of Keras layers in other layers are such as "block/norm".
+    """
+    from batchnorm.keras.models import named_layers
+
+    return Ported(into, _port(into, named_layers(model), names, _fit_keras, _take_keras))
+
+
+# --- Pairs of layers --------------------------------------------------------------------------------------------------
+
+Fit = Callable[[Any, Any], str]
+"""Why two layers do not match; '' if they do."""
+
+Move = Callable[[Any, Any], list[str]]
+"""Copies the weights, and returns what is written differently."""
+
+
+def _port(model: Any, others: Mapping[str, Any], names: Names, fit: Fit, move: Move) -> dict[str, tuple[str, ...]]:
+    """Pair the layers by name, check all of them, then move the weights."""
+    refuse(model)
+    weighted = {
+        name: module
+        for name, module in named_modules(model).items()
+        if any(isinstance(value, nnx.Param | nnx.BatchStat) for value in vars(module).values())
+    }
+    if unknown := set(names or {}) - set(weighted):
+        raise ValueError(f"the NNX model has no layer with weights named {', '.join(sorted(unknown))}")
+    pairs = {}
+    for name, module in weighted.items():
+        other = (names or {}).get(name, name)
+        other = other if other in others else other.replace(".", "/")
+        if other not in others:
+            raise ValueError(f"the other model has no {name!r}: name the counterpart with names={{{name!r}: ...}}")
+        if problem := fit(module, others[other]):
+            raise ValueError(
+                f"{name or 'the layer'}, a {type(module).__name__}, and {other or 'the other'}, a "
+                f"{type(others[other]).__name__}, {problem}"
+            )
+        pairs[name] = module, others[other]
+    return {name: tuple(move(*pair)) for name, pair in pairs.items()}
+
+
+def _assign(variable: Any, values: Any) -> None:
+    variable[...] = jnp.asarray(np.asarray(values), variable[...].dtype)
+
+
+def _kernel_order(module: Any) -> tuple[int, ...]:
+    """The order of an NNX kernel's axes in PyTorch."""
+    rank = module.kernel[...].ndim
+    return (rank - 1, rank - 2, *range(rank - 2))
+
+
+def _fit_map(module: Any, shape: tuple[int, ...], has_bias: bool, order: tuple[int, ...]) -> str:
+    if type(module) not in (nnx.Linear, nnx.Conv):
+        return "cannot be ported: known are batch normalizations, Linear and Conv"
+    own = tuple(np.transpose(np.empty(module.kernel[...].shape), order).shape)
+    if own != shape or (module.bias is not None) != has_bias:
+        return f"do not have the same weights: {own} and {shape}, biases apart"
+    return ""
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def _fit_torch(module: Any, other: Any) -> str:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    if not isinstance(module, nnx.BatchNorm):
+        if getattr(other, "weight", None) is None:
+            return "are not of the same kind"
+        order = _kernel_order(module) if hasattr(module, "kernel") else ()
+        return _fit_map(module, tuple(other.weight.shape), other.bias is not None, order)
+    if not isinstance(other, _BatchNorm):
+        return "are not of the same kind"
+    if other.running_mean is None or other.momentum is None:
+        return "differ: NNX keeps running statistics with a momentum"
+    if other.num_features != module.num_features:
+        return f"have {module.num_features} and {other.num_features} channels"
+    if (module.use_scale or module.use_bias) and not other.affine:
+        return "differ in scale and bias"
+    return ""
+
+
+def _give_torch(module: Any, other: Any) -> list[str]:
+    import torch
+
+    if not isinstance(module, nnx.BatchNorm):
+        order = _kernel_order(module)
+        with torch.no_grad():
+            kernel = np.ascontiguousarray(np.transpose(to_float64(module.kernel), order))
+            other.weight.copy_(torch.from_numpy(kernel))
+            if module.bias is not None:
+                other.bias.copy_(torch.from_numpy(to_float64(module.bias)))
+        return [f"axes of the kernel in the order {order}"]
+    from batchnorm import torch as ours
+    from batchnorm.torch.adopt import OURS, adopt
+
+    if type(other) in OURS:
+        adopt(other)
+    source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
+    inner: Any = ours.BatchStatistics(source.unbiased)
+    if module.axis_name is not None:
+        inner = ours.SyncStatistics(unbiased=source.unbiased)
+    match source:
+        case RunningStatistics():
+            inner = ours.RunningStatistics()
+        case GhostStatistics(batch_size, unbiased):
+            inner = ours.GhostStatistics(batch_size, unbiased)
+        case Renorm(r_max, d_max):
+            inner = ours.Renorm(float(r_max), float(d_max), 0, inner)
+    other.statistics, other.activation = inner, getattr(module, "activation", None)
+    other.eps, other.momentum = module.epsilon, 1 - module.momentum
+    said = [f"momentum {module.momentum:g} (weight of the old) is {other.momentum:g} (weight of the new)"]
+    with torch.no_grad():
+        for tensor, variable, name, neutral in (
+            (other.weight, module.scale, "weight", 1.0), (other.bias, module.bias, "bias", 0.0),
+        ):  # fmt: skip
+            if variable is not None:
+                tensor.copy_(torch.from_numpy(to_float64(variable)))
+            elif tensor is not None:
+                tensor.fill_(neutral).requires_grad_(False)
+                said.append(f"{name} is {neutral:g} and does not learn")
+        other.running_mean.copy_(torch.from_numpy(to_float64(module.mean)))
+        other.running_var.copy_(torch.from_numpy(to_float64(module.var)))
+    return said
+
+
+def _take_torch(module: Any, other: Any) -> list[str]:
+    def values(tensor: Any) -> Any:
+        return tensor.detach().cpu().double().numpy()
+
+    if not isinstance(module, nnx.BatchNorm):
+        order = tuple(int(i) for i in np.argsort(_kernel_order(module)))
+        _assign(module.kernel, np.transpose(values(other.weight), order))
+        if module.bias is not None:
+            _assign(module.bias, values(other.bias))
+        return [f"axes of the kernel in the order {order}"]
+    from batchnorm import torch as ours
+
+    source: Statistics = BatchStatistics()
+    match getattr(other, "statistics", None):
+        case None:
+            pass
+        case ours.BatchStatistics(unbiased) | ours.SyncStatistics(_, unbiased):
+            source = BatchStatistics(unbiased)
+        case ours.GhostStatistics(batch_size, unbiased):
+            source = GhostStatistics(batch_size, unbiased)
+        case ours.RunningStatistics():
+            source = RunningStatistics()
+        case theirs:
+            raise ValueError(f"NNX has no counterpart of {theirs!r}: port the layer without it")
+    _become_ours(module, getattr(other, "activation", None), source)
+    module.epsilon, module.momentum = other.eps, 1 - other.momentum
+    for variable, tensor in ((module.scale, other.weight), (module.bias, other.bias)):
+        if variable is not None and tensor is not None:
+            _assign(variable, values(tensor))
+    _assign(module.mean, values(other.running_mean))
+    _assign(module.var, values(other.running_var))
+    said = [f"momentum {other.momentum:g} (weight of the new) is {module.momentum:g} (weight of the old)"]
+    return [*said, "the running variance stays the unbiased one"] if source.unbiased else said
+
+
+def _become_ours(module: Any, activation: Any, source: Statistics) -> None:
+    if type(module) is not BatchNorm:
+        adopt(module)
+    name, parameter = parse_activation(activation)
+    module.activation = None if name == "none" else (name, parameter) if parameter else name
+    module.statistics = source
+
+
+# --- Keras ------------------------------------------------------------------------------------------------------------
+
+
+def _fit_keras(module: Any, other: Any) -> str:
+    from keras import layers
+
+    if not other.built:
+        return "cannot be ported: the Keras layer has not seen an input yet"
+    if not isinstance(module, nnx.BatchNorm):
+        if type(other) not in (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D):
+            return "are not of the same kind"
+        order = tuple(range(module.kernel[...].ndim)) if hasattr(module, "kernel") else ()
+        return _fit_map(module, tuple(other.kernel.shape), other.use_bias, order)
+    if not isinstance(other, layers.BatchNormalization):
+        return "are not of the same kind"
+    if other.moving_mean.shape[0] != module.num_features:
+        return f"have {module.num_features} and {other.moving_mean.shape[0]} channels"
+    if (module.use_scale, module.use_bias) != (other.scale, other.center):
+        return "differ in scale and bias"
+    if other.renorm or isinstance(getattr(module, "statistics", None), Renorm):
+        return "cannot be ported: they keep different statistics for renormalization"
+    return ""
+
+
+def _weights(module: Any, other: Any) -> list[tuple[Any, Any]]:
+    """The pairs of variables of an NNX layer and a Keras layer."""
+    if not isinstance(module, nnx.BatchNorm):
+        pairs = [(module.kernel, other.kernel), (module.bias, other.bias if other.use_bias else None)]
+    else:
+        pairs = [
+            (module.mean, other.moving_mean), (module.var, other.moving_variance), (module.scale, other.gamma),
+            (module.bias, other.beta),
+        ]  # fmt: skip
+    return [(own, theirs) for own, theirs in pairs if own is not None]
+
+
+def _give_keras(module: Any, other: Any) -> list[str]:
+    if isinstance(module, nnx.BatchNorm):
+        from batchnorm.keras import layers as ours
+        from batchnorm.keras.activations import Activation
+
+        if type(other) is not ours.BatchNormalization:
+            ours.adopt(other)
+        source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
+        name, parameter = parse_activation(getattr(module, "activation", None))
+        other.activation = Activation((name, parameter) if name in ("leaky_relu", "elu") else name)
+        other.unbiased, other.momentum, other.epsilon = source.unbiased, module.momentum, module.epsilon
+        other.virtual_batch_size = source.batch_size if isinstance(source, GhostStatistics) else None
+        other.synchronized = module.axis_name is not None
+        other.frozen = () if isinstance(source, RunningStatistics) else None
+    for own, theirs in _weights(module, other):
+        theirs.assign(to_float64(own))
+    return []
+
+
+def _take_keras(module: Any, other: Any) -> list[str]:
+    from batchnorm.keras.models import to_float64 as keras_values
+
+    if isinstance(module, nnx.BatchNorm):
+        from batchnorm.keras import layers as ours
+
+        source: Statistics = BatchStatistics(unbiased=False)
+        activation = None
+        if isinstance(other, ours.BatchNormalization):
+            if not other.activation.is_fused:
+                raise ValueError(f"{other.name} has the activation {other.activation.config!r}, which NNX' layer lacks")
+            activation, source = other.activation.fused, BatchStatistics(other.unbiased)
+            if other.virtual_batch_size is not None:
+                source = GhostStatistics(other.virtual_batch_size, other.unbiased)
+            if other.frozen is not None:
+                source = RunningStatistics()
+        _become_ours(module, activation, source)
+        module.momentum, module.epsilon = other.momentum, other.epsilon
+    for own, theirs in _weights(module, other):
+        _assign(own, keras_values(theirs))
+    return []

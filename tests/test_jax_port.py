@@ -1,0 +1,130 @@
+"""Models between Flax NNX, PyTorch and Keras: the same outputs, in evaluation and after steps of training."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("torch")
+import torch
+from flax import nnx
+from torch import nn
+
+from batchnorm.jax import BatchNorm, GhostStatistics, from_torch, to_torch
+
+NAMES = {"conv": "0", "norm": "1", "dense": "4"}
+
+
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 4, (2, 3), padding="VALID", rngs=rngs)
+        self.norm = BatchNorm(4, activation="silu", statistics=GhostStatistics(3, False), rngs=rngs)
+        self.dense = nnx.Linear(4, 2, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.dense(self.norm(self.conv(x)).mean((1, 2)))
+
+
+def theirs() -> Any:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, (2, 3)), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4, 2, bias=False))
+
+
+def images() -> Any:
+    return np.random.default_rng(0).normal(1, 2, (7, 5, 5, 3)).astype(np.float32)
+
+
+def agree(net: Any, other: Any) -> None:
+    x = images()
+    for _ in range(2):
+        y = other(torch.tensor(x.transpose(0, 3, 1, 2)))
+        np.testing.assert_allclose(net(x), y.detach(), rtol=1e-4, atol=1e-5)
+    net.eval()
+    other.eval()
+    np.testing.assert_allclose(net(x), other(torch.tensor(x.transpose(0, 3, 1, 2))).detach(), rtol=1e-4, atol=1e-5)
+    net.train()
+    other.train()
+
+
+def test_there_and_back() -> None:
+    net = Net()
+    done = to_torch(net, theirs(), NAMES)
+    assert "momentum 0.99 (weight of the old) is 0.01 (weight of the new)" in str(done)
+    agree(net, done.model)
+    back = from_torch(done.model, Net(), NAMES).model
+    assert back.norm.statistics == GhostStatistics(3, False)
+    assert back.norm.activation == "silu"
+    agree(back, done.model)
+
+
+def test_a_layer_of_pytorch() -> None:
+    other = nn.BatchNorm1d(4, momentum=0.3)
+    layer = from_torch(other, nnx.BatchNorm(4, rngs=nnx.Rngs(0))).model
+    assert type(layer) is BatchNorm
+    x = images().reshape(-1, 5)[:, :4].copy()
+    for _ in range(2):
+        np.testing.assert_allclose(layer(x), other(torch.tensor(x)).detach(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.var[...], other.running_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({}, "the other model has no 'conv': name the counterpart"),
+        (NAMES | {"conv": "4"}, r"do not have the same weights: \(4, 3, 2, 3\) and \(2, 4\)"),
+        (NAMES | {"norm": "0"}, "norm, a BatchNorm, and 0, a Conv2d, are not of the same kind"),
+        (NAMES | {"what": "0"}, "no layer with weights named what"),
+    ],
+)
+def test_what_does_not_match(names: dict[str, str], said: str) -> None:
+    net = Net()
+    other = theirs()
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(ValueError, match=said):
+        to_torch(net, other, names)
+    assert all(bool((a == b).all()) for a, b in zip(before, other.parameters(), strict=True))
+
+
+KERAS = r"""
+import jax.numpy as jnp, keras, numpy as np
+from flax import nnx
+from batchnorm.jax import BatchNorm, from_keras, to_keras
+from batchnorm.keras import BatchNormalization
+keras.utils.set_random_seed(0)
+x = np.random.default_rng(0).normal(1, 2, (7, 5, 5, 3)).astype(np.float32)
+class Net(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(3, 4, (2, 3), padding="VALID", rngs=nnx.Rngs(0))
+        self.norm = BatchNorm(4, activation=("elu", 0.7), rngs=nnx.Rngs(0))
+    def __call__(self, x):
+        return self.norm(self.conv(x))
+def theirs(kind):
+    return keras.Sequential([keras.Input((5, 5, 3)), keras.layers.Conv2D(4, (2, 3), name="conv"), kind(name="norm")])
+def agree(net, other):
+    for _ in range(2):
+        np.testing.assert_allclose(net(x), other(x, training=True), rtol=1e-4, atol=1e-5)
+    net.eval()
+    np.testing.assert_allclose(net(x), other(x, training=False), rtol=1e-4, atol=1e-5)
+    net.train()
+net = Net()
+agree(net, to_keras(net, theirs(keras.layers.BatchNormalization)).model)
+given = theirs(lambda name: BatchNormalization(name=name, activation="leaky_relu", unbiased=True, momentum=0.8))
+back = from_keras(given, Net()).model
+assert back.norm.activation == ("leaky_relu", 0.2), back.norm.activation
+agree(back, given)
+print("agree")
+"""
+
+
+def test_keras() -> None:
+    pytest.importorskip("keras")
+    environment = os.environ | {"KERAS_BACKEND": "jax"}
+    done = subprocess.run([sys.executable, "-c", KERAS], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "agree"
