@@ -1,7 +1,7 @@
 """The stages as registered operators, which the graphs of `torch.compile` can call.
 
 `batchnorm::forward` and `batchnorm::backward` normalize by the statistics of a batch, as `batch_norm` does in training
-on the CPU. Inductor would generate its own loops instead, whose sums over a channel are slow.
+on the CPU. The residual of `batchnorm::backward` is `y` if the call `keeps_output`. Inductor would generate its own loops instead, whose sums over a channel are slow.
 """
 
 from typing import Any
@@ -34,6 +34,9 @@ def takes(call: Call, plan: Plan) -> bool:
 
 def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) -> Outcome:
     """Compute a call by the statistics of the batch."""
+    call = function.own_residual(call)
+    if call.bias is not None:  # it may change before the backward pass
+        call = call._replace(bias=call.bias.clone())
     y, statistics = forward(*call[:6], *call.activation)
     mean, var, _ = statistics.unbind()
     return Outcome(y, Batch(statistics[:2], mean, var, plan.count))
@@ -106,9 +109,12 @@ def _like_backward(
 def keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save what the gradients of `forward` need."""
     x, weight, bias, residual, counts, eps, activation, parameter = inputs
-    _, statistics = output
+    y, statistics = output
     ctx.has_residual = residual is not None
-    residual = residual if activation != "none" else None  # dz = dy, whatever the residual is
+    if residual is not None and activation == "relu":
+        residual = y
+    elif activation == "none":
+        residual = None  # dz = dy, whatever the residual is
     ctx.save_for_backward(x, weight, bias, residual, counts, statistics)
     ctx.how = eps, activation, parameter
     ctx.mark_non_differentiable(statistics)
@@ -144,13 +150,19 @@ def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs = [None if t is None else t.view_as(t).requires_grad_() for t in (dy, x, weight, bias, residual)]
         dy_, x_, weight_, bias_, residual_ = inputs
         assert x_ is not None
+        assert dy_ is not None
         call = Call(x_, weight_, bias_, residual_, counts, eps, (name, parameter), arithmetic=arithmetic(x_.dtype))
+        dz = dy_
+        if function.keeps_output(call):  # y says where z is positive; the residual itself has no part in it
+            dz = torch.where(residual <= 0, 0, dy_)
+            inputs[4] = residual_ = torch.zeros_like(x_).requires_grad_()
+            call = call._replace(residual=residual_, activation=("none", 0.0))
         y, *_ = composed.forward(call, Plan(torch.inf))
         found = (x_, needs_x), (weight_, True), (bias_, True), (residual_, needs_residual)
         outer = {t: grad for (t, needed), grad in zip(found, grads, strict=True) if needed and t is not None}
         if not outer:
             return (None,) * 12
-        first = torch.autograd.grad(y, list(outer), dy_, create_graph=True)
+        first = torch.autograd.grad(y, list(outer), dz, create_graph=True)
         second = torch.autograd.grad(
             first, [t for t in inputs if t is not None], list(outer.values()), create_graph=True, allow_unused=True
         )
