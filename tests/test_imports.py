@@ -25,6 +25,7 @@ ORDER = [
     "batchnorm.torch.sync",
     "batchnorm.torch.layout",
     "batchnorm.torch.call",
+    "batchnorm.torch.recipes",
     "batchnorm.torch.running",
     "batchnorm.torch.sources",
     "batchnorm.torch.composed",

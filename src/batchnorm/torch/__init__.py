@@ -15,6 +15,7 @@ from batchnorm.torch.layers import (
     LazyBatchNorm3d,
     SyncBatchNorm,
 )
+from batchnorm.torch.memory import save_memory
 from batchnorm.torch.routes import route
 from batchnorm.torch.sources import (
     BatchStatistics,
@@ -50,5 +51,6 @@ __all__ = [
     "freeze",
     "revert",
     "route",
+    "save_memory",
     "unfreeze",
 ]

@@ -43,7 +43,7 @@ THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm1d.forward}
 """The forwards that normalize the second axis of exactly what they are given."""
 
-ATTRIBUTES = ("activation", "statistics", "num_batches_skipped", "_before_freeze")
+ATTRIBUTES = ("activation", "statistics", "save_memory", "num_batches_skipped", "_before_freeze")
 """What our layers have and PyTorch's do not."""
 
 
@@ -98,6 +98,7 @@ def release(layer: Any) -> None:
     if "_group" in vars(layer):
         vars(layer)["process_group"] = vars(layer).pop("_group")
     vars(layer).pop("_before_freeze", None)
+    vars(layer).pop("save_memory", None)
     del layer.num_batches_skipped, layer.activation, layer.statistics
     layer.__class__ = kind
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from batchnorm.torch import composed
+from batchnorm.torch import composed, recipes
 from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
@@ -129,6 +129,8 @@ class _BatchNorm(torch.autograd.Function):
         y: Tensor
         y, statistics, ctx.kept = how.stages.forward(call, how)
         told.append(statistics)
+        if (found := recipes.active()) is not None and any(ctx.needs_input_grad):
+            _note(found, y, call, how, statistics)
         ctx.keeps_output = keeps_output(call)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = call.residual is not None
@@ -159,6 +161,19 @@ class _BatchNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _note(found: recipes.Recipes, y: Tensor, call: Call, how: How, statistics: Tensor) -> None:
+    """Note how to make `y` again: by the same statistics, and by copies of what an optimizer might change."""
+    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
+    bare = call._replace(weight=weight, bias=bias, residual=None, counts=None, x=statistics)
+    how = how._replace(statistics=statistics[:3], running=None)
+
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        again: Tensor = how.stages.forward(bare._replace(x=x, residual=residual), how)[0]
+        return again
+
+    found.note(y, make, call.x, call.residual)
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -90,7 +90,10 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
         bias = torch.zeros_like(mean) if call.bias is None else call.bias.detach().to(STATISTICS).expand_as(mean)
         statistics = torch.cat([how.statistics, bias[None]])
         if x.numel() > 0:
-            kernels.normalize(x, residual, mean, rstd, *_dense_vectors(call), call.activation, y, shape=shape)
+            kernels.normalize(
+                x, residual, mean, rstd, *_dense_vectors(call), call.activation, y,
+                shape=shape, groups=groups, samples=len(x),
+            )  # fmt: skip
         return y, statistics, None
     statistics = torch.empty((4, groups, shape[1]), dtype=STATISTICS, device=x.device)
     moved = None

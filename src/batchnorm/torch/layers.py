@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch import recipes
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.running import Running
 from batchnorm.torch.sources import RunningStatistics, Statistics, SyncStatistics, expect
@@ -48,6 +49,8 @@ class _Layer(_Base):
         activation: The activation after the normalization, computed in the same pass: a name or `(name, parameter)`,
             as in `batch_norm`.
         statistics: The source of the statistics in training; the batch if None.
+        save_memory: Whether to make `y` again in the backward pass instead of keeping it: see `save_memory`. It takes
+            effect in calls of the modules that the layer becomes part of.
         **kwargs: PyTorch's, by name.
 
     Attributes:
@@ -59,19 +62,21 @@ class _Layer(_Base):
         ValueError: If the activation is unknown.
 
     Differs from the class in `torch.nn`:
-        1. The constructor takes `activation` and `statistics`; `forward` takes `residual` and `mask`.
+        1. The constructor takes `activation`, `statistics` and `save_memory`; `forward` takes `residual` and `mask`.
         2. A batch with an infinity or a NaN does not change the running statistics.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
 
     num_batches_skipped: Tensor
+    save_memory = False
 
     def __init__(
         self,
         *args: Any,
         activation: ActivationSpec = None,
         statistics: Statistics | None = None,
+        save_memory: bool = False,
         device: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -82,6 +87,9 @@ class _Layer(_Base):
         parse_activation(activation)  # an unknown activation fails here, not at the first batch
         self.activation = activation
         self.statistics = statistics
+        if save_memory:
+            self.save_memory = True
+            recipes.follow_registrations()
         device = None if self.num_batches_tracked is None else self.num_batches_tracked.device
         self.register_buffer("num_batches_skipped", torch.zeros((), dtype=torch.long, device=device), persistent=False)
 
@@ -159,7 +167,11 @@ class _Layer(_Base):
         if not self.training and (running.mean is not None or running.var is not None):
             source, mask = RUNNING, None
         asked = input, self.weight, self.bias, residual, mask, self.eps, activation
-        y, route = normalize(asked, running, source)
+        if self.save_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with recipes.wanted():
+                y, route = normalize(asked, running, source)
+        else:
+            y, route = normalize(asked, running, source)
         if observers:
             for observer in observers:
                 observer(self, route)
@@ -172,6 +184,8 @@ class _Layer(_Base):
             text += f", activation={self.activation!r}"
         if self.statistics is not None:
             text += f", statistics={self.statistics!r}"
+        if self.save_memory:
+            text += ", save_memory=True"
         return text
 
 
@@ -230,10 +244,12 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
         *,
         activation: ActivationSpec = None,
         statistics: Statistics | None = None,
+        save_memory: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, dtype=dtype, device=device,
             activation=activation, statistics=SyncStatistics(process_group) if statistics is None else statistics,
+            save_memory=save_memory,
         )  # fmt: skip
         if statistics is not None and process_group is not None:
             raise ValueError("give the process group to the statistics: SyncStatistics(process_group)")

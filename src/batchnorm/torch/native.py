@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from batchnorm.torch import composed
+from batchnorm.torch import composed, recipes
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_tracing
 from batchnorm.torch.running import Running, is_finite
 
@@ -32,7 +32,7 @@ def compute(call: Call, plan: Plan, running: Running) -> Outcome:
         if torch.is_grad_enabled() and (call.is_eager or not is_tracing()):
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
-        return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
+        return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0), (mean, var)))
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
     x = call.x
@@ -59,9 +59,11 @@ def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: b
     return torch.batch_norm(x, weight, bias, mean, var, training, momentum, call.eps, cudnn)
 
 
-def _follow(call: Call, z: Tensor) -> Tensor:
+def _follow(call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
     """Add the residual and apply the activation; in place where nothing else uses `z`."""
     name, parameter = call.activation
+    if (found := recipes.active()) is not None and z.requires_grad:
+        return _follow_and_note(found, call, z, constants)
     if torch.is_grad_enabled() or not call.is_eager:
         z = z if call.residual is None else z + call.residual
     else:
@@ -69,4 +71,30 @@ def _follow(call: Call, z: Tensor) -> Tensor:
         if name == "relu":
             return torch.relu_(z)
     y: Tensor = composed.ACTIVATIONS[name](z, parameter)
+    return y
+
+
+def _follow_and_note(
+    found: recipes.Recipes, call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """`_follow`, with a recipe for each value on the way: PyTorch keeps that before or after the activation."""
+    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
+    bare, (name, parameter) = call._replace(weight=weight, bias=bias, x=call.x.new_empty(0), residual=None), call.activation
+
+    def normalize(x: Tensor) -> Tensor:
+        return _batch_norm(bare._replace(x=x), *constants, constants[0] is None, 0.0)
+
+    def activate(z: Tensor) -> Tensor:
+        y: Tensor = composed.ACTIVATIONS[name](z, parameter)
+        return y
+
+    found.note(z, normalize, call.x)
+    if call.residual is not None:
+        before, z = z, z + call.residual
+        found.note(z, torch.add, before, call.residual)
+    if name == "none":
+        return z
+    with found.expecting(activate, z):
+        y = activate(z)
+    found.note(y, activate, z)
     return y
