@@ -79,7 +79,8 @@ class Layer:
 
     def backward(self, count: Any = None, of_output: bool = False) -> None:
         gpu.backward(
-            self.dy, self.x, self.y if of_output else self.residual, self.counts, self.mean, self.rstd, *self.affine, count, self.activation,
+            self.dy, self.x, self.y if of_output else self.residual, self.counts, self.mean, self.rstd, *self.affine,
+            count, self.activation,
             self.sum_dz, self.sum_dz_xhat, self.dx, None if self.residual is None else self.d_residual,
             of_output=of_output, **self.options,
         )  # fmt: skip

@@ -24,9 +24,7 @@ __all__ = ["adopt_layers", "convert", "revert"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert(
-    model: M, *, fuse: bool = True, statistics: Statistics | None = None, save_memory: bool | None = None
-) -> M:
+def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None, save_memory: bool | None = None) -> M:
     """Turn a model's batch normalizations into ours, in place.
 
     Every layer stays the object that it is, with its parameters, buffers, hooks and mode: only its class changes. State

@@ -63,7 +63,9 @@ def is_watched(module: nn.Module) -> bool:
     """Whether hooks run when a module is called, other than those that only make its weight or save memory."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return bool(_has_any_global_hook()) or any(
-        not isinstance(hook, WeightNorm) and hook not in (open_before, close_after) for hooks in own for hook in hooks.values()
+        not isinstance(hook, WeightNorm) and hook not in (open_before, close_after)
+        for hooks in own
+        for hook in hooks.values()
     )
 
 

@@ -28,8 +28,8 @@ class How(NamedTuple):
     Attributes:
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
             the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
-            `Gradients`, with `y` as the call's residual if the forward call `keeps_output`; `old_bias(statistics, kept)`
-            returns the bias as it was in the forward pass.
+            `Gradients`, with `y` as the call's residual if the forward call `keeps_output`;
+            `old_bias(statistics, kept)` returns the bias as it was in the forward pass.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
         statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them.

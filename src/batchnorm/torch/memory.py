@@ -44,12 +44,12 @@ def save_memory(model: M, on: bool = True) -> M:
 
     Raises:
         ValueError: If the model has no layer of ours.
-        RuntimeError: In a backward pass, if `x` or `y` was changed in place after it was kept: PyTorch's error. A change
-            through `y.data`, which PyTorch does not see either, must not come between the layer and what uses `y`. In a
-            forward pass, if it calls `torch.func.grad`, which PyTorch does not combine with such hooks.
+        RuntimeError: In a backward pass, if `x` or `y` was changed in place after it was kept: PyTorch's error. (A
+            change through `y.data`, which PyTorch does not see either, must not come between the layer and what uses
+            `y`.) In a forward pass, if it calls `torch.func.grad`, which PyTorch does not combine with such hooks.
 
-    Source: Bulo, Porzi & Kontschieder 2018, "In-place activated batchnorm", for the idea; theirs inverts the activation,
-    which is not exact.
+    Source: Bulo, Porzi & Kontschieder 2018, "In-place activated batchnorm", for the idea: theirs inverts the
+    activation, which is not exact.
     """
     layers = [found.layer for found in survey(model) if found.ours]
     if not layers and on:

@@ -79,7 +79,8 @@ def _follow_and_note(
 ) -> Tensor:
     """`_follow`, with a recipe for each value on the way: PyTorch keeps that before or after the activation."""
     weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
-    bare, (name, parameter) = call._replace(weight=weight, bias=bias, x=call.x.new_empty(0), residual=None), call.activation
+    bare = call._replace(weight=weight, bias=bias, x=call.x.new_empty(0), residual=None)
+    name, parameter = call.activation
 
     def normalize(x: Tensor) -> Tensor:
         return _batch_norm(bare._replace(x=x), *constants, constants[0] is None, 0.0)
@@ -88,12 +89,12 @@ def _follow_and_note(
         y: Tensor = composed.ACTIVATIONS[name](z, parameter)
         return y
 
-    found.note(z, normalize, call.x)
+    noted = found.note(z, normalize, call.x)
     if call.residual is not None:
         before, z = z, z + call.residual
-        found.note(z, torch.add, before, call.residual)
-    if name == "none":
-        return z
+        noted = noted and found.note(z, torch.add, before, call.residual)
+    if name == "none" or not noted:
+        return activate(z)
     with found.expecting(activate, z):
         y = activate(z)
     found.note(y, activate, z)

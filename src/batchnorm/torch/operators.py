@@ -1,7 +1,8 @@
 """The stages as registered operators, which the graphs of `torch.compile` can call.
 
 `batchnorm::forward` and `batchnorm::backward` normalize by the statistics of a batch, as `batch_norm` does in training
-on the CPU. The residual of `batchnorm::backward` is `y` if the call `keeps_output`. Inductor would generate its own loops instead, whose sums over a channel are slow.
+on the CPU. The residual of `batchnorm::backward` is `y` if the call `keeps_output`. Inductor would generate its own
+loops instead, whose sums over a channel are slow.
 """
 
 from typing import Any

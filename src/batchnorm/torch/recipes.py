@@ -99,12 +99,16 @@ class Recipe:
         users: How many `Named` there are.
     """
 
+    depth: int
+    lock: Any
+    users: int
+
     __slots__ = (
         "__weakref__", "_asked", "_found", "_inputs", "_make", "_stream", "_turn", "depth", "dtype", "lock", "users",
         "version", "witness",
     )  # fmt: skip
 
-    def __init__(self, y: Tensor, make: Callable[..., Tensor], inputs: "tuple[Kept | Named | None, ...]") -> None:
+    def __init__(self, y: Tensor, make: Callable[..., Tensor], inputs: "list[Kept | Named]") -> None:
         self.witness = y.detach()
         self.witness.data = torch.empty(0, dtype=y.dtype, device=y.device)
         self.version = y._version
@@ -132,7 +136,7 @@ class Recipe:
             if y is None:
                 with torch.no_grad():
                     # In an input that a recipe makes, a later change of its original does not show.
-                    given = (i.value() if isinstance(i, Named) else i and i.get() for i in self._inputs)
+                    given = [each.value() if isinstance(each, Named) else each.get() for each in self._inputs]
                     y = self._make(*given)
             self._stream = stream
             waits = self._asked < self.users and torch._C._current_graph_task_id() != -1
@@ -168,7 +172,7 @@ def _at_the_end(recipe: Recipe) -> None:
         if found is not None:
             found.forget()
 
-    torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(forget)
 
 
 def _changed(t: Tensor, shape: tuple[int, ...], expected: int) -> RuntimeError:
@@ -187,21 +191,24 @@ class Recipes:
         self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
         self._expected: tuple[Callable[..., Tensor], Tensor] | None = None
 
-    def note(self, y: Tensor, make: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> None:
-        """Note how to make `y` from `x` and the residual.
+    def note(self, y: Tensor, make: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> bool:
+        """Note how to make `y` from `x` and the residual, and return whether that pays.
 
         A residual is named only if it is there anyway: because a recipe makes it, or because something keeps it, so
         that PyTorch, too, would not allow to change it. Otherwise `y` is kept: the residual takes as much memory.
         """
-        added = None
+        inputs: list[Kept | Named] = [self._find(x) or Kept(x)]
         if residual is not None:
-            added = self._find(residual)
-            if added is None:
-                return
-        recipe = Recipe(y, make, (self._find(x) or Kept(x),) if residual is None else (self._find(x) or Kept(x), added))
-        if recipe.depth <= LONGEST:
-            storage = y.untyped_storage()
-            self._found[storage._cdata] = StorageWeakRef(storage), recipe
+            found = self._find(residual)
+            if found is None:
+                return False
+            inputs.append(found)
+        recipe = Recipe(y, make, inputs)
+        if recipe.depth > LONGEST:
+            return False
+        storage = y.untyped_storage()
+        self._found[storage._cdata] = StorageWeakRef(storage), recipe
+        return True
 
     @contextmanager
     def expecting(self, make: Callable[..., Tensor], z: Tensor) -> Iterator[None]:
@@ -221,7 +228,7 @@ class Recipes:
             return found
         if self._expected is not None and t._version == 0:
             make, z = self._expected
-            if t.shape == z.shape and t.dtype is z.dtype and t.stride() == z.stride():
+            if t.shape == z.shape and t.dtype is z.dtype and t.untyped_storage()._cdata != z.untyped_storage()._cdata:
                 self._expected = None
                 self.note(t, make, z)
                 return self._find(t) or Kept(t)
