@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FLOORS := .venv-floors
 
-.PHONY: study test floors lint bench browser clean
+.PHONY: study test floors lint bench docs browser clean
 
 study: $(VENV)/study.stamp  ## train on real digits, write study-report/report.html
 	$(BIN)/batchnorm study $(ARGS)
@@ -25,6 +25,9 @@ lint: $(VENV)/test.stamp  ## what `test` checks without running anything, and py
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright
+
+docs: $(VENV)/docs.stamp  ## build the site, build/site/index.html
+	$(BIN)/mkdocs build $(ARGS)
 
 bench: $(VENV)/bench.stamp  ## time layers and whole models against PyTorch on this machine
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -51,9 +54,13 @@ $(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[bench]"
 	touch $@ $(VENV)/study.stamp
 
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[docs]"
+	touch $@
+
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable ".[test,lint]"
-	touch $@ $(VENV)/study.stamp $(VENV)/bench.stamp
+	touch $@ $(VENV)/study.stamp $(VENV)/bench.stamp $(VENV)/docs.stamp
 
 # From nothing, so that nothing newer is left in it.
 $(FLOORS)/floors.stamp: pyproject.toml floors.txt

@@ -73,13 +73,13 @@ def main() -> None:
             if dist.get_rank() == 0:
                 print(f"epoch {epoch + 1}: loss {loss.item():.3f}", flush=True)
 
+        seen = torch.stack([t.double() for t in (model[2].running_mean, model[2].running_var)])
+        everywhere = [torch.empty_like(seen) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, seen)
         model.eval()
         with torch.no_grad():
             x, label = (t.to(device) for t in test.tensors)
             accuracy = (model(x).argmax(1) == label).float().mean().item()
-        seen = torch.stack([t.double() for t in (model[2].running_mean, model[2].running_var)])
-        everywhere = [torch.empty_like(seen) for _ in range(dist.get_world_size())]
-        dist.all_gather(everywhere, seen)
         if dist.get_rank() == 0:
             same = all(torch.equal(seen, other) for other in everywhere)
             print(f"{dist.get_world_size()} processes, {options.batch_size} samples each: {accuracy:.1%} right")

@@ -15,7 +15,7 @@ from batchnorm import cli
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-OURS = ("test", "lint")
+OURS = ("test", "lint", "docs")
 """The extras of those who work on the package; the others are for those who use it."""
 
 COMMANDS = {"study": "study", "bench": "bench", "fold": "onnx"}

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -551,21 +550,6 @@ def test_compiled_models() -> None:
 SHARES = [slice(0, 17), slice(17, 18), slice(18, 18)]
 
 
-def in_process(rank: int, folder: str, work: Callable[[int], Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    try:
-        torch.save(work(rank), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def in_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What it gives in each of three processes."""
-    mp.spawn(in_process, (str(folder), work), nprocs=3)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
-
-
 def share(rank: int) -> list[dict[str, Tensor]]:
     found = []
     for method in METHODS:
@@ -578,7 +562,7 @@ def share(rank: int) -> list[dict[str, Tensor]]:
 
 
 def test_processes_pool(tmp_path: Path) -> None:
-    found = in_processes(share, tmp_path)
+    found = in_processes(3, share, tmp_path)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
     for method, values in zip(METHODS, found[0], strict=True):
@@ -596,7 +580,7 @@ def branched_share(rank: int) -> dict[str, Tensor]:
 def test_processes_that_reach_other_layers_first(tmp_path: Path) -> None:
     model = Branches()
     calibrate(model, branched()[0], method="sequential")
-    for found in in_processes(branched_share, tmp_path):
+    for found in in_processes(3, branched_share, tmp_path):
         torch.testing.assert_close(found, statistics(model), rtol=1e-12, atol=1e-12)
 
 
@@ -608,7 +592,7 @@ def wrapped_share(rank: int) -> Any:
 
 
 def test_wrapped_models_wait_for_nobody(tmp_path: Path) -> None:
-    assert in_processes(wrapped_share, tmp_path) == [(23, True)] * 3
+    assert in_processes(3, wrapped_share, tmp_path) == [(23, True)] * 3
 
 
 class NoData:
@@ -630,7 +614,7 @@ def test_processes_that_fail_early_make_the_others_fail(tmp_path: Path) -> None:
     others = ["process 0 of the group fa", "process 1 of the group fa"]
     others = [text[:24] for text in others]
     expected = [["disk", others[1]], [others[0], "method='sequential' read"], others]
-    assert in_processes(failing_early, tmp_path) == expected
+    assert in_processes(3, failing_early, tmp_path) == expected
 
 
 def failing_share(rank: int) -> str:
@@ -646,4 +630,4 @@ def failing_share(rank: int) -> str:
 
 def test_a_process_that_fails_makes_the_others_fail(tmp_path: Path) -> None:
     others = "process 1 of the group failed; here nothing has been changed"
-    assert in_processes(failing_share, tmp_path) == [others, "disk", others]
+    assert in_processes(3, failing_share, tmp_path) == [others, "disk", others]

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from cases import KERNEL_ROUTES, LAYOUTS, Layout, channels_last, relative_error, tolerance
+from processes import in_processes
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -194,31 +193,26 @@ def test_two_forward_passes_before_one_backward_pass(mode: str, path: str) -> No
     assert_close(got, [p.grad for p in model.parameters()])
 
 
-def two_forward_passes(rank: int, file: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        for path, (training, options) in itertools.product(("native", "numba"), MODES.values()):
-            wrapped = nn.parallel.DistributedDataParallel(network(**options).train(training), broadcast_buffers=True)
-            a, b = draw(seed=1 + rank), draw(seed=3 + rank)
-            with route(path, "numba"):
-                (wrapped(a).square().sum() + wrapped(b).sum()).backward()
-            got = [p.grad.clone() for p in wrapped.parameters()]
-            wants = []
-            for other in range(2):
-                model = network(**options).train(training)
-                (model(draw(seed=1 + other)).square().sum() + model(draw(seed=3 + other)).sum()).backward()
-                wants.append([p.grad for p in model.parameters()])
-            assert_close(got, [(p + q) / 2 for p, q in zip(*wants, strict=True)])
-            wrapped(a)  # which first takes the buffers of the first process
-            assert wrapped.module[1].num_batches_tracked == (3 if training and not options else 0)
-    finally:
-        dist.destroy_process_group()
+def two_forward_passes(rank: int) -> None:
+    for path, (training, options) in itertools.product(("native", "numba"), MODES.values()):
+        wrapped = nn.parallel.DistributedDataParallel(network(**options).train(training), broadcast_buffers=True)
+        a, b = draw(seed=1 + rank), draw(seed=3 + rank)
+        with route(path, "numba"):
+            (wrapped(a).square().sum() + wrapped(b).sum()).backward()
+        got = [p.grad.clone() for p in wrapped.parameters()]
+        wants = []
+        for other in range(2):
+            model = network(**options).train(training)
+            (model(draw(seed=1 + other)).square().sum() + model(draw(seed=3 + other)).sum()).backward()
+            wants.append([p.grad for p in model.parameters()])
+        assert_close(got, [(p + q) / 2 for p, q in zip(*wants, strict=True)])
+        wrapped(a)  # which first takes the buffers of the first process
+        assert wrapped.module[1].num_batches_tracked == (3 if training and not options else 0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and files")
 def test_two_forward_passes_in_two_processes_that_share_buffers(tmp_path: Path) -> None:
-    mp.spawn(two_forward_passes, (str(tmp_path / "meeting"),), nprocs=2)
+    in_processes(2, two_forward_passes, tmp_path)
 
 
 # --- Copies, states, hooks -------------------------------------------------------------------------------------------

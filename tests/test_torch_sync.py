@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import CHANNELS_LAST, KERNEL_ROUTES, MATRIX, Layout, batch
+from processes import in_processes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,20 +32,13 @@ BOUND = 1e-8
 """For float64, of numbers of size 1."""
 
 
-def in_process(rank: int, file: str, work: Callable[[int], Any]) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=300)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD, timeout=timeout)
-    try:
-        with route(*KERNEL_ROUTES):
-            work(rank)
-    finally:
-        dist.destroy_process_group()
+def by_kernels(work: Callable[[int], Any], rank: int) -> None:
+    with route(*KERNEL_ROUTES):
+        work(rank)
 
 
-def in_processes(work: Callable[[int], Any], folder: Path) -> None:
-    """In three processes; an error in one is one here."""
-    mp.spawn(in_process, (str(folder / "meeting"), work), nprocs=WORLD)
+def in_three(work: Callable[[int], Any], folder: Path) -> None:
+    in_processes(WORLD, partial(by_kernels, work), folder)
 
 
 def share(sizes: tuple[int, ...], rank: int) -> slice:
@@ -129,7 +124,7 @@ def like_one_process(rank: int) -> None:
 
 
 def test_three_processes_are_one_with_all_the_samples(tmp_path: Path) -> None:
-    in_processes(like_one_process, tmp_path)
+    in_three(like_one_process, tmp_path)
 
 
 # --- Layers ----------------------------------------------------------------------------------------------------------
@@ -213,7 +208,7 @@ def definition_of(x: Tensor) -> Tensor:
 
 
 def test_layers(tmp_path: Path) -> None:
-    in_processes(layers, tmp_path)
+    in_three(layers, tmp_path)
 
 
 def collectives(rank: int) -> None:
@@ -241,7 +236,7 @@ def collectives(rank: int) -> None:
 
 
 def test_one_collective_forward_and_one_backward(tmp_path: Path) -> None:
-    in_processes(collectives, tmp_path)
+    in_three(collectives, tmp_path)
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -298,7 +293,7 @@ def errors(rank: int) -> None:
 
 
 def test_errors_reach_all_processes(tmp_path: Path) -> None:
-    in_processes(errors, tmp_path)
+    in_three(errors, tmp_path)
 
 
 TIMEOUT = 8.0

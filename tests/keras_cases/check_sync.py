@@ -199,6 +199,7 @@ def in_process(file: str, rank: int) -> None:
             close(layer.moving_variance, expected.var)
     calibrated(rank)
     dist.destroy_process_group()
+    os._exit(0)  # Python's own clean-up may abort a process that a thread of gloo is still leaving
 
 
 def calibrated(rank: int) -> None:

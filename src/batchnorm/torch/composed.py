@@ -80,9 +80,9 @@ def together(found: list[tuple[Any, Tensor, Tensor]]) -> tuple[Any, Tensor, Tens
     Args:
         found: Count, mean and variance of each part.
     """
-    total = sum(count for count, _, _ in found)
-    mean = sum(count / total * mean for count, mean, _ in found)
-    var = sum(count / total * (var + (mean_part - mean) ** 2) for count, mean_part, var in found)
+    total: Any = sum(count for count, _, _ in found)
+    mean: Any = sum(count / total * mean for count, mean, _ in found)
+    var: Any = sum(count / total * (var + (mean_part - mean) ** 2) for count, mean_part, var in found)
     return total, mean, var
 
 

@@ -85,13 +85,12 @@ Made = TypeVar("Made", covariant=True)
 
 
 class Network(Protocol[P, Made]):
-    """A copy of a model, which may be changed, and its graph.
+    """A copy of a model, which may be changed, and its graph."""
 
-    Attributes:
-        constants: What the framework calls mean, var, weight, bias and eps.
-    """
-
-    constants: tuple[str, str, str, str, str]
+    @property
+    def constants(self) -> tuple[str, str, str, str, str]:
+        """What the framework calls mean, var, weight, bias and eps."""
+        ...
 
     def names(self) -> Iterable[str]:
         """All normalizations, in the order in which they run."""

@@ -3,6 +3,9 @@
 `z` and `act'(z)` are computed again from `x`, in the same arithmetic as forward.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# (In a kernel, a branch on a constant is there or is not.)
+
 from typing import NamedTuple
 
 import triton

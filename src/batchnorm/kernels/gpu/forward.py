@@ -6,6 +6,9 @@ about the first of them are at most `1 + values` times those about their mean: a
 Parts are merged in float64.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# (In a kernel, a branch on a constant is there or is not.)
+
 import triton
 import triton.language as tl
 from triton.language import constexpr, tensor

@@ -23,6 +23,9 @@ Arguments of all stages:
 Everything is enqueued on the current stream; nothing waits for the device.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# (In a kernel, a branch on a constant is there or is not.)
+
 import math
 from typing import Any, NamedTuple
 
