@@ -135,7 +135,22 @@ def _memory(tables: Tables) -> str:
     for eager, converted in _pairs(tables["memory"]):
         peaks = f"{eager['peak_mib']:.0f}", f"{converted['peak_mib']:.0f}", f"{converted['eager_over_this']:.2f}"
         rows.append((f"{eager['model']} {eager['layout']}", eager["shape"], *peaks))
-    return markdown(("model", "batch", "eager, MiB", "converted, MiB", "×"), rows)
+    text = markdown(("model", "batch", "eager, MiB", "converted, MiB", "×"), rows)
+    names = ("eager", "converted", "save_memory")
+    found = {name: [r for r in tables["memory"] if r["candidate"] == name and r.get("kept_mib")] for name in names}
+    saved = [
+        (
+            f"{eager['model']} {eager['layout']}", eager["shape"], f"{eager['kept_mib']:.0f}",
+            f"{converted['kept_mib']:.0f}", f"{saving['kept_mib']:.0f}", f"{saving['kept_of_eager']:.0%}",
+            f"{saving['peak_mib']:.0f}",
+        )
+        for eager, converted, saving in zip(*found.values(), strict=True)
+    ]  # fmt: skip
+    heading = (
+        "kept for the backward pass", "batch", "eager, MiB", "converted, MiB", "save_memory, MiB", "of eager's",
+        "its peak, MiB",
+    )  # fmt: skip
+    return text + "\n" * bool(saved) + markdown(heading, saved)
 
 
 def _gradients(tables: Tables) -> str:

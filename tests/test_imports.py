@@ -28,6 +28,7 @@ ORDER = [
     "batchnorm.torch.layout",
     "batchnorm.torch.call",
     "batchnorm.torch.recomputation",
+    "batchnorm.torch.recipes",
     "batchnorm.torch.running",
     "batchnorm.torch.sources",
     "batchnorm.torch.composed",
@@ -74,8 +75,8 @@ LATE = {
     ("batchnorm.torch.layers", "batchnorm.torch.convert"),
     ("batchnorm.whole.findings", "batchnorm.whole.page"),
 }
-"""What a function imports of what imports it: `SyncBatchNorm` has a tool for whole models, because PyTorch's has it, and
-a report writes itself as a page."""
+"""What a function imports of what imports it. `SyncBatchNorm` has a tool for whole models, because PyTorch's has it; a
+report writes itself as a page."""
 
 ALLOWED = {
     "batchnorm.checkpoints": {"torch"},

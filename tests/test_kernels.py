@@ -25,16 +25,16 @@ def unwritten(*shapes: Any, dtype: Any = np.float64) -> list[Any]:
     return [np.full(shape, np.nan, dtype) for shape in shapes]
 
 
-def run(p: Problem, activation: Any, eps: float = 1e-5, cache: int = CACHE) -> dict[str, Any]:
-    """Forward and backward by the fused kernels."""
+def run(p: Problem, activation: Any, eps: float = 1e-5, cache: int = CACHE, of_output: bool = False) -> dict[str, Any]:
+    """Forward and backward by the fused kernels; `of_output`, backward by `y` in place of the residual."""
     channels = p.x.shape[1]
     mean, var, rstd, sum_dz, sum_dz_xhat = unwritten(*[channels] * 5)
     y, dx = unwritten(p.x.shape, p.x.shape, dtype=p.x.dtype)
     d_residual = None if p.residual is None else unwritten(p.x.shape, dtype=p.x.dtype)[0]
     launch.forward(p.x, p.residual, p.mask, p.weight, p.bias, eps, activation, y, mean, var, rstd, cache=cache)
     launch.backward(
-        p.dy, p.x, p.residual, p.mask, mean, rstd, p.weight, p.bias, p.count, activation,
-        sum_dz, sum_dz_xhat, dx, d_residual, cache=cache,
+        p.dy, p.x, y if of_output else p.residual, p.mask, mean, rstd, p.weight, p.bias, p.count, activation,
+        sum_dz, sum_dz_xhat, dx, d_residual, of_output=of_output, cache=cache,
     )  # fmt: skip
     outputs = {"y": y, "mean": mean, "var": var, "dx": dx, "d_weight": sum_dz_xhat, "d_bias": sum_dz}
     return outputs if d_residual is None else outputs | {"d_residual": d_residual}
@@ -49,8 +49,8 @@ def exact(p: Problem, activation: Any, eps: float = 1e-5) -> dict[str, Any]:
     return outputs if p.residual is None else outputs | {"d_residual": d_residual}
 
 
-def assert_exact(p: Problem, activation: Any, cache: int = CACHE) -> None:
-    got, want = run(p, activation, cache=cache), exact(p, activation)
+def assert_exact(p: Problem, activation: Any, cache: int = CACHE, of_output: bool = False) -> None:
+    got, want = run(p, activation, cache=cache, of_output=of_output), exact(p, activation)
     terms = p.x.size // p.x.shape[1]
     gain = max(1.0, float(np.max(definition.reciprocal_std(want["var"]) * p.weight)))
     for name, value in got.items():
@@ -65,6 +65,13 @@ def assert_exact(p: Problem, activation: Any, cache: int = CACHE) -> None:
 def test_every_shape(shape: Any, dtype: Any) -> None:
     for residual, mask in FLAGS:
         assert_exact(problem(shape, dtype, residual=residual, mask=mask), "relu")
+
+
+@pytest.mark.parametrize("cache", [CACHE, 1])
+@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160), (300, 2, 33), (32, 64, 1), (9, 3, 1)])
+def test_relu_by_its_output(shape: Any, cache: int) -> None:
+    for mask in (False, True):
+        assert_exact(problem(shape, np.float32, residual=True, mask=mask), "relu", cache, of_output=True)
 
 
 def test_the_kernels_know_the_activations_of_the_definition() -> None:

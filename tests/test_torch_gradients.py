@@ -20,7 +20,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from batchnorm import definition
 from batchnorm.kernels import launch
-from batchnorm.torch import RunningStatistics, batch_norm
+from batchnorm.torch import RunningStatistics, batch_norm, route
 
 # Forward mode loads decompositions that PyTorch itself still compiles in the deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -119,12 +119,44 @@ def test_sums_alone_need_no_gradient_of_x(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_an_input_changed_before_the_backward_pass_is_noticed() -> None:
-    for name in ("x", "weight", "residual", "mask"):
+    for name in ("x", "weight", "mask"):
         arguments = given(MATRIX, "training", "silu")
         y = batch_norm(**arguments | {"bias": arguments["bias"].requires_grad_()})
         arguments[name].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["numba", "native", "composed"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_what_pytorch_does_not_keep_may_change_before_the_backward_pass(activation: Any, way: str) -> None:
+    """The first and second derivatives are those of the values in the forward pass."""
+    arguments = given(IMAGES, "training", activation)
+    del arguments["mask"]
+    found = []
+    for change in (False, True):
+        given_now = arguments | {name: arguments[name].clone().requires_grad_() for name in NAMES}
+        with route(way):
+            y = batch_norm(**given_now | {"residual": (state := given_now["residual"].clone())})
+        if change:
+            with torch.no_grad():
+                state.mul_(0.9).add_(y)
+                given_now["bias"].add_(1)
+        leaves = [given_now[name] for name in NAMES]
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(each.square().sum() for each in first), leaves)
+        found.append([*first, *second])
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_that_relu_keeps_may_not_change() -> None:
+    """Nor may it in PyTorch."""
+    arguments = given(MATRIX, "training", "relu")
+    y = batch_norm(**arguments | {"residual": arguments["residual"].requires_grad_()})
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_the_output_may_be_changed_in_place() -> None:
@@ -169,6 +201,23 @@ def test_vjp(x: Tensor, dy: Tensor) -> None:
     y, backward = torch.func.vjp(normalized, x)
     assert_close(y, definition.forward(x, activation="silu")[0])
     assert_close(backward(dy)[0], definition_of_dx(dy, x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_vjp_after_the_residual_and_the_bias_have_changed(activation: str, dy: Tensor) -> None:
+    b = batch((5, 2), np.float64)
+    x, weight, bias, residual = (torch.from_numpy(t.copy()) for t in (b.x, b.weight, b.bias, b.residual))
+
+    def function(*inputs: Tensor) -> Tensor:
+        x, weight, bias, residual = inputs
+        return batch_norm(x, None, None, weight, bias, True, activation=activation, residual=residual)
+
+    _, backward = torch.func.vjp(function, x, weight, bias, residual)
+    bias.add_(1)
+    residual.mul_(0.9)
+    want = definition.backward(dy.numpy(), b.x, b.weight, b.bias, b.residual, activation)
+    for got, exact in zip(backward(dy), want, strict=True):
+        assert_close(got, exact)
 
 
 @pytest.mark.parametrize("jacobian", [torch.func.jacrev, torch.func.jacfwd])

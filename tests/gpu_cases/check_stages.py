@@ -77,10 +77,12 @@ class Layer:
             self.y, self.mean, self.var, self.rstd, self.count, **self.options, **options,
         )  # fmt: skip
 
-    def backward(self, count: Any = None) -> None:
+    def backward(self, count: Any = None, of_output: bool = False) -> None:
         gpu.backward(
-            self.dy, self.x, self.residual, self.counts, self.mean, self.rstd, *self.affine, count, self.activation,
-            self.sum_dz, self.sum_dz_xhat, self.dx, None if self.residual is None else self.d_residual, **self.options,
+            self.dy, self.x, self.y if of_output else self.residual, self.counts, self.mean, self.rstd, *self.affine,
+            count, self.activation,
+            self.sum_dz, self.sum_dz_xhat, self.dx, None if self.residual is None else self.d_residual,
+            of_output=of_output, **self.options,
         )  # fmt: skip
 
     def stages_forward(self) -> None:
@@ -204,6 +206,15 @@ def test_forward_and_backward(shape: tuple[int, int, int], residual: bool, mask:
     drawn.forward()
     assert_forward(drawn)
     drawn.backward(drawn.count if mask else None)
+    assert_backward(drawn)
+
+
+@pytest.mark.parametrize("tuning", [SMALL, ALONE], ids=["parts", "alone"])
+@pytest.mark.parametrize("shape", [(3, 2, 67), (9, 5, 7), (9, 20, 1)])
+def test_relu_by_its_output(shape: tuple[int, int, int], tuning: gpu.Tuning) -> None:
+    drawn = layer(shape, tuning=tuning, residual=True, mask=True)
+    drawn.forward()
+    drawn.backward(drawn.count, of_output=True)
     assert_backward(drawn)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import stage
 from batchnorm.kernels.formats import load, store
-from batchnorm.kernels.formulas import affine, first_counted, merge, through_moments, uncenter
+from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
 from batchnorm.kernels.tiling import BLOCK, RUN
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
@@ -104,7 +104,7 @@ def grad_sums(
     mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
-    """Write `sum dz` and `sum dz*xhat` of each channel."""
+    """Write `sum dz` and `sum dz*xhat` of each channel. `residual` is `y` if `RESIDUAL` is `OUTPUT`."""
     T = weight.dtype.type
     L = x.shape[2]
     for c in range(c0, c1):
@@ -118,7 +118,9 @@ def grad_sums(
                 for i in range(row.size):
                     d = load(row[i]) - center
                     z = d * scale + shift
-                    if RESIDUAL:
+                    if RESIDUAL == OUTPUT:
+                        z = load(residual_row[i])
+                    elif RESIDUAL:
                         z += load(residual_row[i])
                     dz = activate_grad(ACT, parameter, z, load(dy_row[i]))
                     total += dz
@@ -148,7 +150,9 @@ def grad_input(
             for i in range(row.size):
                 d = load(row[i]) - center
                 z = d * scale + shift
-                if RESIDUAL:
+                if RESIDUAL == OUTPUT:
+                    z = load(residual_row[i])
+                elif RESIDUAL:
                     z += load(residual_row[i])
                 dz = activate_grad(ACT, parameter, z, load(dy_row[i]))
                 if COUNTED:

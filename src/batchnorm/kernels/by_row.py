@@ -12,7 +12,7 @@ import numpy as np
 from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import inlined, stage
 from batchnorm.kernels.formats import load, store
-from batchnorm.kernels.formulas import affine, first_counted, merge, through_moments, uncenter
+from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
 from batchnorm.kernels.tiling import FIRST_ROWS, ROWS, TABLE_STRIDE, TABLES
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
@@ -204,7 +204,7 @@ def grad_sums(
     mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
-    """Write `sum dz` and `sum dz*xhat` of each channel."""
+    """Write `sum dz` and `sum dz*xhat` of each channel. `residual` is `y` if `RESIDUAL` is `OUTPUT`."""
     T = weight.dtype.type
     L = x.shape[2]
     channels, j0, j1, width = c1 - c0, c0 * L, c1 * L, (c1 - c0) * L
@@ -224,7 +224,9 @@ def grad_sums(
             for j in range(width):
                 d_0, d_1 = load(row_0[j]) - center[j], load(row_1[j]) - center[j]
                 z_0, z_1 = d_0 * scale[j] + shift[j], d_1 * scale[j] + shift[j]
-                if RESIDUAL:
+                if RESIDUAL == OUTPUT:
+                    z_0, z_1 = load(residual_0[j]), load(residual_1[j])
+                elif RESIDUAL:
                     z_0 += load(residual_0[j])
                     z_1 += load(residual_1[j])
                 dz_0 = activate_grad(ACT, parameter, z_0, load(dy_0[j]))
@@ -236,7 +238,9 @@ def grad_sums(
             for j in range(width):
                 d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
-                if RESIDUAL:
+                if RESIDUAL == OUTPUT:
+                    z = load(residual_row[j])
+                elif RESIDUAL:
                     z += load(residual_row[j])
                 dz = activate_grad(ACT, parameter, z, load(dy_row[j]))
                 total[j] += dz
@@ -278,7 +282,9 @@ def grad_input(
             for j in range(width):
                 d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
-                if RESIDUAL:
+                if RESIDUAL == OUTPUT:
+                    z = load(residual_row[j])
+                elif RESIDUAL:
                     z += load(residual_row[j])
                 dz = activate_grad(ACT, parameter, z, load(dy_row[j]))
                 store(dx_row, j, scale[j] * dz - (times_n * (d * slope[j] + level[j]) if times_n > 0 else T(0)))
@@ -290,7 +296,9 @@ def grad_input(
         for j in range(width):
             d = load(row[j]) - center[j]
             z = d * scale[j] + shift[j]
-            if RESIDUAL:
+            if RESIDUAL == OUTPUT:
+                z = load(residual_row[j])
+            elif RESIDUAL:
                 z += load(residual_row[j])
             dz = activate_grad(ACT, parameter, z, load(dy_row[j]))
             if COUNTED:

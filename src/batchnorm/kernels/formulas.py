@@ -5,7 +5,11 @@ from typing import Any
 
 from batchnorm.kernels.compilation import inlined
 
-__all__ = ["affine", "first_counted", "merge", "through_moments", "uncenter"]
+__all__ = ["OUTPUT", "affine", "first_counted", "merge", "through_moments", "uncenter"]
+
+OUTPUT = 2
+"""`RESIDUAL` of a backward stage that gets `y` in place of the residual: all that relu asks of `z` is its sign, which
+`y` has as well."""
 
 
 @inlined

@@ -32,7 +32,7 @@ from batchnorm.kernels import by_channel, by_row, threads
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.compilation import Kernel, inlined, kernel
 from batchnorm.kernels.formats import arithmetic
-from batchnorm.kernels.formulas import merge
+from batchnorm.kernels.formulas import OUTPUT, merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
@@ -41,10 +41,10 @@ Array = NDArray[Any]
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------
 # A factory's arguments are constants of the kernel that it makes: the stages in one of the two walking orders, the
-# activation's code, whether there are a residual and counts. All kernels begin with the same arguments:
+# activation's code, whether there are a residual (or `OUTPUT`) and counts. All kernels begin with the same arguments:
 # x, residual, counts, weight, bias, parameter, rows, width.
 
-Factory = Callable[[ModuleType, int, bool, bool, bool], Kernel]
+Factory = Callable[[ModuleType, int, int, bool, bool], Kernel]
 
 
 @inlined
@@ -56,7 +56,7 @@ def _tile(number: int, rows: int, width: int, N: int, C: int) -> Any:
 
 
 @functools.cache
-def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
     """The moments of each tile, then merged over the tiles of a channel."""
 
     @kernel(parallel)
@@ -83,7 +83,7 @@ def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, 
 
 
 @functools.cache
-def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
     """`normalize` of each tile."""
 
     @kernel(parallel)
@@ -100,7 +100,7 @@ def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool
 
 
 @functools.cache
-def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
     """The sums of each tile, then added up over the tiles of a channel."""
 
     @kernel(parallel)
@@ -128,7 +128,7 @@ def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool
 
 
 @functools.cache
-def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
     """`grad_input` of each tile."""
 
     @kernel(parallel)
@@ -148,7 +148,7 @@ def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: boo
 
 
 @functools.cache
-def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
     """`moments`, then `normalize`, of each block of channels."""
 
     @kernel(parallel)
@@ -169,7 +169,7 @@ def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, 
 
 
 @functools.cache
-def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: bool, COUNTED: bool, parallel: bool) -> Kernel:
+def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
     """`grad_sums`, then `grad_input`, of each block of channels."""
 
     @kernel(parallel)
@@ -227,6 +227,7 @@ def _launch(
     bias: Array | None,
     activation: ActivationSpec,
     *own: Any,
+    of_output: bool = False,
 ) -> None:
     """Call the kernel that a factory makes for these arguments, and for the kernel's `own`.
 
@@ -236,8 +237,9 @@ def _launch(
     code, parameter = _compiled(activation, dtype)
     # A large array takes the parallel kernel for one thread, too: the serial kernel may add sums in another order.
     parallel = x.size >= SERIAL and not threads.forbidden()
+    has_residual = OUTPUT if of_output else residual is not None
     threads.run(
-        factory(by_channel if cut.by_channel else by_row, code, residual is not None, counts is not None, parallel),
+        factory(by_channel if cut.by_channel else by_row, code, has_residual, counts is not None, parallel),
         parallel,
         x,
         x if residual is None else residual,
@@ -305,6 +307,7 @@ def grad_sums(
     sum_dz: Array,
     sum_dz_xhat: Array,
     *,
+    of_output: bool = False,
     cache: int = CACHE,
 ) -> None:
     """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)` and `z` is recomputed from `x`.
@@ -313,11 +316,13 @@ def grad_sums(
         dy: Like `x`.
         x, residual, mean, rstd, weight, bias, activation: As in `normalize`.
         sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
+        of_output: Whether `residual` is `y` instead: enough for relu, whose gradient needs only the sign of `z`.
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     _launch(
-        grad_sums_kernel, cut, x, residual, None, weight, bias, activation, dy, mean, rstd, sum_dz, sum_dz_xhat
+        grad_sums_kernel, cut, x, residual, None, weight, bias, activation, dy, mean, rstd, sum_dz, sum_dz_xhat,
+        of_output=of_output,
     )  # fmt: skip
 
 
@@ -337,6 +342,7 @@ def grad_input(
     dx: Array,
     d_residual: Array | None,
     *,
+    of_output: bool = False,
     cache: int = CACHE,
 ) -> None:
     """Write the gradient with respect to `x` into `dx`, and `dz` into `d_residual`.
@@ -348,12 +354,14 @@ def grad_input(
         count: The number of these values; `inf` if `mean` and `rstd` are constants.
         dx: Like `x`. Written.
         d_residual: Like `x`; None if and only if `residual` is None. Written.
+        of_output: As in `grad_sums`.
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     _launch(
         grad_input_kernel, cut, x, residual, counts, weight, bias, activation,
         dy, mean, rstd, sum_dz, sum_dz_xhat, count, dx, dx if d_residual is None else d_residual,
+        of_output=of_output,
     )  # fmt: skip
 
 
@@ -405,12 +413,14 @@ def backward(
     dx: Array,
     d_residual: Array | None,
     *,
+    of_output: bool = False,
     cache: int = CACHE,
 ) -> None:
     """`grad_sums`, then `grad_input`, on one block of channels after another if blocks fit the cache.
 
     Args:
-        dy, x, residual, counts, mean, rstd, weight, bias, count, activation, dx, d_residual, cache: As in `grad_input`.
+        dy, x, residual, counts, mean, rstd, weight, bias, count, activation, dx, d_residual, of_output, cache: As in
+            `grad_input`.
         sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
@@ -418,10 +428,13 @@ def backward(
         _launch(
             backward_kernel, cut, x, residual, counts, weight, bias, activation,
             dy, mean, rstd, count, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
+            of_output=of_output,
         )  # fmt: skip
         return
-    grad_sums(dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat, cache=cache)
+    grad_sums(
+        dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat, of_output=of_output, cache=cache
+    )
     grad_input(
         dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual,
-        cache=cache,
+        of_output=of_output, cache=cache,
     )  # fmt: skip

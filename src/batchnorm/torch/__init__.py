@@ -22,6 +22,7 @@ from batchnorm.torch.layers import (
     LazyBatchNorm3d,
     SyncBatchNorm,
 )
+from batchnorm.torch.memory import save_memory
 from batchnorm.torch.routes import route
 from batchnorm.torch.sources import (
     BatchStatistics,
@@ -64,6 +65,7 @@ __all__ = [
     "register",
     "revert",
     "route",
+    "save_memory",
     "unfreeze",
     "watch",
 ]

@@ -44,7 +44,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
-ATTRIBUTES = ("activation", "statistics", "num_batches_skipped", "_before_freeze", "_lent")
+ATTRIBUTES = ("activation", "statistics", "save_memory", "num_batches_skipped", "_before_freeze", "_lent")
 """What our layers have and PyTorch's do not."""
 
 LENT: dict[str, Callable[[Any, Adapter], Any]] = {
@@ -124,7 +124,8 @@ def release(layer: Any) -> None:
     assert kind is not None
     if "_group" in vars(layer):
         vars(layer)["process_group"] = vars(layer).pop("_group")
-    for name in ("_before_freeze", "activation", "statistics", *vars(layer).get("_lent", ()), "_lent"):
+    lent = vars(layer).get("_lent", ())
+    for name in ("_before_freeze", "activation", "statistics", "save_memory", *lent, "_lent"):
         if name != "activation" or "activation" not in vars(type(layer)).get("_adapter", PLAIN).then:
             vars(layer).pop(name, None)
     del layer.num_batches_skipped

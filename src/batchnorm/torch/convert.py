@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from batchnorm.torch import memory
 from batchnorm.torch.adapters import is_batch_norm
 from batchnorm.torch.adopt import adopt, before_freeze, hindrance, original, release, take
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, original_class, rewrite
@@ -25,7 +26,7 @@ __all__ = ["adopt_layers", "convert", "revert"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None) -> M:
+def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None, save_memory: bool | None = None) -> M:
     """Turn a model's batch normalizations into ours, in place.
 
     Every layer stays the object that it is, with its parameters, buffers, hooks and mode: only its class changes. State
@@ -45,6 +46,8 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
         statistics: Where our layers' statistics come from in training. None leaves each layer its own: those of the
             batch, or those of all processes where a layer was a `SyncBatchNorm`. A frozen layer gets them when it is
             unfrozen; one of a class whose layers are always frozen gets none.
+        save_memory: Whether layers make their outputs again in the backward pass instead of keeping them, as the
+            function `save_memory` describes; None leaves that as it is.
 
     Returns:
         `model`. Layers with a forward of their own stay as they are; `explain` says why.
@@ -63,6 +66,8 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
         if fuse:
             with suppress(NotRewritten):
                 module.__class__ = rewrite(module, shared)
+    if save_memory is not None and any(found.ours for found in survey(model)):
+        memory.save_memory(model, save_memory)
     return model
 
 
@@ -113,4 +118,6 @@ def revert(model: M) -> M:
                 release(layer)
             else:
                 layer._before_freeze = replace(before, ours=False)
+    if not any(getattr(module, "save_memory", False) is True for module in model.modules()):
+        memory.save_memory(model, False)
     return model

@@ -9,11 +9,11 @@ from torch.nn import Parameter
 
 from batchnorm.kernels import launch, threads
 from batchnorm.torch.call import Call, Part
-from batchnorm.torch.function import Gradients, How
+from batchnorm.torch.function import Gradients, How, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "tables"]
+__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """The types that the kernels support."""
@@ -69,7 +69,7 @@ def backward(
 
     Args:
         dy: The gradient of `y`.
-        call, how: As in `forward`.
+        call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
         statistics, affine: From `forward`.
         needs: Whether `dx` and `d_residual` are needed.
     """
@@ -93,17 +93,26 @@ def backward(
     for part, mean, _, rstd, *own in zip(how.parts, *statistics.numpy(), *sums.numpy(), strict=True):
         dy_, x_, residual, counts, *outputs = _of_part(part, x, arrays)
         given = mean, rstd, *affine
+        of_output = keeps_output(call)
         if outputs[0] is not None and group is None:
-            launch.backward(dy_, x_, residual, counts, *given, part.count, call.activation, *own, *outputs)
+            launch.backward(
+                dy_, x_, residual, counts, *given, part.count, call.activation, *own, *outputs, of_output=of_output
+            )
             continue
-        launch.grad_sums(dy_, x_, residual, *given, call.activation, *own)
+        launch.grad_sums(dy_, x_, residual, *given, call.activation, *own, of_output=of_output)
         if group is not None:
             all_dz, all_dz_xhat = group.reduce(sums.clone())[:, 0].numpy()
             launch.grad_input(
-                dy_, x_, residual, counts, *given, all_dz, all_dz_xhat, part.count, call.activation, *outputs
-            )
+                dy_, x_, residual, counts, *given, all_dz, all_dz_xhat, part.count, call.activation, *outputs,
+                of_output=of_output,
+            )  # fmt: skip
     d_bias, d_weight = sums[:, 0] if len(how.parts) == 1 else sums.sum(1)
     return dx, d_weight, d_bias, d_residual
+
+
+def old_bias(statistics: Tensor, affine: Tables) -> Tensor:
+    """The bias as it was in `forward`."""
+    return torch.from_numpy(affine[1])
 
 
 # --- Tensors as arrays -----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.torch import fuse
 from batchnorm.torch.adapters import adapter, is_batch_norm
+from batchnorm.torch.recipes import close_after, open_before
 from batchnorm.whole.fold import Place, Stays
 
 __all__ = ["TRANSPOSED", "Flow", "Link", "is_linear_map", "is_watched", "join"]
@@ -59,10 +60,12 @@ def is_linear_map(module: Any) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks run when a module is called, other than one that only makes its weight."""
+    """Whether hooks run when a module is called, other than those that only make its weight or save memory."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return bool(_has_any_global_hook()) or any(
-        not isinstance(hook, WeightNorm) for hooks in own for hook in hooks.values()
+        not isinstance(hook, WeightNorm) and hook not in (open_before, close_after)
+        for hooks in own
+        for hook in hooks.values()
     )
 
 

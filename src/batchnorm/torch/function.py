@@ -1,7 +1,8 @@
 """The stages of batch normalization in one autograd function.
 
 A device brings its stages in a module, such as `cpu` or `gpu`. Between forward and backward the function keeps `x`,
-the statistics, and whatever else the gradient of the activation needs.
+the statistics, and whatever else the gradient of the activation needs. Nothing that PyTorch's own operations leave
+alone may be kept as it is: a caller may change the residual or the bias before the backward pass.
 """
 
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from batchnorm.torch import composed
+from batchnorm.torch import composed, recipes
 from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
+from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["Gradients", "How", "compute"]
+__all__ = ["Gradients", "How", "compute", "keeps_output", "own_residual"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """`dx`, `d_weight`, `d_bias` and `d_residual`; None for a gradient that is not needed."""
@@ -26,7 +28,8 @@ class How(NamedTuple):
     Attributes:
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
             the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
-            `Gradients`.
+            `Gradients`, with `y` as the call's residual if the forward call `keeps_output`;
+            `old_bias(statistics, kept)` returns the bias as it was in the forward pass.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
         statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them.
@@ -71,6 +74,8 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
         moved = running
     how = How(stages, plan, count, found, call.eps, call.activation, moved)
     if torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in call[:4]):
+            call = own_residual(call)
         told: list[Tensor] = []
         y = _BatchNorm.apply(*call[:4], call, how, told)
         (statistics,) = told
@@ -85,6 +90,24 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
         [(part.count, mean, var) for part, mean, var in zip(plan.parts, means, variances, strict=True)]
     )
     return Outcome(y, Batch.of(torch.stack([mean, var]), count))
+
+
+def keeps_output(call: Call) -> bool:
+    """Whether the backward pass gets `y` instead of the residual.
+
+    All that relu asks of `z` is its sign, which `y` has as well. PyTorch's relu keeps `y`, too.
+    """
+    return call.residual is not None and call.activation[0] == "relu"
+
+
+def own_residual(call: Call) -> Call:
+    """The same call, with a residual that only the backward pass can reach, if it needs one.
+
+    PyTorch's activations keep `z`, a tensor of their own. A copy of the residual takes the same memory.
+    """
+    if call.residual is None or call.activation[0] in ("none", "relu"):
+        return call
+    return call._replace(residual=call.residual.clone(memory_format=memory_format(call.x)))
 
 
 def _statistics(stages: Any, call: Call, mean: Tensor, var: Tensor) -> Tensor:
@@ -106,10 +129,13 @@ class _BatchNorm(torch.autograd.Function):
         y: Tensor
         y, statistics, ctx.kept = how.stages.forward(call, how)
         told.append(statistics)
+        if (found := recipes.active()) is not None and any(ctx.needs_input_grad):
+            _note(found, y, call, how, statistics)
+        ctx.keeps_output = keeps_output(call)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = call.residual is not None
         residual = call.residual if call.activation[0] != "none" else None
-        ctx.save_for_backward(call.x, call.weight, residual, call.counts)
+        ctx.save_for_backward(call.x, call.weight, y if ctx.keeps_output else residual, call.counts)
         ctx.how, ctx.statistics = how, statistics
         bias = ctx.bias = call.bias
         ctx.bias_version = None if bias is None or bias.is_inference() else bias._version
@@ -137,6 +163,19 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
+def _note(found: recipes.Recipes, y: Tensor, call: Call, how: How, statistics: Tensor) -> None:
+    """Note how to make `y` again: by the same statistics, and by copies of what an optimizer might change."""
+    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
+    bare = call._replace(weight=weight, bias=bias, residual=None, counts=None, x=statistics)
+    how = how._replace(statistics=statistics[:3], running=None)
+
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        again: Tensor = how.stages.forward(bare._replace(x=x, residual=residual), how)[0]
+        return again
+
+    found.note(y, make, call.x, call.residual)
+
+
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
@@ -148,17 +187,19 @@ def _is_batched(dy: Tensor) -> bool:
 
 def _differentiable_backward(ctx: Any, dy: Tensor, call: Call) -> list[Tensor | None]:
     """The gradients as a differentiable graph, for higher derivatives."""
-    if ctx.bias_version is not None and ctx.bias._version != ctx.bias_version:
-        raise RuntimeError(
-            "the bias of a batch normalization has been modified by an inplace operation between the forward pass and "
-            "a backward pass with create_graph=True, which needs the original bias"
-        )
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        if ctx.keeps_output:
+            assert call.residual is not None
+            dy = torch.where(call.residual <= 0, 0, dy)
+            call = call._replace(residual=None, activation=("none", 0.0))
         # Views of the inputs: one tensor may be both x and the residual, and each needs its own gradient.
         inputs = [None if t is None else t.view_as(t) for t in call[:4]]
         x, weight, bias, residual = inputs
         assert x is not None
+        if bias is not None and ctx.bias_version is not None and bias._version != ctx.bias_version:
+            kept = ctx.how.stages.old_bias(ctx.statistics, ctx.kept).to(bias.dtype)
+            bias = kept + (bias - bias.detach())  # the values of the forward pass, with the history of the bias
         named = call._replace(x=x, weight=weight, bias=bias, residual=residual)
         y, *_ = composed.forward(named, ctx.how.plan)
     needed = [t is not None and needs for t, needs in zip(inputs, ctx.needs_input_grad, strict=False)]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch.call import Call, is_plain
-from batchnorm.torch.function import Gradients, How
+from batchnorm.torch.function import Gradients, How, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "takes"]
+__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "takes"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that the kernels support."""
@@ -90,7 +90,10 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
         bias = torch.zeros_like(mean) if call.bias is None else call.bias.detach().to(STATISTICS).expand_as(mean)
         statistics = torch.cat([how.statistics, bias[None]])
         if x.numel() > 0:
-            kernels.normalize(x, residual, mean, rstd, *_dense_vectors(call), call.activation, y, shape=shape)
+            kernels.normalize(
+                x, residual, mean, rstd, *_dense_vectors(call), call.activation, y,
+                shape=shape, groups=groups, samples=len(x),
+            )  # fmt: skip
         return y, statistics, None
     statistics = torch.empty((4, groups, shape[1]), dtype=STATISTICS, device=x.device)
     moved = None
@@ -113,7 +116,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
 
     Args:
         dy: The gradient of `y`.
-        call, how: As in `forward`.
+        call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
         statistics: From `forward`.
         kept: None; nothing else is kept.
         needs: Whether `dx` and `d_residual` are needed.
@@ -133,18 +136,25 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
     elif group is None:
         kernels.backward_packed(
             dy, x, residual, _counts(call), _dense_vectors(call)[0], statistics, _count(call, how), call.activation,
-            sums, dx, d_residual, shape=shape, samples=len(x),
+            sums, dx, d_residual, of_output=keeps_output(call), shape=shape, samples=len(x),
         )  # fmt: skip
     else:
         mean, _, rstd, bias = statistics
         given = mean, rstd, _dense_vectors(call)[0], bias[0]
-        kernels.grad_sums(dy, x, residual, *given, call.activation, *sums, shape=shape)
+        of_output = keeps_output(call)
+        kernels.grad_sums(dy, x, residual, *given, call.activation, *sums, of_output=of_output, shape=shape)
         total = group.reduce(sums.clone())
         kernels.grad_input(
-            dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual, shape=shape
-        )
+            dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual,
+            of_output=of_output, shape=shape,
+        )  # fmt: skip
     d_bias, d_weight = (sums.sum(1) if groups > 1 else sums.view(2, -1)).unbind()
     return dx, d_weight, d_bias, d_residual
+
+
+def old_bias(statistics: Tensor, kept: None) -> Tensor:
+    """The bias as it was in `forward`."""
+    return statistics[3, 0]
 
 
 def _count(call: Call, how: How) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch import recipes
 from batchnorm.torch.call import is_tracing
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.handover import Eps, QConfig
@@ -88,6 +89,8 @@ class _Layer(_Base):
         activation: The activation after the normalization, computed in the same pass: a name or `(name, parameter)`,
             as in `batch_norm`.
         statistics: The source of the statistics in training; the batch if None.
+        save_memory: Whether to make `y` again in the backward pass instead of keeping it: see `save_memory`. It takes
+            effect in calls of the modules that the layer becomes part of.
         **kwargs: PyTorch's, by name.
 
     Attributes:
@@ -101,13 +104,14 @@ class _Layer(_Base):
         ValueError: If the activation is unknown.
 
     Differs from the class in `torch.nn`:
-        1. The constructor takes `activation` and `statistics`; `forward` takes `residual` and `mask`.
+        1. The constructor takes `activation`, `statistics` and `save_memory`; `forward` takes `residual` and `mask`.
         2. A batch with an infinity or a NaN does not change the running statistics.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
 
     num_batches_skipped: Tensor
+    save_memory = False
 
     eps = Eps()
     qconfig = QConfig()
@@ -117,6 +121,7 @@ class _Layer(_Base):
         *args: Any,
         activation: ActivationSpec = None,
         statistics: Statistics | None = None,
+        save_memory: bool = False,
         device: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -127,6 +132,9 @@ class _Layer(_Base):
         parse_activation(activation)  # an unknown activation fails here, not at the first batch
         self.activation = activation
         self.statistics = statistics
+        if save_memory:
+            self.save_memory = True
+            recipes.follow_registrations()
         self.num_batches_skipped = counter(
             None if self.num_batches_tracked is None else self.num_batches_tracked.device
         )
@@ -251,7 +259,11 @@ class _Layer(_Base):
         if not self.training and (running.mean is not None or running.var is not None):
             source, mask = RUNNING, None
         asked = input, self.weight, self.bias, residual, mask, self.__dict__["eps"], activation
-        y, route = normalize(asked, running, source)
+        if self.save_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with recipes.wanted():
+                y, route = normalize(asked, running, source)
+        else:
+            y, route = normalize(asked, running, source)
         if observers:
             for observer in observers:
                 observer(self, route)
@@ -303,6 +315,8 @@ class _Layer(_Base):
             text += f", activation={self.activation!r}"
         if self.statistics is not None:
             text += f", statistics={self.statistics!r}"
+        if self.save_memory:
+            text += ", save_memory=True"
         return text
 
 
@@ -362,10 +376,12 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         activation: ActivationSpec = None,
         statistics: Statistics | None = None,
+        save_memory: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, dtype=dtype, device=device, bias=bias,
             activation=activation, statistics=SyncStatistics(process_group) if statistics is None else statistics,
+            save_memory=save_memory,
         )  # fmt: skip
         if statistics is not None and process_group is not None:
             raise ValueError("give the process group to the statistics: SyncStatistics(process_group)")

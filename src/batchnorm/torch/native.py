@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from batchnorm.torch import composed
+from batchnorm.torch import composed, recipes
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running, is_finite
@@ -49,7 +49,7 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
         if torch.is_grad_enabled() and (call.is_eager or not is_recorded()):
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
-        return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0)))
+        return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0), (mean, var)))
     if eager and call.x.dtype is call.arithmetic:
         return _compute_eagerly(call, plan, running, strict)
     if running.mean is None or running.var is None:
@@ -105,9 +105,11 @@ def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: b
     return torch.batch_norm(x, weight, bias, mean, var, training, momentum, call.eps, cudnn)
 
 
-def _follow(call: Call, z: Tensor) -> Tensor:
+def _follow(call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
     """Add the residual and apply the activation; in place where nothing else uses `z`."""
     name, parameter = call.activation
+    if (found := recipes.active()) is not None and z.requires_grad:
+        return _follow_and_note(found, call, z, constants)
     if torch.is_grad_enabled() or not call.is_eager:
         z = z if call.residual is None else z + call.residual
     else:
@@ -115,4 +117,31 @@ def _follow(call: Call, z: Tensor) -> Tensor:
         if name == "relu":
             return torch.relu_(z)
     y: Tensor = composed.ACTIVATIONS[name](z, parameter)
+    return y
+
+
+def _follow_and_note(
+    found: recipes.Recipes, call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """`_follow`, with a recipe for each value on the way: PyTorch keeps that before or after the activation."""
+    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
+    bare = call._replace(weight=weight, bias=bias, x=call.x.new_empty(0), residual=None)
+    name, parameter = call.activation
+
+    def normalize(x: Tensor) -> Tensor:
+        return _batch_norm(bare._replace(x=x), *constants, constants[0] is None, 0.0)
+
+    def activate(z: Tensor) -> Tensor:
+        y: Tensor = composed.ACTIVATIONS[name](z, parameter)
+        return y
+
+    noted = found.note(z, normalize, call.x)
+    if call.residual is not None:
+        before, z = z, z + call.residual
+        noted = noted and found.note(z, torch.add, before, call.residual)
+    if name == "none" or not noted:
+        return activate(z)
+    with found.expecting(activate, z):
+        y = activate(z)
+    found.note(y, activate, z)
     return y

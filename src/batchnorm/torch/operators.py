@@ -1,7 +1,8 @@
 """The stages as registered operators, which the graphs of `torch.compile` can call.
 
 `batchnorm::forward` and `batchnorm::backward` normalize by the statistics of a batch, as `batch_norm` does in training
-on the CPU. Inductor would generate its own loops instead, whose sums over a channel are slow.
+on the CPU. The residual of `batchnorm::backward` is `y` if the call `keeps_output`. Inductor would generate its own
+loops instead, whose sums over a channel are slow.
 """
 
 from typing import Any
@@ -34,6 +35,9 @@ def takes(call: Call, plan: Plan) -> bool:
 
 def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) -> Outcome:
     """Compute a call by the statistics of the batch."""
+    call = function.own_residual(call)
+    if call.bias is not None:  # it may change before the backward pass
+        call = call._replace(bias=call.bias.clone())
     y, statistics = forward(*call[:6], *call.activation)
     mean, var, _ = statistics.unbind()
     return Outcome(y, Batch(statistics[:2], mean, var, plan.count))
@@ -106,9 +110,12 @@ def _like_backward(
 def keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save what the gradients of `forward` need."""
     x, weight, bias, residual, counts, eps, activation, parameter = inputs
-    _, statistics = output
+    y, statistics = output
     ctx.has_residual = residual is not None
-    residual = residual if activation != "none" else None  # dz = dy, whatever the residual is
+    if residual is not None and activation == "relu":
+        residual = y
+    elif activation == "none":
+        residual = None  # dz = dy, whatever the residual is
     ctx.save_for_backward(x, weight, bias, residual, counts, statistics)
     ctx.how = eps, activation, parameter
     ctx.mark_non_differentiable(statistics)
@@ -140,18 +147,21 @@ def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     dy, x, weight, bias, residual, counts = ctx.saved_tensors
     eps, name, parameter = ctx.how
     needs_x, needs_residual = ctx.needs
-    inputs = dy, x, weight, bias, residual
     needed = needs_x, weight is not None, bias is not None, needs_residual and residual is not None
     outer = tuple(grad for grad, is_needed in zip(grads, needed, strict=True) if is_needed)
     if not outer:
         return (None,) * 12
+    asked = Call(x, weight, bias, residual, counts, eps, (name, parameter), arithmetic=arithmetic(x.dtype))
+    by_output = function.keeps_output(asked)  # y says where z is positive; the residual itself has no part in it
+    if by_output:
+        asked = asked._replace(activation=("none", 0.0))
+    inputs = dy, x, weight, bias, torch.zeros_like(x) if by_output else residual
 
     def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        call = Call(x, weight, bias, residual, counts, eps, (name, parameter), arithmetic=arithmetic(x.dtype))
-        return composed.forward(call, Plan(torch.inf))[0]
+        return composed.forward(asked._replace(x=x, weight=weight, bias=bias, residual=residual), Plan(torch.inf))[0]
 
     def differentiate(dy: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        gradients = _pull_back(normalize, tensors, dy)
+        gradients = _pull_back(normalize, tensors, torch.where(residual <= 0, 0, dy) if by_output else dy)
         return tuple(g for g, is_needed in zip(gradients, needed, strict=True) if is_needed and g is not None)
 
     return (*_pull_back(differentiate, inputs, outer), *(None,) * 7)

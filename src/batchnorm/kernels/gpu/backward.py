@@ -99,7 +99,9 @@ def _tile(
         offset, position, there, mask = tile(walk, unit, row + s * SLICE, end, SLICE, LAST, S)
         d = load(x + offset, mask, keep) - numbers.center[None, :]
         dz = load(dy + offset, mask, keep)
-        if ACT != "none":
+        if ACT == "relu of y":
+            dz = activate_grad(load(residual + offset, mask, keep), dz, parameter, "relu")
+        elif ACT != "none":
             z = d * numbers.scale[None, :] + numbers.shift[None, :]
             if residual is not None:
                 z += load(residual + offset, mask, keep)
@@ -196,7 +198,8 @@ def backward_kernel(
 ) -> None:  # fmt: skip
     """`SUM` and `WRITE` say which stages to do; `ALONE`, that a unit is one part, for one program to do whole.
 
-    If no gradient needs the sums (`CONSTANT` statistics, or no `dx`), one sweep does both stages.
+    If no gradient needs the sums (`CONSTANT` statistics, or no `dx`), one sweep does both stages. With the activation
+    `"relu of y"`, `residual` is `y`, whose sign is that of `z`.
     """
     walk = Walk(
         C, L, width, row_vectors, width_vectors, run_factor, blocks, small, larger, extra, part_tiles, part_count,

@@ -10,6 +10,7 @@ Arguments of all stages:
 - `weight, bias`: `(C,)`, of one of `DTYPES`; 1 and 0 if None.
 - `mean, var, rstd, sum_dz, sum_dz_xhat`: `(C,)`, float32, contiguous; `(groups, C)` for groups.
 - `activation`: As in `definition.normalize`.
+- `of_output`: Whether `residual` is `y` instead: enough for relu, whose gradient needs only the sign of `z`.
 - `groups`: How many groups of consecutive samples have statistics of their own. Sizes differ by one at most; larger
   groups come first.
 - `samples`: How many samples there are, for channels-last data in groups; `N` if None.
@@ -167,6 +168,7 @@ def grad_sums(
     sum_dz: Tensor,
     sum_dz_xhat: Tensor,
     *,
+    of_output: bool = False,
     shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
@@ -175,7 +177,8 @@ def grad_sums(
 ) -> None:
     """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)`, with `z` recomputed from `x`."""
     tensors = (dy, x, residual, None, None, None, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, None)
-    _backward(Variant(True, False, activation, _shape(x, shape), groups, samples, tuning), tensors, 0.0, scratch)
+    variant = Variant(True, False, activation, _shape(x, shape), groups, samples, tuning, of_output=of_output)
+    _backward(variant, tensors, 0.0, scratch)
 
 
 def grad_input(
@@ -194,6 +197,7 @@ def grad_input(
     dx: Tensor | None,
     d_residual: Tensor | None,
     *,
+    of_output: bool = False,
     shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
@@ -210,7 +214,9 @@ def grad_input(
     of_each, of_all, constant = _values(count, groups)
     constant = constant or dx is None
     tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, of_each)
-    variant = Variant(False, True, activation, _shape(x, shape), groups, samples, tuning, constant=constant)
+    variant = Variant(
+        False, True, activation, _shape(x, shape), groups, samples, tuning, constant=constant, of_output=of_output
+    )
     _backward(variant, tensors, of_all, scratch)
 
 
@@ -230,6 +236,7 @@ def backward(
     dx: Tensor | None,
     d_residual: Tensor | None,
     *,
+    of_output: bool = False,
     shape: Shape | None = None,
     groups: int = 1,
     samples: int | None = None,
@@ -240,13 +247,15 @@ def backward(
     if dx is None and d_residual is None:
         grad_sums(
             dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat,
-            shape=shape, groups=groups, samples=samples, tuning=tuning, scratch=scratch,
+            of_output=of_output, shape=shape, groups=groups, samples=samples, tuning=tuning, scratch=scratch,
         )  # fmt: skip
         return
     of_each, of_all, constant = _values(count, groups)
     constant = constant or dx is None  # then nothing that is written needs the sums, and one pass does it all
     tensors = (dy, x, residual, counts, dx, d_residual, weight, bias, None, mean, rstd, sum_dz, sum_dz_xhat, of_each)
-    variant = Variant(True, True, activation, _shape(x, shape), groups, samples, tuning, constant=constant)
+    variant = Variant(
+        True, True, activation, _shape(x, shape), groups, samples, tuning, constant=constant, of_output=of_output
+    )
     _backward(variant, tensors, of_all, scratch)
 
 
@@ -329,6 +338,7 @@ def backward_packed(
     dx: Tensor | None,
     d_residual: Tensor | None,
     *,
+    of_output: bool = False,
     shape: Shape,
     samples: int | None = None,
     tuning: Tuning | None = None,
@@ -343,7 +353,7 @@ def backward_packed(
     at_dx = None if dx is None else dx.data_ptr()
     at_d_residual = None if d_residual is None else d_residual.data_ptr()
     key = (
-        shape, x.dtype, activation, groups, samples, constant, x.device, tuning,
+        shape, x.dtype, activation, groups, samples, constant, x.device, tuning, of_output,
         None if weight is None else weight.dtype, of_each is None, at_x % 16, at_dy % 16,
         at_residual if at_residual is None else at_residual % 16,
         at_counts if at_counts is None else at_counts % 16, at_dx if at_dx is None else at_dx % 16,
@@ -354,7 +364,8 @@ def backward_packed(
         write = dx is not None or d_residual is not None
         mean, _var, rstd, bias = statistics
         variant = Variant(
-            True, write, activation, _shape(x, shape), groups, samples, tuning, constant=constant or dx is None
+            True, write, activation, _shape(x, shape), groups, samples, tuning, constant=constant or dx is None,
+            of_output=of_output,
         )  # fmt: skip
         given = (dy, x, residual, counts, dx, d_residual, weight, None, bias)
         found = _backward(variant, (*given, mean, rstd, *sums, of_each), of_all, scratch)
@@ -383,6 +394,7 @@ class Variant(NamedTuple):
         shape, groups, samples, tuning: As in all stages.
         cumulative, unbiased: Of the running update.
         constant: Whether the statistics are constants.
+        of_output: As in the backward stages.
     """
 
     first: bool
@@ -395,6 +407,7 @@ class Variant(NamedTuple):
     cumulative: bool = False
     unbiased: bool = False
     constant: bool = False
+    of_output: bool = False
 
 
 def _forward_variant(
@@ -498,7 +511,8 @@ def backward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligne
     alone = cut.alone and variant.first
     constants = {
         "SUM": variant.first, "WRITE": variant.second, "ALONE": alone,
-        "CONSTANT": variant.constant, "ACT": name, **_constants(cut, variant.groups),
+        "CONSTANT": variant.constant, "ACT": "relu of y" if variant.of_output else name,
+        **_constants(cut, variant.groups),
     }  # fmt: skip
     integers = _walk(shape, cut, passes == 2 and not alone)
     numbers = 2 * cut.units * cut.part_count * cut.channels

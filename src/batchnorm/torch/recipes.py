@@ -1,0 +1,362 @@
+"""Outputs that are not kept for the backward pass, because they can be made again.
+
+The operation after a batch normalization keeps `y`, and the normalization itself keeps `x`, from which `y` follows at
+the price of one pass over memory. While a model runs, hooks of `torch.autograd.graph` see every tensor that is kept. In
+place of a `y` they keep a recipe, which makes the same bits when the backward pass asks for them.
+
+A recipe is found by the storage of the tensor that is kept, and only while that storage lives: a weak reference to it
+keeps its address from being used again. PyTorch does not check the versions of tensors that hooks have seen. So these
+hooks do, for every tensor: what was changed in place raises PyTorch's error.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from batchnorm.torch.call import is_eager
+
+__all__ = ["Recipe", "Recipes", "active", "close_after", "follow_registrations", "install", "open_before", "remove"]
+
+_autograd: Any = torch._C._autograd
+
+LONGEST = 12
+"""The longest chain of recipes in which each needs the next. A chain is made at once; a longer one is cut by keeping a
+tensor."""
+
+
+class Kept:
+    """A tensor that is kept as it is."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached, because an operation that keeps its own output would be part of a reference cycle.
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        self.version = tensor._version
+
+    def get(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RuntimeError: If it has been changed in place.
+        """
+        if self.tensor._version != self.version:
+            raise _changed(self.tensor, tuple(self.tensor.shape), self.version)
+        return self.tensor
+
+
+class Named:
+    """A tensor that a recipe makes, or a view of it."""
+
+    __slots__ = ("__weakref__", "_turn", "place", "recipe")
+
+    def __init__(self, recipe: "Recipe", tensor: Tensor) -> None:
+        self.recipe = recipe
+        self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
+        self._turn = -1
+        with recipe.lock:
+            recipe.users += 1
+
+    def get(self) -> Tensor:
+        """The tensor, made again.
+
+        Raises:
+            RuntimeError: If the original has been changed in place.
+        """
+        recipe = self.recipe
+        if recipe.witness._version != recipe.version:
+            raise _changed(recipe.witness, tuple(self.place[0]), recipe.version)
+        return self.value()
+
+    def value(self) -> Tensor:
+        """The tensor as it was, whatever has been done to the original."""
+        y = self.recipe.take(self)
+        place = y.size(), y.stride(), y.storage_offset()
+        return y if place == self.place else y.as_strided(*self.place)
+
+    def __del__(self) -> None:
+        self.recipe.leave(self)
+
+
+class Recipe:
+    """How to make `y` again.
+
+    Args:
+        y: The original. It is not kept.
+        make: `make(*inputs)` returns its bits. Whatever it needs besides the inputs must be its own.
+        inputs: What keeps the inputs.
+
+    Attributes:
+        witness: A tensor without values that knows the version of `y`.
+        users: How many `Named` there are.
+    """
+
+    depth: int
+    lock: Any
+    users: int
+
+    __slots__ = (
+        "__weakref__", "_asked", "_found", "_inputs", "_make", "_stream", "_turn", "depth", "dtype", "lock", "users",
+        "version", "witness",
+    )  # fmt: skip
+
+    def __init__(self, y: Tensor, make: Callable[..., Tensor], inputs: "list[Kept | Named]") -> None:
+        self.witness = y.detach()
+        self.witness.data = torch.empty(0, dtype=y.dtype, device=y.device)
+        self.version = y._version
+        self.dtype = y.dtype
+        self.depth = 1 + max((each.recipe.depth for each in inputs if isinstance(each, Named)), default=0)
+        self.lock = threading.RLock()
+        self.users = 0
+        self._make, self._inputs = make, inputs
+        self._turn = self._asked = 0
+        self._found: Tensor | None = None
+        self._stream = 0
+
+    def take(self, user: Named) -> Tensor:
+        """`y`, made at most once in a backward pass in which every user asks once; freed when the last one has asked.
+
+        At the end of the backward pass it is freed in any case.
+        """
+        with self.lock:
+            if user._turn == self._turn:  # a graph that is retained: another pass
+                self._turn, self._asked = self._turn + 1, 0
+            user._turn = self._turn
+            self._asked += 1
+            stream = _stream(self.witness.device)
+            y = self._found if self._stream == stream else None
+            if y is None:
+                with torch.no_grad():
+                    # In an input that a recipe makes, a later change of its original does not show.
+                    given = [each.value() if isinstance(each, Named) else each.get() for each in self._inputs]
+                    y = self._make(*given)
+            self._stream = stream
+            waits = self._asked < self.users and torch._C._current_graph_task_id() != -1
+            if waits and self._found is None:
+                _at_the_end(self)
+            self._found = y if waits else None
+            return y
+
+    def leave(self, user: Named) -> None:
+        """Note that this user is gone."""
+        with self.lock:
+            self.users -= 1
+            self._asked -= user._turn == self._turn
+            if self._asked >= self.users:
+                self._found = None
+
+    def forget(self) -> None:
+        """Free `y`, if it waits for somebody."""
+        with self.lock:
+            self._found = None
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _at_the_end(recipe: Recipe) -> None:
+    """Let the recipe forget at the end of the current backward pass."""
+    reference = weakref.ref(recipe)
+
+    def forget() -> None:
+        found = reference()
+        if found is not None:
+            found.forget()
+
+    torch.autograd.Variable._execution_engine.queue_callback(forget)
+
+
+def _changed(t: Tensor, shape: tuple[int, ...], expected: int) -> RuntimeError:
+    """PyTorch's error."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{t.type()} {list(shape)}] is at version {t._version}; expected version {expected} instead."
+    )
+
+
+class Recipes:
+    """The recipes of one forward pass. Its `pack` sees every tensor that is kept."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[StorageWeakRef, Recipe]] = {}
+        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
+        self._expected: tuple[Callable[..., Tensor], Tensor] | None = None
+
+    def note(self, y: Tensor, make: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> bool:
+        """Note how to make `y` from `x` and the residual, and return whether that pays.
+
+        A residual is named only if it is there anyway: because a recipe makes it, or because something keeps it, so
+        that PyTorch, too, would not allow to change it. Otherwise `y` is kept: the residual takes as much memory.
+        """
+        inputs: list[Kept | Named] = [self._find(x) or Kept(x)]
+        if residual is not None:
+            found = self._find(residual)
+            if found is None:
+                return False
+            inputs.append(found)
+        recipe = Recipe(y, make, inputs)
+        if recipe.depth > LONGEST:
+            return False
+        storage = y.untyped_storage()
+        self._found[storage._cdata] = StorageWeakRef(storage), recipe
+        return True
+
+    @contextmanager
+    def expecting(self, make: Callable[..., Tensor], z: Tensor) -> Iterator[None]:
+        """For one operation on `z`, which may keep its own output: this is how to make it."""
+        self._expected = make, z
+        try:
+            yield
+        finally:
+            self._expected = None
+
+    def pack(self, t: Tensor) -> Kept | Named:
+        """Keep a tensor."""
+        if type(t) is not Tensor or t.layout is not torch.strided:
+            return Kept(t)
+        found = self._find(t)
+        if found is not None:
+            return found
+        if self._expected is not None and t._version == 0:
+            make, z = self._expected
+            if t.shape == z.shape and t.dtype is z.dtype and t.untyped_storage()._cdata != z.untyped_storage()._cdata:
+                self._expected = None
+                self.note(t, make, z)
+                return self._find(t) or Kept(t)
+        kept = Kept(t)
+        self._kept[t.untyped_storage()._cdata] = kept
+        return kept
+
+    def _find(self, t: Tensor) -> Kept | Named | None:
+        """What makes this tensor, or keeps it; None if nothing does."""
+        key = t.untyped_storage()._cdata
+        entry = self._found.get(key)
+        if entry is not None:
+            recipe = entry[1]
+            if t._version == recipe.version and t.dtype is recipe.dtype and not t.is_neg() and not t.is_conj():
+                return Named(recipe, t)
+            return None
+        kept = self._kept.get(key)  # alive, it keeps the storage alive, so this is the same one
+        if kept is None or kept.version != t._version or kept.tensor.dtype is not t.dtype:
+            return None
+        same = kept.tensor
+        place = t.size(), t.stride(), t.storage_offset()
+        return kept if place == (same.size(), same.stride(), same.storage_offset()) else None
+
+
+def unpack(kept: Kept | Named) -> Tensor:
+    """The tensor that `Recipes.pack` was given."""
+    return kept.get()
+
+
+# --- While a model runs -----------------------------------------------------------------------------------------------
+
+
+class _Local(threading.local):
+    """The recipes of this thread, the module that began them, and whether the current layer wants one."""
+
+    recipes: Recipes | None = None
+    owner = 0
+    wanted = False
+
+
+_local = _Local()
+
+
+def active() -> Recipes | None:
+    """The recipes to which the current layer should add; None if there are none."""
+    return _local.recipes if _local.wanted else None
+
+
+@contextmanager
+def wanted() -> Iterator[None]:
+    """Let the normalization inside add to the recipes, if the innermost hooks are those of the recipes."""
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
+    recipes = _local.recipes
+    if recipes is None or hooks is None or hooks[0] != recipes.pack:
+        if recipes is None and hooks is None and torch._C._current_graph_task_id() == -1 and is_eager():
+            warnings.warn(
+                "a layer with save_memory=True was called outside of the forward of its model, where nothing can be "
+                "saved: call batchnorm.torch.save_memory(model) for the module that you call",
+                stacklevel=2,
+            )
+        yield
+        return
+    _local.wanted = True
+    try:
+        yield
+    finally:
+        _local.wanted = False
+
+
+def open_before(module: nn.Module, args: Any) -> None:
+    """Begin recipes, unless a module around this one has, or something else handles what is kept."""
+    if torch.compiler.is_compiling():
+        return
+    if _local.recipes is not None:
+        if _local.owner != id(module):
+            return
+        close_after(module, args, None)  # a call that was interrupted
+    if (
+        torch.is_grad_enabled()
+        and is_eager()
+        and _autograd._saved_tensors_hooks_is_enabled()
+        and _autograd._top_saved_tensors_default_hooks(True) is None
+    ):
+        _local.recipes, _local.owner = Recipes(), id(module)
+        _autograd._push_saved_tensors_default_hooks(_local.recipes.pack, unpack)
+
+
+def close_after(module: nn.Module, args: Any, output: Any) -> None:
+    """End the recipes that this module began."""
+    if torch.compiler.is_compiling() or _local.recipes is None or _local.owner != id(module):
+        return
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0] == _local.recipes.pack:
+        _autograd._pop_saved_tensors_default_hooks()
+    _local.recipes, _local.owner = None, 0
+
+
+def install(module: nn.Module) -> None:
+    """Let calls of this module have recipes."""
+    if not is_installed(module):
+        module.register_forward_pre_hook(open_before, prepend=True)
+        module.register_forward_hook(close_after, always_call=True)
+
+
+def is_installed(module: nn.Module) -> bool:
+    """Whether calls of this module have recipes."""
+    return open_before in module._forward_pre_hooks.values()
+
+
+def remove(module: nn.Module) -> None:
+    """Undo `install`."""
+    for hooks, ours in ((module._forward_pre_hooks, open_before), (module._forward_hooks, close_after)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+
+
+_follows = False
+
+
+def follow_registrations() -> None:
+    """From now on, `install` in every module that gets a layer with `save_memory`, or a module that has one."""
+    global _follows
+    if not _follows:
+        _follows = True
+        register_module_module_registration_hook(_spread)
+
+
+def _spread(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if child is not None and (vars(child).get("save_memory") is True or is_installed(child)):
+        install(parent)

@@ -1,0 +1,495 @@
+"""`save_memory`: fewer bytes for the backward pass, the same bits of gradients, PyTorch's errors."""
+
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchnorm import torch as bn
+from batchnorm.torch import recipes, routes
+from batchnorm.torch.recipes import Kept, Named, Recipe, Recipes
+
+ROUTES = ["numba", "native", "composed"]
+
+
+class Block(nn.Module):
+    """Residual blocks, one of whose residuals is a convolution's input and one another block's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(5))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norms[0](self.convs[0](x)))
+        out = F.silu(self.norms[1](self.convs[1](x)))
+        x = F.relu(self.norms[2](self.convs[2](out)) + x)
+        out = self.norms[3](self.convs[3](x))
+        x = F.relu(self.norms[4](self.convs[4](out)) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def batch(samples: int = 4, side: int = 6) -> Tensor:
+    return torch.randn(samples, 8, side, side)
+
+
+def pair(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The model converted, and converted with `save_memory`."""
+    other = deepcopy(model)
+    return bn.convert(model, **options), bn.convert(other, save_memory=True, **options)
+
+
+def gradients(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor] = torch.sum) -> list[Tensor]:
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    loss(model(x).square()).backward()
+    assert x.grad is not None
+    return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(one: list[Tensor], other: list[Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Weak references to the recipes that have been followed, in order."""
+    found: list[Any] = []
+    init = Recipe.__init__
+
+    def note(self: Recipe, y: Tensor, make: Any, inputs: Any) -> None:
+        reference = weakref.ref(self)
+
+        def count(*given: Tensor) -> Tensor:
+            found.append(reference)
+            return make(*given)  # type: ignore[no-any-return]
+
+        init(self, y, count, inputs)
+
+    monkeypatch.setattr(Recipe, "__init__", note)
+    return found
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What has been kept."""
+    found: list[Any] = []
+    pack = Recipes.pack
+
+    def note(self: Recipes, t: Tensor) -> Any:
+        found.append(pack(self, t))
+        return found[-1]
+
+    monkeypatch.setattr(Recipes, "pack", note)
+    return found
+
+
+def named(packed: list[Any]) -> int:
+    return sum(isinstance(each, Named) for each in packed)
+
+
+# --- The same bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ROUTES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_the_same_bits(way: str, layout: Any) -> None:
+    one, other = pair(Block().to(memory_format=layout))
+    x = batch().contiguous(memory_format=layout)
+    with bn.route(way):
+        for _ in range(2):
+            assert_same(gradients(one, x), gradients(other, x))
+    assert_same(list(one.buffers()), list(other.buffers()))
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_on_both_sides_of_the_smallest_size_of_a_kernel(side: int, packed: list[Any]) -> None:
+    samples = side * routes.SMALL // (8 * 32 * 32) - (side == 1)
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    x = batch(samples, 32)
+    with bn.route():
+        assert_same(gradients(one, x), gradients(other, x))
+    assert named(packed) > 0
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [bn.GhostStatistics(2), bn.RunningStatistics(), bn.Renorm(warmup_steps=0), bn.SyncStatistics()],
+    ids=lambda s: type(s).__name__,
+)
+def test_every_source_of_statistics(statistics: Any, packed: list[Any]) -> None:
+    one, other = pair(Block(), statistics=statistics)
+    with bn.route("numba"):
+        x = batch()
+        assert_same(gradients(one, x), gradients(other, x))
+    assert named(packed) >= 4
+
+
+@pytest.mark.parametrize(
+    "activation", [None, "relu", "relu6", ("leaky_relu", 0.2), "silu", "elu", "tanh", "gelu"], ids=str
+)
+@pytest.mark.parametrize("way", ["numba", "native"])
+def test_every_activation_and_a_mask(activation: Any, way: str) -> None:
+    layer = bn.BatchNorm2d(8, activation=activation)
+    one = nn.Sequential(nn.Conv2d(8, 8, 1), layer, nn.Conv2d(8, 2, 1))
+    other = bn.save_memory(deepcopy(one))
+    x, mask = batch(), torch.rand(4, 6, 6) < 0.7
+    for module in (one[1], other[1]):
+        if way == "numba":
+            module.register_forward_pre_hook(lambda _, args, kw: (args, {"mask": mask}), with_kwargs=True)
+    with bn.route(way):
+        assert_same(gradients(one, x), gradients(other, x))
+
+
+def test_half_precision() -> None:
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).bfloat16())
+    x = batch().bfloat16()
+    with bn.route("numba"):
+        assert_same(gradients(one, x), gradients(other, x))
+
+
+def test_autocast(packed: list[Any]) -> None:
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    x = batch()
+    with bn.route("numba"), torch.autocast("cpu", torch.bfloat16):
+        assert_same(gradients(one, x), gradients(other, x))
+    assert named(packed) > 0
+
+
+def test_second_derivatives() -> None:
+    one, other = pair(Block())
+    x = batch().requires_grad_()
+    found = []
+    for model in (one, other):
+        (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), [x, *model.parameters()], allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- Fewer bytes, once, freed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["numba", "native"])
+def test_no_output_is_kept(way: str) -> None:
+    layer = nn.Sequential(bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 2, 1))
+    kept = []
+    with bn.route(way):
+        for model in (layer, bn.save_memory(deepcopy(layer))):
+            outputs: list[Any] = []
+            model[0].register_forward_hook(lambda _, args, y, o=outputs: o.append(weak(y)))
+            out = model(batch().requires_grad_())
+            kept.append(not outputs[0].expired())
+            out.sum().backward()
+    assert kept == [True, False]
+
+
+def weak(y: Tensor) -> recipes.StorageWeakRef:
+    return recipes.StorageWeakRef(y.untyped_storage())
+
+
+def test_each_output_is_made_once_in_a_pass(made: list[Any]) -> None:
+    model = bn.convert(Block(), save_memory=True)
+    loss = model(batch().requires_grad_()).sum()
+    loss.backward(retain_graph=True)
+    assert len(made) == len(set(made)) >= 4
+    first = len(made)
+    loss.backward()
+    assert len(made) == 2 * first
+
+
+def test_what_was_made_is_freed_before_the_backward_pass_ends(made: list[Any]) -> None:
+    model = bn.convert(Block(), save_memory=True)
+    x = batch().requires_grad_()
+    waiting: list[Any] = []
+    x.register_hook(lambda _: waiting.extend(recipe() and recipe()._found for recipe in made))
+    model(x).sum().backward()
+    assert len(waiting) >= 4
+    assert all(found is None for found in waiting)
+
+
+def test_memory_does_not_grow() -> None:
+    model = bn.convert(Block(), save_memory=True)
+    x = batch()
+
+    def objects() -> int:
+        gc.collect()
+        return sum(type(o) in (Kept, Named, Recipe, Recipes, Tensor) for o in gc.get_objects())
+
+    gradients(model, x)
+    before = objects()
+    for _ in range(200):
+        model(x)  # never followed by a backward pass
+        gradients(model, x)
+    assert objects() <= before
+
+
+def test_addresses_that_are_used_again() -> None:
+    class Churn(nn.Module):
+        """Frees outputs that nobody keeps, and fills their place with others of the same shape."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm1d(64) for _ in range(8))
+            self.linears = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm, linear in zip(self.norms, self.linears, strict=True):
+                norm(x)  # dropped at once
+                y = norm(linear(x)) * 1
+                del x
+                z = y.detach() * 2 + torch.randn_like(y) * 0
+                x = linear(z * y)
+                del y, z
+            return x
+
+    one, other = pair(Churn())
+    for seed in range(10):
+        x = torch.randn(32, 64)
+        torch.manual_seed(seed)
+        want = gradients(one, x)
+        torch.manual_seed(seed)
+        assert_same(want, gradients(other, x))
+
+
+# --- Ways to hold the output -----------------------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """A layer whose output is used by a function."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.use = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), use
+        self.after, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.list: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, F.relu(self.norm(self.conv(x))))
+
+
+def hold(model: Any, y: Tensor) -> Tensor:
+    model.list = [y]
+    return model.after(model.list[0])  # type: ignore[no-any-return]
+
+
+def hook(model: Any, y: Tensor) -> Tensor:
+    y.register_hook(lambda dy: dy * 2)
+    return model.after(y)  # type: ignore[no-any-return]
+
+
+USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "view": lambda m, y: y.view(4, -1) @ y.view(4, -1).T,
+    "transposed": lambda m, y: y.transpose(1, 2) * y.transpose(1, 2),
+    "slice": lambda m, y: y[:, 1:3, ::2] * y[:, 2:4, ::2],
+    "chunks": lambda m, y: (lambda a, b: a * b)(*y.chunk(2, 1)),
+    "list": hold,
+    "hook": hook,
+    "two consumers": lambda m, y: m.after(y) + m.other(y),
+    "kept by itself": lambda m, y: y.exp() * y,
+    "detached": lambda m, y: m.after(y.detach()) + y,
+    "copied and changed": lambda m, y: m.after(y.clone().add_(y)),
+    "pooled": lambda m, y: F.max_pool2d(y, 2),
+    "concatenated": lambda m, y: m.after(torch.cat([y[:, :4], y[:, 4:]], 1)),
+}
+
+
+@pytest.mark.parametrize("way", ["numba", "native"])
+@pytest.mark.parametrize("use", USES)
+def test_ways_to_hold_the_output(use: str, way: str) -> None:
+    one, other = pair(Held(USES[use]))
+    x = batch()
+    with bn.route(way):
+        assert_same(gradients(one, x), gradients(other, x))
+
+
+def test_an_activation_in_place_after_the_layer_is_kept() -> None:
+    plain = nn.Sequential(bn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 2, 1))
+    other = bn.save_memory(deepcopy(plain))
+    x = batch()
+    assert_same(gradients(plain, x), gradients(other, x))
+
+
+# --- What was changed in place ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["numba", "native"])
+@pytest.mark.parametrize("which", ["input", "output", "another tensor"])
+def test_what_was_changed_in_place_is_noticed(which: str, way: str) -> None:
+    held: dict[str, Tensor] = {}
+
+    def use(model: Any, y: Tensor) -> Tensor:
+        held["output"] = y
+        held["another tensor"] = z = y + 1
+        return model.after(y) * z.square()  # type: ignore[no-any-return]
+
+    _, model = pair(Held(use))
+    model.conv.register_forward_hook(lambda _, args, x: held.__setitem__("input", x))
+    with bn.route(way):
+        loss = model(batch()).sum()
+    with torch.no_grad():
+        held.pop(which).mul_(2)
+    held.clear()  # also if nothing else refers to it any more
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_optimizer_may_step_before_a_gradient_that_does_not_need_the_layer() -> None:
+    one, other = pair(Held(lambda m, y: m.after(y)))
+    x, found = batch(), []
+    for model in (one, other):
+        loss = model(x).square().sum()
+        with torch.no_grad():
+            for p in model.norm.parameters():
+                p.add_(1)
+        found.append(list(torch.autograd.grad(loss, [model.after.weight])))
+    assert_same(*found)
+
+
+# --- On and off -------------------------------------------------------------------------------------------------------
+
+
+def test_on_and_off(packed: list[Any]) -> None:
+    model = bn.convert(Block())
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    assert bn.save_memory(model) is model
+    assert list(model.state_dict()) == list(state)
+    assert "save_memory=True" in repr(model.norms[0])
+    gradients(model, batch())
+    assert named(packed) > 0
+    packed.clear()
+    bn.save_memory(model, False)
+    gradients(model, batch())
+    assert packed == []
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert "save_memory" not in repr(model)
+
+
+def test_revert_takes_it_back() -> None:
+    model = bn.revert(bn.convert(Block(), save_memory=True))
+    assert not model._forward_hooks
+    assert not any("save_memory" in vars(module) for module in model.modules())
+
+
+def test_the_keyword_of_a_layer(packed: list[Any]) -> None:
+    block = nn.Sequential(nn.Conv2d(8, 8, 1), bn.BatchNorm2d(8, activation="relu", save_memory=True))
+    model = nn.Sequential(block, nn.Conv2d(8, 2, 1))
+    gradients(model, batch())
+    assert named(packed) > 0
+
+
+def test_a_layer_outside_of_its_model_says_so() -> None:
+    layer = bn.BatchNorm2d(8, save_memory=True)
+    with pytest.warns(UserWarning, match="called outside"):
+        layer(batch())
+    with torch.no_grad():
+        layer(batch())
+
+
+def test_a_model_without_our_layers() -> None:
+    with pytest.raises(ValueError, match="no layer of this package"):
+        bn.save_memory(Block())
+
+
+def test_copies_and_pickles(packed: list[Any]) -> None:
+    model = bn.convert(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)), save_memory=True)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        packed.clear()
+        gradients(copied, batch())
+        assert named(packed) > 0
+
+
+# --- Beside other tools -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_inside_and_outside(reentrant: bool) -> None:
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    class Inside(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = checkpoint(self.model, x, use_reentrant=reentrant)
+            return y
+
+    one, other = pair(Block())
+    x = batch()
+    want = gradients(one, x)
+    assert_same(want, gradients(bn.save_memory(Inside(deepcopy(other))), x))
+    assert_same(want, gradients(Inside(deepcopy(other)), x))
+
+
+def test_hooks_of_the_user_are_left_alone(packed: list[Any]) -> None:
+    model = bn.convert(Block(), save_memory=True)
+    seen = []
+
+    def pack(t: Tensor) -> Tensor:
+        seen.append(t.shape)
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(batch()).sum().backward()
+    assert seen
+    assert packed == []
+
+
+def test_errors_and_interruptions_end_it() -> None:
+    fail: list[type[BaseException]] = []
+
+    def use(model: Any, y: Tensor) -> Tensor:
+        if fail:
+            raise fail.pop()("planned")
+        return model.after(y)  # type: ignore[no-any-return]
+
+    one, other = pair(Held(use))
+    x = batch()
+    top = torch._C._autograd._top_saved_tensors_default_hooks
+    fail.append(ValueError)
+    with pytest.raises(ValueError, match="planned"):
+        other(x)
+    assert top(True) is None
+    fail.append(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        other(x)
+    other(x)
+    assert top(True) is None
+    one.load_state_dict(other.state_dict())
+    assert_same(gradients(one, x), gradients(other, x))
+
+
+def test_no_hooks_without_gradients() -> None:
+    model = bn.convert(Block(), save_memory=True)
+    model.norms[0].register_forward_hook(
+        lambda *_: top.append(torch._C._autograd._top_saved_tensors_default_hooks(True))
+    )
+    top: list[Any] = []
+    with torch.no_grad():
+        model(batch())
+    assert top == [None]
+
+
+def test_folding_sees_through_it() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 1), bn.BatchNorm2d(8, save_memory=True)), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        model(batch())
+        folded = bn.fold(model.eval())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.model.modules())
