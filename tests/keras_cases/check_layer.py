@@ -311,6 +311,27 @@ def test_far_from_zero() -> None:
     close(layer(x, training=False), exact)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((20, 7), -1), ((4, 7, 6), 1), ((1 << 18, 5), -1)])
+def test_evaluation_far_from_zero_by_the_routes_that_users_get(shape: tuple[int, ...], axis: int) -> None:
+    """On both sides of the sizes from which the kernels of `batchnorm.torch` pay."""
+    x = (1e6 + np.random.default_rng(0).normal(size=shape)).astype(np.float32)
+    layer = layer_for(shape, axis=axis)
+    channels = shape[axis]
+    layer.moving_mean.assign(np.full(channels, 1e6))
+    layer.moving_variance.assign(np.ones(channels))
+    exact = definition.normalize(
+        second(x, axis), np.full(channels, 1e6), definition.reciprocal_std(np.ones(channels), EPS),
+        numbers(layer.gamma), numbers(layer.beta),
+    )  # fmt: skip
+    allowed: Any = nullcontext()
+    if BACKEND == "torch":
+        from batchnorm.torch import route
+
+        allowed = route()
+    with allowed:
+        close(layer(ops.convert_to_tensor(x), training=False), np.moveaxis(exact, 1, axis))
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
 def test_mixed_precision(policy: str, training: bool) -> None:
