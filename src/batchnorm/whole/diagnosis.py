@@ -4,7 +4,7 @@
 for what comes into it, and looks at both with all `checks`. Nothing in the model changes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,7 +19,10 @@ __all__ = ["Model", "diagnose", "judge"]
 class Model(Protocol):
     """A model, as `diagnose` sees it."""
 
-    remedies: Remedies
+    @property
+    def remedies(self) -> Remedies:
+        """The framework's words."""
+        ...
 
     def find(self) -> Mapping[str, Layer]:
         """All batch normalizations by name, with their states.
@@ -80,7 +83,7 @@ def _some(data: Iterable[Any], most: int | None, evidence: Evidence) -> Iterator
     batches = iter(data)
     yield from islice(batches, most)
     if most is not None and evidence.batches == most:
-        evidence.is_complete = hasattr(data, "__len__") and len(data) == most
+        evidence.is_complete = isinstance(data, Sized) and len(data) == most
 
 
 def judge(evidence: Evidence, remedies: Remedies, read: str, notes: Iterable[str] = ()) -> Report:

@@ -113,7 +113,7 @@ class Report:
         return "\n".join(lines)
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
-        rows = []
+        rows: list[tuple[str, str, str, str]] = []
         for group in self.groups():
             rows += [(f.severity, f.check, f.layer or "(the model)", f.evidence) for f in group[:SHOWN]]
             if len(group) > SHOWN:
