@@ -1,8 +1,9 @@
 """The tables as SVG plots, in colours that are readable on white and on black."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import matplotlib as mpl
@@ -36,18 +37,84 @@ STYLE: dict[str, Any] = {
 }
 
 
+NEEDS = {"overview": "training"}
+"""The table without which there is no such picture, if it has another name."""
+
+
 def draw(tables: Tables, folder: Path) -> list[str]:
     """Write a plot of each table that has records, and return the names of the files."""
-    pictures = {"layers": _layers, "training": _training, "losses": _losses, "gpu_layers": _gpu_layers}
+    pictures = {
+        "overview": _overview,
+        "layers": _layers,
+        "training": _training,
+        "losses": _losses,
+        "gpu_layers": _gpu_layers,
+    }
     written = []
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         for name, picture in pictures.items():
-            if tables[name]:
+            if tables[NEEDS.get(name, name)]:
                 figure = picture(tables)
                 figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
                 plt.close(figure)
                 written.append(f"{name}.svg")
     return written
+
+
+def _overview(tables: Tables) -> Any:
+    """Speed and memory at a glance: ratios to eager PyTorch, so that more than 1 is better."""
+    cpu = _geometric_means(tables["layers"], speedups(tables["layers"], "eager", ("network",)))
+    gpu_times = {
+        candidate: {r["case"]: r["median_us"] for r in tables["gpu_layers"] if r["candidate"] == candidate}
+        for candidate in ("eager", "batchnorm")
+    }
+    gpu_ratios = {case: gpu_times["eager"][case] / us for case, us in gpu_times["batchnorm"].items()}
+    gpu = _geometric_means(tables["gpu_layers"], gpu_ratios)
+    layouts = ("channels-first", "channels-last")
+    models = list(dict.fromkeys(record["model"] for record in tables["training"]))
+    steps = {
+        layout: [step_ratio(tables["training"], model, layout) or float("nan") for model in models]
+        for layout in layouts
+    }
+    peaks = {layout: [_peak_ratio(tables["memory"], model, layout) for model in models] for layout in layouts}
+    panels = {
+        "a layer, forward + backward: speed": (
+            ["CPU", "GPU"], {layout: [part.get(layout, float("nan")) for part in (cpu, gpu)] for layout in layouts}
+        ),
+        "a training step on the CPU: speed": (models, steps),
+        "a training step on the CPU: room in memory": (models, peaks),
+    }  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.4), width_ratios=(1, 2, 2))
+    for axis, (title, (names, values)) in zip(axes, panels.items(), strict=True):
+        for offset, layout in ((-0.2, "channels-first"), (0.2, "channels-last")):
+            places = [i + offset for i in range(len(names))]
+            drawn = axis.bar(places, values[layout], 0.36, color=LAYOUTS[layout][0], label=layout)
+            axis.bar_label(drawn, ["" if math.isnan(v) else f"{v:.2f}" for v in values[layout]], fontsize=7, color=GRAY)
+        axis.axhline(1, color=GRAY, linewidth=1)
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        axis.set_title(title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.22))
+    figure.suptitle("batchnorm, times as good as eager PyTorch", fontsize=9, y=1.04)
+    return figure
+
+
+def _geometric_means(records: Sequence[Record], ratios: dict[str, float]) -> dict[str, float]:
+    """The mean ratio of each layout."""
+    layouts = {record["case"]: record["layout"] for record in records}
+    found: dict[str, list[float]] = {}
+    for case, ratio in ratios.items():
+        found.setdefault(layouts[case], []).append(ratio)
+    return {layout: geometric_mean(part) for layout, part in found.items()}
+
+
+def _peak_ratio(records: Sequence[Record], model: str, layout: str) -> float:
+    peaks = {
+        record["candidate"]: record["peak_mib"]
+        for record in records
+        if (record["model"], record["layout"]) == (model, layout)
+    }
+    return peaks["eager"] / peaks["converted"] if {"eager", "converted"} <= set(peaks) else float("nan")
 
 
 def _layers(tables: Tables) -> Any:

@@ -162,8 +162,9 @@ class _Step:
                 std = (var + layer.eps).sqrt()
                 scale = (batch_var + layer.eps).sqrt() / std
                 gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
-            averages: Any = [None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)]
-            rest: Any = [float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")]
+            averages = [None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)]
+            rest = [float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")]
             skipped = int(getattr(layer, "num_batches_skipped", 0))
-            records.append(Record(step, name, *averages, gap, *rest)._replace(skipped=skipped))
+            values: Any = (*averages, gap, *rest, skipped)
+            records.append(Record(step, name, *values))
         return records
