@@ -664,7 +664,7 @@ def test_the_report(model: Any, data: list[Tensor], monkeypatch: pytest.MonkeyPa
     assert [finding.severity for finding in report.findings] == ["error", "error", "warning"]
     assert report.severity == "error"
     text = str(report)
-    monkeypatch.setattr("batchnorm.whole.findings.find_spec", lambda name: None)
+    monkeypatch.setattr("batchnorm.whole.report.find_spec", lambda name: None)
     for shown in (text, str(report)):
         for finding in report.findings:
             assert finding.check in shown

@@ -11,6 +11,7 @@ print(seen)                      # the last step in one line; `seen.records` has
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -90,6 +91,12 @@ class watch(Recorder):
                 "called",
                 stacklevel=2,
             )
+
+    def board(self, folder: Path) -> Any:
+        """PyTorch's writer for TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder))
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not model.training:

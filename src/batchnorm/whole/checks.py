@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from batchnorm.whole.chance import ALPHA, STABLE, factor_of_two, noise
-from batchnorm.whole.evidence import Evidence, Inputs, Layer
+from batchnorm.whole.evidence import Evidence, Inputs, Layer, State
 from batchnorm.whole.findings import Finding, Severity
 from batchnorm.whole.remedies import Remedies
 
@@ -153,10 +153,11 @@ def dead_channel(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
         enough = math.log(ALPHA / tests) / math.log(1 - SPARSE)
         if layer.is_rectified and layer.highest is not None and layer.trained.samples >= enough:
             off = (layer.highest <= 0) & ~cut & ~still
-        for dead, what, severity, remedy in (
+        kinds: tuple[tuple[np.ndarray, str, Severity, Callable[[State, Sequence[int]], str]], ...] = (
             (cut, "gamma is 0 up to rounding", "warning", remedies.revive),
             (off, "off for every value behind the activation", _by_share(off), remedies.turn_on),
-        ):
+        )
+        for dead, what, severity, remedy in kinds:
             if dead.any():
                 yield _dead(layer, dead, what, severity, remedy(state, np.flatnonzero(dead).tolist()))
         if still.any():
@@ -190,7 +191,7 @@ def _without_gamma(layer: Layer) -> np.ndarray:
     weight = layer.state.weight
     if weight is None:
         return np.zeros(layer.state.channels, bool)
-    return np.abs(weight) <= layer.state.rounding * np.abs(weight).max(initial=0.0)
+    return np.asarray(np.abs(weight) <= layer.state.rounding * np.abs(weight).max(initial=0.0))
 
 
 def _without_input(layer: Layer) -> np.ndarray:
@@ -200,7 +201,7 @@ def _without_input(layer: Layer) -> np.ndarray:
         return np.asarray(moments.var <= (state.rounding * np.abs(moments.mean)) ** 2)
     if state.var is None:
         return np.zeros(state.channels, bool)
-    return state.var == 0
+    return np.asarray(state.var == 0)
 
 
 def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:

@@ -4,14 +4,15 @@
 for what comes into it, and looks at both with all `checks`. Nothing in the model changes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any, Protocol
 
 from batchnorm.whole.checks import CHECKS, gap
 from batchnorm.whole.evidence import Evidence, Layer, State
-from batchnorm.whole.findings import SEVERITIES, Finding, Profile, Report
+from batchnorm.whole.findings import SEVERITIES, Finding, Profile
 from batchnorm.whole.remedies import Remedies
+from batchnorm.whole.report import Report
 
 __all__ = ["Model", "diagnose", "judge"]
 
@@ -80,7 +81,7 @@ def _some(data: Iterable[Any], most: int | None, evidence: Evidence) -> Iterator
     batches = iter(data)
     yield from islice(batches, most)
     if most is not None and evidence.batches == most:
-        evidence.is_complete = hasattr(data, "__len__") and len(data) == most
+        evidence.is_complete = isinstance(data, Sized) and len(data) == most
 
 
 def judge(evidence: Evidence, remedies: Remedies, read: str, notes: Iterable[str] = ()) -> Report:
