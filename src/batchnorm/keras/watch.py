@@ -122,12 +122,13 @@ class Watch(keras.callbacks.Callback):
             self.skipped[name] = self.skipped.get(name, 0) + 1
         rate = 1 - float(layer.momentum)
         executed = getattr(self.model, "steps_per_execution", 1)
+        averages = float(mean.mean()), float(var.mean())
+        skipped = self.skipped.get(name, 0)
         if not learning or layer.renorm or executed != 1 or rate == 0 or stood:
-            averages: tuple[Any, ...] = (None, None, float(mean.mean()), float(var.mean()), None)
-        else:
-            batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
-            std = np.sqrt(var + layer.epsilon)
-            scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
-            gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))
-            averages = float(batch_mean.mean()), float(batch_var.mean()), float(mean.mean()), float(var.mean()), gap
-        return Record(self.recorder.steps, name, *averages, skipped=self.skipped.get(name, 0))
+            return Record(self.recorder.steps, name, None, None, *averages, skipped=skipped)
+        batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
+        std = np.sqrt(var + layer.epsilon)
+        scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
+        gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))
+        batch = float(batch_mean.mean()), float(batch_var.mean())
+        return Record(self.recorder.steps, name, *batch, *averages, gap, skipped=skipped)

@@ -169,7 +169,12 @@ class _Step:
                 std = (var + layer.eps).sqrt()
                 scale = (batch_var + layer.eps).sqrt() / std
                 gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
-            averages = [None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)]
-            rest = [float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")]
-            records.append(Record(step, name, *averages, gap, *rest, int(getattr(layer, "num_batches_skipped", 0))))
+            batch_mean, batch_var, mean, var = (
+                None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)
+            )
+            grad_out, grad_in, dead = (
+                float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")
+            )
+            skipped = int(getattr(layer, "num_batches_skipped", 0))
+            records.append(Record(step, name, batch_mean, batch_var, mean, var, gap, grad_out, grad_in, dead, skipped))
         return records

@@ -20,7 +20,10 @@ __all__ = ["Model", "diagnose", "judge"]
 class Model(Protocol):
     """A model, as `diagnose` sees it."""
 
-    remedies: Remedies
+    @property
+    def remedies(self) -> Remedies:
+        """The framework's words."""
+        ...
 
     def find(self) -> Mapping[str, Layer]:
         """All batch normalizations by name, with their states.
