@@ -71,12 +71,8 @@ TOGETHER = [
 ]
 """Places of several modules, which may import each other, though not in a circle."""
 
-LATE = {
-    ("batchnorm.torch.layers", "batchnorm.torch.convert"),
-    ("batchnorm.whole.findings", "batchnorm.whole.page"),
-}
-"""What a function imports of what imports it. `SyncBatchNorm` has a tool for whole models, because PyTorch's has it; a
-report writes itself as a page."""
+LATE = {("batchnorm.torch.layers", "batchnorm.torch.convert")}
+"""What a function imports of what imports it: `SyncBatchNorm` has a tool for whole models, because PyTorch's has it."""
 
 ALLOWED = {
     "batchnorm.checkpoints": {"torch"},
@@ -85,7 +81,6 @@ ALLOWED = {
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
     "batchnorm.jax": {"jax", "flax", "torch", "keras"},  # the last two inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},
-    "batchnorm.whole.recording": {"torch"},  # whose writer for TensorBoard is asked for by name
     "batchnorm.onnx": {"onnx", "onnxruntime"},
     "batchnorm.environment": {"torch"},
     "batchnorm.bench": {"torch", "jax", "tensorflow"},

@@ -6,8 +6,8 @@ from batchnorm.checkpoints import hdf5, names, pickled, safetensors
 from batchnorm.errors import InputError
 from batchnorm.whole.diagnosis import judge
 from batchnorm.whole.evidence import Evidence, Layer, State
-from batchnorm.whole.findings import Report
 from batchnorm.whole.remedies import Keras, PyTorch, Remedies
+from batchnorm.whole.report import Report
 
 __all__ = ["diagnose_checkpoint", "diagnose_file"]
 

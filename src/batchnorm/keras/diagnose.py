@@ -19,9 +19,10 @@ from batchnorm.keras.eager import eagerly, layer_input
 from batchnorm.keras.models import named_layers, normalizations, refuse, to_float64
 from batchnorm.whole import diagnosis as whole
 from batchnorm.whole.evidence import Evidence, Inputs, Layer, Producer, State, batch
-from batchnorm.whole.findings import Finding, Report
+from batchnorm.whole.findings import Finding
 from batchnorm.whole.randomness import random_states_kept
 from batchnorm.whole.remedies import Data, Keras
+from batchnorm.whole.report import Report
 
 __all__ = ["Finding", "Report", "diagnose"]
 

@@ -6,6 +6,7 @@ model.fit(x, y, callbacks=[Watch(every=10, to="statistics.csv")])
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,6 +16,37 @@ from batchnorm.keras.models import normalizations, to_float64
 from batchnorm.whole.recording import Record, Recorder, Sink
 
 __all__ = ["Record", "Watch"]
+
+
+class _Recorder(Recorder):
+    """A recorder that writes for TensorBoard with the backend, if that is TensorFlow, and otherwise with PyTorch."""
+
+    def board(self, folder: Path) -> Any:
+        """A writer for TensorBoard."""
+        if keras.backend.backend() == "tensorflow":
+            return _Board(folder)
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder))
+
+
+class _Board:
+    """TensorFlow's writer, with the methods of PyTorch's."""
+
+    def __init__(self, folder: Path) -> None:
+        import tensorflow as tf
+
+        self.writer, self.scalar = tf.summary.create_file_writer(str(folder)), tf.summary.scalar
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        with self.writer.as_default():
+            self.scalar(name, value, step)
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 class Watch(keras.callbacks.Callback):
@@ -45,7 +77,7 @@ class Watch(keras.callbacks.Callback):
         if every < 1:
             raise ValueError(f"every must be positive, got {every}")
         self.every = every
-        self.recorder = Recorder(to, keep, live)
+        self.recorder = _Recorder(to, keep, live)
         self.layers: dict[str, Any] = {}
         self.skipped: dict[str, int] = {}
         self._before: dict[str, tuple[Any, Any]] = {}
@@ -90,12 +122,13 @@ class Watch(keras.callbacks.Callback):
             self.skipped[name] = self.skipped.get(name, 0) + 1
         rate = 1 - float(layer.momentum)
         executed = getattr(self.model, "steps_per_execution", 1)
+        averages = float(mean.mean()), float(var.mean())
+        skipped = self.skipped.get(name, 0)
         if not learning or layer.renorm or executed != 1 or rate == 0 or stood:
-            averages: Any = (None, None, float(mean.mean()), float(var.mean()), None)
-        else:
-            batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
-            std = np.sqrt(var + layer.epsilon)
-            scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
-            gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))
-            averages = float(batch_mean.mean()), float(batch_var.mean()), float(mean.mean()), float(var.mean()), gap
-        return Record(self.recorder.steps, name, *averages)._replace(skipped=self.skipped.get(name, 0))
+            return Record(self.recorder.steps, name, None, None, *averages, skipped=skipped)
+        batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
+        std = np.sqrt(var + layer.epsilon)
+        scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
+        gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))
+        batch = float(batch_mean.mean()), float(batch_var.mean())
+        return Record(self.recorder.steps, name, *batch, *averages, gap, skipped=skipped)

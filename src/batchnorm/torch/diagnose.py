@@ -29,8 +29,9 @@ from batchnorm.torch.tracing import leaves
 from batchnorm.torch.untouched import random_states_kept, untouched
 from batchnorm.whole import diagnosis as whole
 from batchnorm.whole.evidence import Evidence, Inputs, Layer, Producer, State
-from batchnorm.whole.findings import Finding, Report
+from batchnorm.whole.findings import Finding
 from batchnorm.whole.remedies import Data, PyTorch
+from batchnorm.whole.report import Report
 
 __all__ = ["Finding", "Report", "diagnose"]
 

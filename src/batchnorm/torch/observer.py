@@ -52,8 +52,8 @@ def moments_of(x: Tensor, mask: Tensor | None) -> Batch:
     by_sample = (weights * deviations).sum(2), (weights * (deviations.square() - var[:, None])).sum(2)
     scale = samples / (samples - 1) / count**2 if samples > 1 else 0.0
     errors = [scale * sums.square().sum(0) for sums in by_sample]
-    on_host = [t.double().cpu().numpy() for t in (mean, var, *errors)]
-    return Batch(samples, Moments(count, *on_host[:2]), *on_host[2:])
+    host = [t.double().cpu().numpy() for t in (mean, var, *errors)]
+    return Batch(samples, Moments(count, host[0], host[1]), host[2], host[3])
 
 
 Seen = Callable[[str, Any, Tensor, Tensor | None], None]

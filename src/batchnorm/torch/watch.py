@@ -11,6 +11,7 @@ print(seen)                      # the last step in one line; `seen.records` has
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -91,6 +92,12 @@ class watch(Recorder):
                 stacklevel=2,
             )
 
+    def board(self, folder: Path) -> Any:
+        """PyTorch's writer for TensorBoard."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder))
+
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not model.training:
             return
@@ -162,9 +169,12 @@ class _Step:
                 std = (var + layer.eps).sqrt()
                 scale = (batch_var + layer.eps).sqrt() / std
                 gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
-            averages = [None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)]
-            rest = [float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")]
+            batch_mean, batch_var, mean, var = (
+                None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)
+            )
+            grad_out, grad_in, dead = (
+                float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")
+            )
             skipped = int(getattr(layer, "num_batches_skipped", 0))
-            values: Any = (*averages, gap, *rest, skipped)
-            records.append(Record(step, name, *values))
+            records.append(Record(step, name, batch_mean, batch_var, mean, var, gap, grad_out, grad_in, dead, skipped))
         return records

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from batchnorm.whole.chance import ALPHA, STABLE, factor_of_two, noise
-from batchnorm.whole.evidence import Evidence, Inputs, Layer
+from batchnorm.whole.evidence import Evidence, Inputs, Layer, State
 from batchnorm.whole.findings import Finding, Severity
 from batchnorm.whole.remedies import Remedies
 
@@ -154,7 +153,7 @@ def dead_channel(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
         enough = math.log(ALPHA / tests) / math.log(1 - SPARSE)
         if layer.is_rectified and layer.highest is not None and layer.trained.samples >= enough:
             off = (layer.highest <= 0) & ~cut & ~still
-        kinds: tuple[tuple[Any, str, Severity, Any], ...] = (
+        kinds: tuple[tuple[np.ndarray, str, Severity, Callable[[State, Sequence[int]], str]], ...] = (
             (cut, "gamma is 0 up to rounding", "warning", remedies.revive),
             (off, "off for every value behind the activation", _by_share(off), remedies.turn_on),
         )

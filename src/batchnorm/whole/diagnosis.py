@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from batchnorm.whole.checks import CHECKS, gap
 from batchnorm.whole.evidence import Evidence, Layer, State
-from batchnorm.whole.findings import SEVERITIES, Finding, Profile, Report
+from batchnorm.whole.findings import SEVERITIES, Finding, Profile
 from batchnorm.whole.remedies import Remedies
+from batchnorm.whole.report import Report
 
 __all__ = ["Model", "diagnose", "judge"]
 

@@ -4,13 +4,14 @@ The plots are SVG, drawn here: the page runs no script and asks for nothing.
 """
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 
 from batchnorm.whole.chance import STABLE, noise
 from batchnorm.whole.evidence import Array
-from batchnorm.whole.findings import Profile, Report
+from batchnorm.whole.findings import Finding, Profile
 
 __all__ = ["page"]
 
@@ -33,27 +34,34 @@ details { margin: .3rem 0; } li { margin: .2rem 0; }
 """
 
 
-def page(report: Report) -> str:
-    """The page as HTML."""
-    sections = [_findings(report)] if report.findings else []
-    if any(layer.gap is not None for layer in report.layers):
-        sections.append(_gaps(report.layers))
-    sections.append(_spectra(report.layers))
-    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
+def page(summary: str, notes: Sequence[str], groups: Sequence[Sequence[Finding]], layers: Sequence[Profile]) -> str:
+    """The page as HTML.
+
+    Args:
+        summary: One sentence.
+        notes: What else there is to say.
+        groups: The findings of each check and severity.
+        layers: All layers.
+    """
+    sections = [_findings(groups)] if groups else []
+    if any(layer.gap is not None for layer in layers):
+        sections.append(_gaps(layers))
+    sections.append(_spectra(layers))
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>Batch normalization: diagnosis</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>Batch normalization: diagnosis</h1>\n<p>{escape(report.summary)}</p>\n{notes}"
+        f"<h1>Batch normalization: diagnosis</h1>\n<p>{escape(summary)}</p>\n{said}"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
 
 
-def _findings(report: Report) -> str:
+def _findings(groups: Sequence[Sequence[Finding]]) -> str:
     parts = ["<h2>Findings</h2>"]
-    for group in report.groups():
+    for group in groups:
         first = group[0]
         rows = "".join(
             f"<li><b>{escape(found.layer or 'the model')}</b>: {escape(found.evidence)}"
@@ -69,7 +77,7 @@ def _findings(report: Report) -> str:
     return "\n".join(parts)
 
 
-def _gaps(layers: tuple[Profile, ...]) -> str:
+def _gaps(layers: Sequence[Profile]) -> str:
     """A bar for each layer."""
     known = [layer for layer in layers if layer.gap is not None]
     limit = noise(STABLE)
@@ -93,7 +101,7 @@ def _gaps(layers: tuple[Profile, ...]) -> str:
     )
 
 
-def _spectra(layers: tuple[Profile, ...]) -> str:
+def _spectra(layers: Sequence[Profile]) -> str:
     """Each layer's gammas and variances, from the smallest to the largest."""
     parts = [
         "<h2>Spectra</h2>\n<p>Each layer's |gamma| and running variance, sorted, on a scale of powers of ten. A drop "

@@ -81,9 +81,7 @@ class Recorder:
             self._write, self._flush = writer.writerow, file.flush
             self._closing.append(file.close)
         elif isinstance(self.to, Path):
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(self.to))
+            board = self.board(self.to)
             self._write, self._flush = _to_board(board), board.flush
             self._closing.append(board.close)
         elif self.to is not None:
@@ -95,6 +93,10 @@ class Recorder:
             self._line = Live("", console=Console(stderr=True), transient=True, refresh_per_second=4)
             self._line.start()
             self._closing.append(self._line.stop)
+
+    def board(self, folder: Path) -> Any:
+        """A writer of TensorBoard's files, with `add_scalar`, `flush` and `close`."""
+        raise TypeError(f"{type(self).__name__} does not know how to write for TensorBoard")
 
     def add(self, records: Sequence[Record]) -> None:
         """Take the records of a step."""
@@ -135,7 +137,7 @@ def _check(to: Any) -> Any:
         to = Path(to)
     if isinstance(to, Path):
         if to.suffix == ".csv" or to.suffix == "":
-            if to.suffix == "" and not (find_spec("torch") and find_spec("tensorboard")):
+            if to.suffix == "" and not find_spec("tensorboard"):
                 raise InputError(
                     f"{to} is a folder for TensorBoard, which is not installed; pip install tensorboard brings it, or "
                     "write a .csv file."
