@@ -70,6 +70,15 @@ def test_padded_sequences() -> None:
     assert without[0] > 50
 
 
+def test_sorted_data_are_found_and_shuffled() -> None:
+    lines = said("sorted_data.py")
+    assert any("correlated-batch" in line for line in lines)
+    before, after = (percents(line)[0] for line in lines if "sorted batches: " in line or "shuffled batches: " in line)
+    assert before < 85
+    assert after > 92
+    assert lines[-1].endswith("nothing is wrong.")
+
+
 def test_from_training_to_a_file() -> None:
     for module in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(module)
