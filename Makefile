@@ -66,5 +66,5 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(FLOORS)/floors.stamp: pyproject.toml floors.txt
 	$(PYTHON) -m venv --clear $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint floors.txt \
-		--editable ".[torch,keras,jax,onnx,study,bench]"
+		--editable ".[torch,keras,jax,onnx,diagnose,study,bench]"
 	touch $@

@@ -281,7 +281,7 @@ def test_without_typer() -> None:
     assert result.returncode == 1
     assert result.stderr == (
         "batchnorm: the command line needs typer, which each command's extra installs: "
-        'pip install "batchnorm[study]", "batchnorm[bench]" or, to fold, "batchnorm[onnx]".\n'
+        'pip install "batchnorm[study]", "batchnorm[bench]", "batchnorm[diagnose]" or, to fold, "batchnorm[onnx]".\n'
     )
 
 

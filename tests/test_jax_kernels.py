@@ -1,6 +1,8 @@
 """The CPU kernels under XLA: when they are used, and what happens when something is wrong."""
 
 import logging
+import subprocess
+import sys
 import threading
 from ctypes import pointer, sizeof
 from pathlib import Path
@@ -117,3 +119,17 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
     for i, x in enumerate(inputs):
         agrees(x, found[i])
+
+
+def test_a_process_may_end_while_the_kernels_compute() -> None:
+    """JAX waits for them with the interpreter's lock, which they need."""
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "from batchnorm.jax import batch_norm\n"
+        "x, mean, var = jnp.ones((64, 64, 64, 16)), jnp.zeros(16), jnp.ones(16)\n"
+        "f = jax.jit(lambda x: batch_norm(x, mean, var, training=True)[0].sum())\n"
+        "f(x).block_until_ready()\n"
+        "f(x)\n"
+        "kept = f(x)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -580,3 +580,11 @@ def test_numpys_numbers_are_numbers() -> None:
         assert [row.fused for row in bn.explain(model).rows] == [f"leaky_relu({slope})"]
     with pytest.raises(ValueError, match=r"batch_size must be a positive integer, got 4\.0"):
         bn.GhostStatistics(4.0)  # type: ignore[arg-type]
+
+
+def test_pytorchs_own_synchronization_would_lose_the_activation() -> None:
+    model = bn.convert(nn.Sequential(nn.Conv2d(3, 4, 3), Activated(4)))
+    with pytest.raises(RuntimeError, match="would lose drop and act; call "):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model[1].drop, model[1].act = nn.Identity(), nn.ReLU()
+    assert model(torch.randn(2, 3, 5, 5)).min() == 0

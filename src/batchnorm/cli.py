@@ -206,7 +206,7 @@ def env(
 ) -> None:
     """Print where the package runs: versions, threads, caches, devices and routes.
 
-    Put this into a bug report. Nothing in it identifies a machine or a person.
+    Put this into a bug report, and look at it first: it contains paths and what CUDA_VISIBLE_DEVICES says.
     """
     import json
 
@@ -219,7 +219,7 @@ def env(
 @app.command()
 def diagnose(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A .pt, .pth, .safetensors, .keras or .weights.h5 file.")
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .pt, .pth, .ckpt, .safetensors, .keras or .weights.h5 file.")
     ],
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the report as a page with plots, for any browser.")

@@ -1,6 +1,6 @@
 """Where the package runs: versions, threads, caches, devices and routes, for bug reports and beside every measurement.
 
-Nothing in it identifies a machine or a person.
+Paths, and what `CUDA_VISIBLE_DEVICES` says, may tell more than you want.
 """
 
 import importlib

@@ -11,7 +11,7 @@ from batchnorm.whole.report import Report
 
 __all__ = ["diagnose_checkpoint", "diagnose_file"]
 
-TORCH, SAFE, KERAS, HDF5 = (".pt", ".pth"), ".safetensors", ".keras", ".weights.h5"
+TORCH, SAFE, KERAS, HDF5 = (".pt", ".pth", ".ckpt", ".pth.tar", ".bin"), ".safetensors", ".keras", ".weights.h5"
 
 
 def diagnose_file(source: Path, html: Path | None, json: Path | None, quiet: bool) -> int:

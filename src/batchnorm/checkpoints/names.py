@@ -47,7 +47,7 @@ def states(tensors: Mapping[str, Any]) -> list[State]:
                 var,
                 weight,
                 bias,
-                batches=None if batches is None else int(batches),
+                batches=None if batches is None or batches.size != 1 else int(batches.item()),
                 learns=None if weight is None and bias is None else True,
             )
         )

@@ -40,15 +40,18 @@ def read(path: Path) -> dict[str, Any]:
     for tensors in _dicts(whole):
         if any(name.rpartition(".")[2] == "running_mean" for name in tensors):
             return {
-                name: tensor.double().numpy() for name, tensor in tensors.items() if is_part(name, tuple(tensor.shape))
+                name: tensor.detach().double().numpy()
+                for name, tensor in tensors.items()
+                if is_part(name, tuple(tensor.shape))
             }
     return {}
 
 
 def _code(path: Path) -> str:
     return (
-        f"{path} holds code, which is not run: it was saved as a whole model; save model.state_dict() instead, or call "
-        "diagnose(model) from Python."
+        f"{path} holds objects that are neither tensors nor plain values, as a model saved as a whole does. "
+        "Loading them could run code, so it is not done; save model.state_dict() instead, or call diagnose(model) from "
+        "Python."
     )
 
 
@@ -58,16 +61,19 @@ def _can_map(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _dicts(value: Any) -> Iterator[dict[str, Any]]:
-    """The tensors by name in each dict, the outer ones first."""
+def _dicts(value: Any, around: tuple[int, ...] = ()) -> Iterator[dict[str, Any]]:
+    """The tensors by name in each dict, the outer ones first. A dict may contain itself."""
     import torch
 
+    if id(value) in around:
+        return
+    around = (*around, id(value))
     if isinstance(value, Mapping):
         tensors = {name: t for name, t in value.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
         if tensors:
             yield tensors
         for inner in value.values():
-            yield from _dicts(inner)
+            yield from _dicts(inner, around)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _dicts(inner)
+            yield from _dicts(inner, around)

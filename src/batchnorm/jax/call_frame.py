@@ -179,7 +179,9 @@ def _describe(extension: Any, version: Version) -> None:
 def _error(api: Any, message: str) -> int | None:
     if not api:  # it only asks for the version, and refuses a target without one
         return None
-    created: int = api.contents.create_error(ErrorArguments(ERROR_SIZE, None, message.encode(), INTERNAL))
+    created: int = api.contents.create_error(
+        ErrorArguments(ERROR_SIZE, None, message.encode(errors="replace"), INTERNAL)
+    )
     return created
 
 

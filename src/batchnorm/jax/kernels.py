@@ -1,5 +1,6 @@
 """The CPU kernels as targets of XLA's custom calls."""
 
+import atexit
 import functools
 import json
 import logging
@@ -62,6 +63,7 @@ def registered() -> bool:
             handler = call_frame.target(function, version)
             _handlers.append(handler)
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+        atexit.register(_finish)
     except Exception as error:
         logging.getLogger("batchnorm").warning("XLA computes without the CPU kernels of batchnorm: %s", error)
         return False
@@ -70,6 +72,18 @@ def registered() -> bool:
 
 _handlers: list[Any] = []
 """XLA may call them as long as the process lives."""
+
+
+def _finish() -> None:
+    """Wait for the work that has been started, before Python ends.
+
+    JAX waits for it then without letting go of the interpreter's lock, which a target needs: both would wait forever.
+    """
+    for array in jax.live_arrays():
+        if not array.is_deleted():
+            array.block_until_ready()
+    for device in jax.local_devices(backend="cpu"):  # programs whose results nobody holds come before this one
+        (jax.device_put(np.zeros(1), device) + 1).block_until_ready()
 
 
 def lowering(name: str, formula: Any) -> Any:

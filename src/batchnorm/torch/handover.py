@@ -36,7 +36,7 @@ class Eps:
         if layer is None:
             return self
         own = vars(layer)
-        if own.get("activation") is not None or own.get("statistics") is not None:
+        if own.get("activation") is not None or own.get("statistics") is not None or hasattr(kind, "_adapter"):
             _refuse(layer, sys._getframe(1).f_globals.get("__name__", ""))
         try:
             return own["eps"]
@@ -55,7 +55,9 @@ def _refuse(layer: Any, asking: str) -> None:
     if asking not in TOOLS:
         return
     tool, instead, trains = TOOLS[asking]
-    lost = [f"activation={layer.activation!r}"] if layer.activation is not None else []
+    followed = getattr(type(layer), "_adapter", None)  # of another package's class, which computes more
+    lost = list(followed.then) if followed is not None else []
+    lost += [f"activation={layer.activation!r}"] if isinstance(vars(layer).get("activation"), str | tuple) else []
     lost += [f"statistics={layer.statistics!r}"] if trains and layer.statistics is not None else []
     if lost:
         raise RuntimeError(
