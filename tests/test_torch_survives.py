@@ -215,6 +215,37 @@ def test_two_forward_passes_in_two_processes_that_share_buffers(tmp_path: Path) 
     in_processes(2, two_forward_passes, tmp_path)
 
 
+class Recurrent(nn.Module):
+    """A state that the caller changes in place between the passes, as for a moving average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + state)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (16, 3, 64, 64)], ids=["small", "large"])
+def test_what_the_caller_may_change_before_the_backward_pass(shape: tuple[int, ...]) -> None:
+    """PyTorch keeps neither the residual nor the bias."""
+    found = []
+    for convert in (lambda model: model, bn.convert):
+        torch.manual_seed(0)
+        model = convert(Recurrent().double())
+        x, state = torch.randn(shape).double(), torch.zeros(shape[0], 8, *shape[2:]).double()
+        losses = []
+        for _ in range(2):
+            y = model(x, state)
+            with torch.no_grad():
+                state.mul_(0.9).add_(y)
+                model.bn.bias.add_(0.1)
+            y.square().sum().backward()
+            losses.append(y.detach().sum())
+        found.append([*losses, *(p.grad for p in model.parameters())])
+    assert_close(found[1], found[0], 1e-9)
+
+
 # --- Copies, states, hooks -------------------------------------------------------------------------------------------
 
 
