@@ -688,3 +688,12 @@ def test_a_report_of_what_is_not_finite(model: Any) -> None:
     json.loads(report.to_json(), parse_constant=pytest.fail)
     assert Page(report.to_html()).open == []
     assert "not finite" in report.to_html()
+
+
+def test_what_is_counted_while_looking_does_not_count() -> None:
+    model = bn.convert(nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8)))
+    good = torch.randn(64, 4)
+    model(good)
+    diagnose(model, [good, torch.full_like(good, torch.nan), good])
+    assert model[1].num_batches_skipped == 0
+    assert model[1].num_batches_tracked == 1

@@ -588,3 +588,39 @@ def test_pytorchs_own_synchronization_would_lose_the_activation() -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model[1].drop, model[1].act = nn.Identity(), nn.ReLU()
     assert model(torch.randn(2, 3, 5, 5)).min() == 0
+
+
+class OfItsClass(nn.Module):
+    """A normalization whose `eps` belongs to the class."""
+
+    eps = 1e-2
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+
+
+def test_an_eps_of_the_class() -> None:
+    bn.register(OfItsClass)
+    x = 0.1 * torch.randn(6, 4, 5, 5)
+    want = OfItsClass(4)(x)
+    model = bn.convert(nn.Sequential(OfItsClass(4)))
+    assert (model(x) - want).abs().max() < 1e-5
+    model.to("meta").to_empty(device="cpu")
+    assert model[0].running_mean.abs().max() == 0
+    assert model[0].running_var.min() == 1
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_a_class_that_is_always_frozen_is_diagnosed(convert: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), Frozen(4))
+    model = bn.convert(model) if convert else model
+    report = bn.diagnose(model, [torch.randn(16, 3, 6, 6) for _ in range(4)])
+    assert [layer.name for layer in report.layers] == ["1"]

@@ -49,7 +49,7 @@ ATTRIBUTES = ("activation", "statistics", "save_memory", "num_batches_skipped", 
 
 LENT: dict[str, Callable[[Any, Adapter], Any]] = {
     "num_features": lambda layer, _: len(layer.running_mean),
-    "eps": lambda _, known: known.eps,
+    "eps": lambda layer, known: _own_eps(layer, known),
     "momentum": lambda *_: 0.1,
     "affine": lambda layer, _: layer.weight is not None,
     "track_running_stats": lambda *_: True,
@@ -106,6 +106,13 @@ def _equip(layer: Any) -> None:
         layer.statistics = SyncStatistics(layer.process_group)
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     layer.num_batches_skipped = counter(device)
+
+
+def _own_eps(layer: Any, known: Adapter) -> Any:
+    """The `eps` of the class itself, which the attribute of our layers hides."""
+    own = getattr(vars(type(layer)).get("_original"), "eps", None)
+    own = own.fget(layer) if isinstance(own, property) else own
+    return known.eps if own is None else own
 
 
 def original(layer: nn.Module) -> type[nn.Module] | None:

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset
 
 from batchnorm.torch import batches
+from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.eager import not_compiled
 from batchnorm.torch.observer import Surroundings, moments_of, watch_calls
 from batchnorm.torch.sources import GhostStatistics, Renorm, SyncStatistics
@@ -219,12 +220,12 @@ class _Model:
 
         def count() -> None:
             for name, layer in layers.items():
-                if layer.num_batches_tracked is not None:
-                    counted[name].append(int(layer.num_batches_tracked) - before[name])
+                if _tracked(layer) is not None:
+                    counted[name].append(int(_tracked(layer)) - before[name])
 
         with untouched(self.model), torch.enable_grad():
             self._train()
-            before |= {n: int(x.num_batches_tracked) for n, x in layers.items() if x.num_batches_tracked is not None}
+            before |= {name: int(_tracked(layer)) for name, layer in layers.items() if _tracked(layer) is not None}
             stand_ins: dict[str, Any] = {
                 f"model.{name}": parameter.detach().requires_grad_(parameter.requires_grad)
                 for name, parameter in self.model.named_parameters()
@@ -236,6 +237,11 @@ class _Model:
 def _at(name: str) -> str:
     """A module as an expression of Python."""
     return f"model.get_submodule({name!r})" if name else "model"
+
+
+def _tracked(layer: Any) -> Any:
+    """How many batches were counted; classes that are always frozen count none."""
+    return getattr(layer, "num_batches_tracked", None)
 
 
 def _state(name: str, layer: Any) -> State:
@@ -251,14 +257,14 @@ def _state(name: str, layer: Any) -> State:
         name,
         _at(name),
         type(layer).__name__,
-        layer.num_features,
+        getattr(layer, "num_features", None) or len(layer.running_mean),
         array(layer.running_mean) if keeps else None,
         array(layer.running_var) if keeps else None,
         array(layer.weight),
         array(layer.bias),
-        layer.eps,
-        layer.momentum,
-        None if layer.num_batches_tracked is None else int(layer.num_batches_tracked),
+        eps_of(layer),
+        getattr(layer, "momentum", 0.0),
+        None if _tracked(layer) is None else int(_tracked(layer)),
         int(getattr(layer, "num_batches_skipped", 0)),
         torch.finfo(torch.float32 if layer.weight is None else layer.weight.dtype).eps,
         trains=layer.training or not keeps,

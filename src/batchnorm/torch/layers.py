@@ -143,7 +143,10 @@ class _Layer(_Base):
         """Reset the running statistics and all counters. A frozen layer keeps its own."""
         if vars(self).get("statistics") == RUNNING:
             return
-        super().reset_running_stats()
+        if hasattr(super(), "reset_running_stats"):
+            super().reset_running_stats()
+        else:  # a class of another package may have none
+            self._start_anew()
         if "num_batches_skipped" in vars(self):  # PyTorch's constructor calls this before the counter exists
             self.num_batches_skipped.zero_()
 
@@ -156,8 +159,13 @@ class _Layer(_Base):
         if was_empty and not self.num_batches_skipped.is_meta:
             self.num_batches_skipped.zero_()
             if self.running_mean is not None and not is_lazy(self.running_mean):
-                super().reset_running_stats()  # of a frozen layer, too: there is nothing to keep
+                self._start_anew()  # a frozen layer, too: there is nothing to keep
         return self
+
+    def _start_anew(self) -> None:
+        for buffer, value in (self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0):
+            if buffer is not None:
+                buffer.fill_(value)
 
     def _load_from_state_dict(
         self,

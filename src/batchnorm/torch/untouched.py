@@ -11,17 +11,23 @@ from batchnorm.whole import randomness
 
 __all__ = ["random_states_kept", "untouched"]
 
+COUNTER = "num_batches_skipped"
+"""What a layer of ours counts without a buffer."""
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Let the model use copies of its buffers; then give it its own again, and its modes.
+    """Let the model use copies of its buffers and counters; then give it its own again, and its modes.
 
     The buffers themselves are not written to: a backward pass that is still to come may need them as they are.
     """
     modes = [(module, module.training) for module in model.modules()]
     held = [(module, name, buffer) for module, _ in modes for name, buffer in module._buffers.items()]
+    counters = [(module, module.num_batches_skipped) for module, _ in modes if COUNTER in vars(module)]
     copies: dict[int, Any] = {}
     try:
+        for module, counter in counters:
+            vars(module)[COUNTER] = counter.clone()
         for module, name, buffer in held:
             if buffer is not None:
                 if id(buffer) not in copies:
@@ -31,6 +37,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in held:
             module._buffers[name] = buffer
+        for module, counter in counters:
+            vars(module)[COUNTER] = counter
         for module, training in modes:
             module.training = training
 

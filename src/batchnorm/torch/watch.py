@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.survey import keeps_statistics, survey
 from batchnorm.whole.recording import Record, Recorder, Sink
 
@@ -166,8 +167,8 @@ class _Step:
             gap = None
             batch_var, batch_mean = found["batch"].double().unbind() if "batch" in found else (None, None)
             if batch_mean is not None and mean is not None and var is not None:
-                std = (var + layer.eps).sqrt()
-                scale = (batch_var + layer.eps).sqrt() / std
+                std = (var + eps_of(layer)).sqrt()
+                scale = (batch_var + eps_of(layer)).sqrt() / std
                 gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
             batch_mean, batch_var, mean, var = (
                 None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)
