@@ -110,8 +110,9 @@ def _equip(layer: Any) -> None:
 
 def _own_eps(layer: Any, known: Adapter) -> Any:
     """The `eps` of the class itself, which the attribute of our layers hides."""
-    own = getattr(vars(type(layer)).get("_original"), "eps", None)
-    own = own.fget(layer) if isinstance(own, property) else own
+    own: Any = getattr(vars(type(layer)).get("_original"), "eps", None)
+    if isinstance(own, property) and own.fget is not None:
+        own = own.fget(layer)
     return known.eps if own is None else own
 
 

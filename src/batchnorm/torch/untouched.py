@@ -23,7 +23,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     held = [(module, name, buffer) for module, _ in modes for name, buffer in module._buffers.items()]
-    counters = [(module, module.num_batches_skipped) for module, _ in modes if COUNTER in vars(module)]
+    counters: list[Any] = [(module, vars(module)[COUNTER]) for module, _ in modes if COUNTER in vars(module)]
     copies: dict[int, Any] = {}
     try:
         for module, counter in counters:

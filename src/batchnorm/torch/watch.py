@@ -167,8 +167,9 @@ class _Step:
             gap = None
             batch_var, batch_mean = found["batch"].double().unbind() if "batch" in found else (None, None)
             if batch_mean is not None and mean is not None and var is not None:
-                std = (var + eps_of(layer)).sqrt()
-                scale = (batch_var + eps_of(layer)).sqrt() / std
+                eps: Any = eps_of(layer)
+                std = (var + eps).sqrt()
+                scale = (batch_var + eps).sqrt() / std
                 gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
             batch_mean, batch_var, mean, var = (
                 None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)
