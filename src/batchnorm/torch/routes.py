@@ -100,7 +100,9 @@ def _always(call: Call, plan: Plan) -> bool:
 
 def _compute_natively(call: Call, plan: Plan, running: Running) -> Outcome | None:
     """By PyTorch's operation, which must be as exact as our kernels where these may be used instead."""
-    return native.compute(call, plan, running, strict=call.x.numel() > 0 and (_allowed is None or "numba" in _allowed))
+    return native.compute(
+        call, plan, running, strict=call.is_eager and call.x.numel() > 0 and (_allowed is None or "numba" in _allowed)
+    )
 
 
 def _composed_takes(call: Call, plan: Plan) -> bool:
