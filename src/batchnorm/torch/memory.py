@@ -1,7 +1,7 @@
 """Keep half the activations for the backward pass: the inputs of our layers, but not their outputs.
 
 ```
-save_memory(model)           # the same gradients, bit for bit; a step takes one more pass over each output
+save_memory(model)           # the same gradients; a step takes one more pass over each output
 save_memory(model, False)    # as before
 ```
 """
@@ -24,7 +24,8 @@ def save_memory(model: M, on: bool = True) -> M:
 
     The operation after a layer keeps its input, our `y`, and our layer keeps `x`. With `save_memory`, `y` is made again
     from `x` by the kernel that made it first, at most once in a backward pass, and freed when the last operation has
-    used it. Gradients are the same bits. The state dict does not change.
+    used it. Gradients are the same bits, except that they have been seen to differ by rounding in a process that had
+    just compiled its kernels. The state dict does not change.
 
     It holds for everything that happens inside a call of `model`, so give it the module that you call. An output that
     leaves this module is kept by what uses it outside. So is an output that was changed in place, for example by
