@@ -1,7 +1,13 @@
-"""The stages on GPU tensors, by the Triton kernels, which are imported when they are first needed."""
+"""The stages on GPU tensors, by the Triton kernels, which are imported when they are first needed.
+
+A step of training makes some hundred passes, most of them like one of the step before: only values and addresses are
+others. So what a pass was made for is kept as a key, with how the kernels make it again. What is left to do on the host
+is to build the key, to find room for the outputs, and to start the kernel.
+"""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,37 +84,117 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+# --- Passes that were made before ------------------------------------------------------------------------------------
+
+
+_forwards: dict[tuple[Any, ...], Any] = {}
+_backwards: dict[tuple[Any, ...], Any] = {}
+"""Passes that can be made again, on tensors without gaps that begin at a multiple of `VECTOR`."""
+
+MOST_PASSES = 1 << 12
+"""Passes that are kept, in each direction: more than a network makes, unless its inputs always have new shapes."""
+
+
+def _keep(passes: dict[tuple[Any, ...], Any], key: tuple[Any, ...], again: Any) -> None:
+    if len(passes) >= MOST_PASSES:
+        passes.clear()
+    passes[key] = again
+
+
+def _at(t: Tensor | None) -> int:
+    """Its address: 0 if there is none, and odd if its values are not those in memory."""
+    if t is None:
+        return 0
+    return 1 if t.is_neg() else t.data_ptr()
+
+
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+@functools.cache
+def _quick_room() -> Callable[..., Tensor] | None:
+    """What compiled graphs call instead of `torch.empty_strided`; None if this PyTorch has nothing that works like it.
+
+    It leaves out the dispatcher, and knows the current device only. How much time that saves on a GPU's host was not
+    measured; on the CPU its sibling takes half of that of `torch.empty_like`.
+    """
+    try:
+        make: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda
+        made = make((2, 3), (1, 2), STATISTICS)
+        works = made.is_cuda and made.dtype is STATISTICS and (made.shape, made.stride()) == ((2, 3), (1, 2))
+    except Exception:  # it is private: whatever another version raises, PyTorch's public function will do
+        return None
+    return make if works else None
+
+
+def _room(device: torch.device) -> Callable[..., Tensor]:
+    """A function of two tuples, size and strides, and a type that makes a tensor there, without values."""
+    quick = _quick_room() if device.index == _current_device() else None
+    return quick or (lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device))
+
+
+# --- The stages ------------------------------------------------------------------------------------------------------
+
+
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
     """`y` and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
-    kernels, laid = _kernels(), memory_format(call.x)
+    if how.statistics is not None:
+        return _normalize(call, how.statistics, how)
+    x, residual, counts, (weight, bias) = call.x, call.residual, _counts(call), _dense_vectors(call)
+    size, stride, device, moved = tuple(x.shape), x.stride(), x.device, _moved(how)
+    channels, groups = size[1], 1 if how.plan.parts is None else len(how.plan.parts)
+    key = (
+        size, stride, x.dtype, device, call.activation, groups,
+        None if weight is None else weight.dtype, None if bias is None else bias.dtype,
+        None if residual is None else residual.stride(), counts is None,
+        None if moved is None else (
+            moved.mean.dtype, moved.var.dtype, moved.update_rate is None, moved.unbiased,
+            moved.batches_tracked is None, moved.batches_skipped is None,
+        ),
+    )  # fmt: skip
+    if moved is not None:
+        torch.autograd.graph.increment_version((moved.mean, moved.var))
+    room = _room(device)
+    statistics = room((4, groups, channels), (groups * channels, channels, 1), STATISTICS)
+    again, at_x, at_residual, at_counts = _forwards.get(key), _at(x), _at(residual), _at(counts)
+    if again is not None and (at_x | at_residual | at_counts) % VECTOR == 0:
+        y = room(size, stride, x.dtype)
+        again.forward(at_x, at_residual or None, at_counts or None, weight, bias, call.eps, y, statistics, moved)
+        return y, statistics, None
+    laid = memory_format(x)
+    dense, beside = _dense(x, laid), None if residual is None else _dense(residual, laid)
+    y = torch.empty_like(dense)
+    again = _kernels().forward_packed(
+        dense, beside, counts, weight, bias, call.eps, call.activation, y, statistics,
+        shape=_shape(x, laid), running=moved, groups=groups, samples=len(x),
+    )  # fmt: skip
+    if again is not None and dense is x and beside is residual:
+        _keep(_forwards, key, again)
+    return y, statistics, None
+
+
+def _moved(how: How) -> Any:
+    """The running statistics that the kernel moves."""
+    if how.running is None:
+        return None
+    mean, var, momentum, batches, skipped, _ = how.running
+    rate = None if momentum is None and batches is not None else float(momentum or 0.0)
+    return _kernels().Running(mean, var, rate, how.plan.unbiased, batches, skipped)
+
+
+def _normalize(call: Call, found: Tensor, how: How) -> tuple[Tensor, Tensor, None]:
+    """`forward` by statistics that are known."""
+    laid, (mean, _, rstd) = memory_format(call.x), found.unbind()
     x = _dense(call.x, laid)
     y = torch.empty_like(x)
-    shape, groups = _shape(x, laid), 1 if how.plan.parts is None else len(how.plan.parts)
-    residual = None if call.residual is None else _dense(call.residual, laid)
-    if how.statistics is not None:
-        mean, _, rstd = how.statistics.unbind()
-        bias = torch.zeros_like(mean) if call.bias is None else call.bias.detach().to(STATISTICS).expand_as(mean)
-        statistics = torch.cat([how.statistics, bias[None]])
-        if x.numel() > 0:
-            kernels.normalize(
-                x, residual, mean, rstd, *_dense_vectors(call), call.activation, y,
-                shape=shape, groups=groups, samples=len(x),
-            )  # fmt: skip
-        return y, statistics, None
-    statistics = torch.empty((4, groups, shape[1]), dtype=STATISTICS, device=x.device)
-    moved = None
-    if how.running is not None:
-        running_mean, running_var, momentum, batches, skipped, _ = how.running
-        assert running_mean is not None
-        assert running_var is not None
-        rate = None if momentum is None and batches is not None else float(momentum or 0.0)
-        moved = kernels.Running(running_mean, running_var, rate, how.plan.unbiased, batches, skipped)
-        torch.autograd.graph.increment_version((running_mean, running_var))
-    kernels.forward_packed(
-        x, residual, _counts(call), *_dense_vectors(call), call.eps, call.activation, y, statistics,
-        shape=shape, running=moved, groups=groups, samples=len(x),
-    )  # fmt: skip
-    return y, statistics, None
+    bias = torch.zeros_like(mean) if call.bias is None else call.bias.detach().to(STATISTICS).expand_as(mean)
+    if x.numel() > 0:
+        _kernels().normalize(
+            x, None if call.residual is None else _dense(call.residual, laid), mean, rstd, *_dense_vectors(call),
+            call.activation, y, shape=_shape(x, laid), samples=len(x),
+            groups=1 if how.plan.parts is None else len(how.plan.parts),
+        )  # fmt: skip
+    return y, torch.cat([found, bias[None]]), None
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, needs: tuple[bool, bool]) -> Gradients:
@@ -121,34 +207,65 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         kept: None; nothing else is kept.
         needs: Whether `dx` and `d_residual` are needed.
     """
-    kernels, laid = _kernels(), memory_format(call.x)
+    x, residual, counts, (weight, _) = call.x, call.residual, _counts(call), _dense_vectors(call)
+    if x.numel() == 0 or (how.plan.group is not None and needs[0]):
+        return _backward_in_stages(dy, call, how, statistics, needs)
+    size, stride, device, (_, groups, channels) = tuple(x.shape), x.stride(), x.device, statistics.shape
+    count, of_output = _count(call, how), keeps_output(call)
+    of_each = isinstance(count, Tensor)
+    key = (
+        size, stride, dy.stride(), x.dtype, device, call.activation, groups,
+        None if weight is None else weight.dtype, None if residual is None else residual.stride(), counts is None,
+        needs, of_output, of_each, not of_each and count == math.inf,
+    )  # fmt: skip
+    room = _room(device)
+    sums = ((channels,), (1,)) if groups == 1 else ((groups, channels), (channels, 1))
+    d_bias, d_weight = room(*sums, STATISTICS), room(*sums, STATISTICS)
+    again, at_x, at_dy = _backwards.get(key), _at(x), _at(dy)
+    at_residual, at_counts = _at(residual), _at(counts)
+    if again is not None and (at_x | at_dy | at_residual | at_counts) % VECTOR == 0:
+        dx = room(size, stride, x.dtype) if needs[0] else None
+        d_residual = room(size, stride, x.dtype) if needs[1] and residual is not None else None
+        again.backward(
+            at_dy, at_x, at_residual or None, at_counts or None, weight, statistics, count, d_bias, d_weight, dx,
+            d_residual,
+        )  # fmt: skip
+    else:
+        laid = memory_format(x)
+        dense, dense_dy = _dense(x, laid), _dense(dy, laid)
+        beside = None if residual is None else _dense(residual, laid)
+        dx = torch.empty_like(dense) if needs[0] else None
+        d_residual = torch.empty_like(dense) if needs[1] and residual is not None else None
+        again = _kernels().backward_packed(
+            dense_dy, dense, beside, counts, weight, statistics, count, call.activation, d_bias, d_weight, dx,
+            d_residual, of_output=of_output, shape=_shape(x, laid), samples=len(x),
+        )  # fmt: skip
+        if again is not None and dense is x and dense_dy is dy and beside is residual:
+            _keep(_backwards, key, again)
+    if groups > 1:
+        d_bias, d_weight = d_bias.sum(0), d_weight.sum(0)
+    return dx, d_weight, d_bias, d_residual
+
+
+def _backward_in_stages(dy: Tensor, call: Call, how: How, statistics: Tensor, needs: tuple[bool, bool]) -> Gradients:
+    """The gradients of no values, or of values that share their statistics with other processes."""
+    laid, group = memory_format(call.x), how.plan.group if needs[0] else None
     x, dy = _dense(call.x, laid), _dense(dy, laid)
     residual = None if call.residual is None else _dense(call.residual, laid)
     dx = torch.empty_like(x) if needs[0] else None
     d_residual = torch.empty_like(x) if needs[1] and residual is not None else None
-    group = how.plan.group if needs[0] else None
-    shape, groups = _shape(x, laid), statistics.shape[1]
-    sums = torch.empty((2, groups, shape[1]), dtype=STATISTICS, device=x.device)
-    if x.numel() == 0:
-        sums.zero_()
-        if group is not None:
-            group.reduce(sums.clone())
-    elif group is None:
-        kernels.backward_packed(
-            dy, x, residual, _counts(call), _dense_vectors(call)[0], statistics, _count(call, how), call.activation,
-            sums, dx, d_residual, of_output=keeps_output(call), shape=shape, samples=len(x),
+    sums = torch.zeros((2, x.shape[1]), dtype=STATISTICS, device=x.device)
+    mean, _, rstd, bias = statistics
+    given = mean, rstd, _dense_vectors(call)[0], bias[0]
+    how_far: dict[str, Any] = {"of_output": keeps_output(call), "shape": _shape(x, laid)}
+    if x.numel() > 0:
+        _kernels().grad_sums(dy, x, residual, *given, call.activation, *sums, **how_far)
+    total = sums if group is None else group.reduce(sums.clone())
+    if x.numel() > 0:
+        _kernels().grad_input(
+            dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual, **how_far
         )  # fmt: skip
-    else:
-        mean, _, rstd, bias = statistics
-        given = mean, rstd, _dense_vectors(call)[0], bias[0]
-        of_output = keeps_output(call)
-        kernels.grad_sums(dy, x, residual, *given, call.activation, *sums, of_output=of_output, shape=shape)
-        total = group.reduce(sums.clone())
-        kernels.grad_input(
-            dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual,
-            of_output=of_output, shape=shape,
-        )  # fmt: skip
-    d_bias, d_weight = (sums.sum(1) if groups > 1 else sums.view(2, -1)).unbind()
+    d_bias, d_weight = sums.unbind()
     return dx, d_weight, d_bias, d_residual
 
 

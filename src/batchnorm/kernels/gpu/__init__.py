@@ -7,6 +7,7 @@
 from batchnorm.kernels.gpu.launch import Scratch
 from batchnorm.kernels.gpu.stages import (
     DTYPES,
+    Again,
     Running,
     backward,
     backward_packed,
@@ -22,6 +23,7 @@ from batchnorm.kernels.gpu.tiling import TUNING, Tuning
 __all__ = [
     "DTYPES",
     "TUNING",
+    "Again",
     "Running",
     "Scratch",
     "Tuning",

@@ -2,13 +2,16 @@
 
 Triton's own launcher looks at every argument each time, which takes tens of microseconds. A `Launch` is made once for
 each combination of shapes, types and alignments. It compiles its kernel the first time it is called and keeps it; later
-calls hand over addresses. Where Triton does not offer what this takes, its own launcher is used.
+calls hand over addresses, to the function in C that Triton's launcher ends with. Where Triton does not offer what this
+takes, its own launcher is used.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from triton.runtime.jit import JITFunction
 
 from batchnorm.kernels.gpu.tiling import RESIDUAL_REGISTERS, Tiling
@@ -23,6 +26,8 @@ _stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStr
 __all__ = ["Launch", "Scratch"]
 
 Tensor = torch.Tensor
+Start = Callable[[int, tuple[Any, ...]], object]
+"""Starts a kernel: `start(stream, arguments)`."""
 
 
 class Scratch:
@@ -109,7 +114,9 @@ class Launch:
             self.options["maxnreg"] = cut.registers + RESIDUAL_REGISTERS * residual
         self.counters = counters
         self.numbers = numbers
-        self._fast: Callable[..., None] | None = None
+        self._rest = (*integers, *constants.values())
+        self._fast: Start | None = None
+        self._seen: Start | None = None
         self._slow = not isinstance(kernel, JITFunction)  # interpreted: there is nothing to keep
 
     @property
@@ -128,14 +135,16 @@ class Launch:
         index = device.index
         if index != _current_device():
             with torch.cuda.device(index):
-                return self.start(device, addresses, floats, scratch)
+                self.start(device, addresses, floats, scratch)
+            return
         assert _stream is not None
         assert self._fast is not None
+        assert self._seen is not None
         stream = _stream(index)
         if scratch is None:
             scratch = _of_stream(device, index, stream)
-        state, parts = scratch.reserve(self.counters, self.numbers)
-        return self._fast(stream, *addresses, state, parts, *floats)
+        begin = self._seen if _is_watched() else self._fast
+        begin(stream, (*addresses, *scratch.reserve(self.counters, self.numbers), *floats, *self._rest))
 
     def __call__(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...], scratch: Scratch | None) -> None:
         """Start it on the current stream of the device of the first tensor."""
@@ -161,16 +170,66 @@ class Launch:
         return None
 
     def _keep(self, compiled: Any) -> None:
-        """Remember the compiled kernel, if it is one that can be started directly (Triton 3.6 to 3.9)."""
-        try:
-            run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        except AttributeError:
+        """Remember the compiled kernel, if it is one that can be started directly."""
+        found = starts(compiled, self.programs)
+        if found is None:
             self._slow = True
-            return
-        programs, rest = self.programs, (*self.integers, *self.constants.values())
+        else:
+            self._fast, self._seen = found
 
-        def fast(stream: int, *arguments: Any) -> None:
-            # What comes behind the metadata are hooks of Triton's profiler.
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *rest)
 
-        self._fast = fast
+# --- Starting directly -----------------------------------------------------------------------------------------------
+
+
+def _is_watched() -> bool:
+    """Whether hooks want to see every launch, such as those of Triton's profiler."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def starts(compiled: Any, programs: int) -> tuple[Start, Start] | None:
+    """How to start a compiled kernel directly, and with Triton's hooks; None where this Triton is another.
+
+    Known to fit Triton 3.6 and 3.9.
+    """
+    try:
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        describe, _ = compiled.launch_metadata, _is_watched()
+    except AttributeError:
+        return None
+    grid = programs, 1, 1
+
+    def by_launcher(stream: int, arguments: tuple[Any, ...]) -> None:
+        run(*grid, stream, function, metadata, None, None, None, *arguments)
+
+    def with_hooks(stream: int, arguments: tuple[Any, ...]) -> None:
+        runtime = triton.knobs.runtime
+        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+        run(*grid, stream, function, metadata, describe(grid, stream, *arguments), *hooks, *arguments)
+
+    return _in_c(run, grid, function, metadata) or by_launcher, with_hooks
+
+
+def _in_c(run: Any, grid: tuple[int, int, int], function: Any, metadata: Any) -> Start | None:
+    """The last call of Triton's launcher, a function in C, without the 2 microseconds of Python before it.
+
+    A rehearsal shows what that function gets: a copy of the launcher is called, whose function only takes notes. Between
+    versions the order of its arguments has changed. None if the notes do not look like a call.
+    """
+    stream, argument, notes = object(), object(), []
+    try:
+        launch = run.launch
+        rehearsal = copy.copy(run)
+        rehearsal.launch = lambda *given: notes.append(given)
+        rehearsal(*grid, stream, function, metadata, None, None, None, argument)
+        ((*given, last),) = notes
+        place = given.index(stream)
+    except Exception:  # whatever another version raises: the launcher itself will do
+        return None
+    before, between = tuple(given[:place]), tuple(given[place + 1 :])
+    if last is argument:
+        return lambda stream, arguments: launch(*before, stream, *between, *arguments)
+    if last == (argument,):
+        return lambda stream, arguments: launch(*before, stream, *between, arguments)
+    return None

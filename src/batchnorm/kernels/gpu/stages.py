@@ -39,6 +39,7 @@ from batchnorm.kernels.gpu.tiling import Tiling, Tuning, factor_of, tiling
 
 __all__ = [
     "DTYPES",
+    "Again",
     "Running",
     "backward",
     "backward_packed",
@@ -81,10 +82,6 @@ class Running(NamedTuple):
 
 _launches: dict[tuple[Any, ...], tuple[Launch, float]] = {}
 """By everything that they were made for; with each, the activation's parameter."""
-
-_packed_forward: dict[tuple[Any, ...], tuple[Launch, float]] = {}
-_packed_backward: dict[tuple[Any, ...], tuple[Launch, float]] = {}
-"""Those that can be started with addresses, by what may differ between two calls."""
 
 
 def moments(
@@ -261,8 +258,83 @@ def backward(
 
 # --- Both passes, with little to do on the host ----------------------------------------------------------------------
 
-# A layer calls these for every batch. What was launched before is found by a key of what may differ, and started with
-# addresses: no view of a tensor is made. Without the start itself, a call takes 4 microseconds.
+# A layer calls these for every batch. The first call returns its launch, if that can be started with addresses; a call
+# like it, on tensors that differ in nothing but their values and addresses, is then made by `again`.
+
+
+class Again(NamedTuple):
+    """A pass that was made once, ready to be made on other tensors.
+
+    These must have the same shapes, types, strides and device, and begin at a multiple of 16 bytes. What was None must
+    be None again.
+
+    Attributes:
+        launch: Of its kernel.
+        parameter: The activation's.
+        device: Of the tensors.
+        row: Bytes of a row of the statistics: of one kind, for all groups and channels.
+    """
+
+    launch: Launch
+    parameter: float
+    device: torch.device
+    row: int
+
+    def forward(
+        self,
+        x: int,
+        residual: int | None,
+        counts: int | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        y: Tensor,
+        statistics: Tensor,
+        running: Running | None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        """`forward_packed`, with the addresses of the large inputs, which the caller has looked at already."""
+        at, row = statistics.data_ptr(), self.row
+        addresses: tuple[int | None, ...] = (
+            x, residual, counts, y.data_ptr(), None if weight is None else weight.data_ptr(),
+            None if bias is None else bias.data_ptr(), at, at + row, at + 2 * row, at + 3 * row, None,
+        )  # fmt: skip
+        if running is None:
+            self.launch.start(self.device, (*addresses, None, None, None, None), (eps, self.parameter, 0.0), scratch)
+            return
+        mean, var, rate, _, tracked, skipped = running
+        moved = (
+            mean.data_ptr(), var.data_ptr(), None if tracked is None else tracked.data_ptr(),
+            None if skipped is None else skipped.data_ptr(),
+        )  # fmt: skip
+        floats = eps, self.parameter, 0.0 if rate is None else rate
+        self.launch.start(self.device, addresses + moved, floats, scratch)
+
+    def backward(
+        self,
+        dy: int,
+        x: int,
+        residual: int | None,
+        counts: int | None,
+        weight: Tensor | None,
+        statistics: Tensor,
+        count: float | Tensor | None,
+        sum_dz: Tensor,
+        sum_dz_xhat: Tensor,
+        dx: Tensor | None,
+        d_residual: Tensor | None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        """`backward_packed`, likewise."""
+        at, row = statistics.data_ptr(), self.row
+        of_each, of_all, _ = _values(count, 1)
+        addresses = (
+            dy, x, residual, counts, None if dx is None else dx.data_ptr(),
+            None if d_residual is None else d_residual.data_ptr(), None if weight is None else weight.data_ptr(), None,
+            at + 3 * row, at, at + 2 * row, sum_dz.data_ptr(), sum_dz_xhat.data_ptr(),
+            None if of_each is None else of_each.data_ptr(),
+        )  # fmt: skip
+        self.launch.start(self.device, addresses, (of_all, self.parameter), scratch)
 
 
 def forward_packed(
@@ -283,46 +355,15 @@ def forward_packed(
     samples: int | None = None,
     tuning: Tuning | None = None,
     scratch: Scratch | None = None,
-) -> None:
+) -> Again | None:
     """`forward`, with `mean`, `var`, `rstd` and a copy of the bias written into `statistics`, `(4, groups, C)`."""
-    at_x, at_y = x.data_ptr(), y.data_ptr()
-    at_residual = None if residual is None else residual.data_ptr()
-    at_counts = None if counts is None else counts.data_ptr()
-    moved = None
-    if running is not None:
-        mean, var, rate, unbiased, tracked, skipped = running
-        moved = mean.dtype, var.dtype, rate is None, unbiased, tracked is None, skipped is None
-    key = (
-        shape, x.dtype, activation, groups, samples, moved, x.device, tuning,
-        None if weight is None else weight.dtype, None if bias is None else bias.dtype, count is None,
-        at_x % 16, at_y % 16, at_residual if at_residual is None else at_residual % 16,
-        at_counts if at_counts is None else at_counts % 16,
+    variant, tensors, rate = _forward_variant(
+        x, residual, counts, weight, bias, activation, y, tuple(statistics), count, running, _shape(x, shape), groups,
+        samples, tuning,
     )  # fmt: skip
-    found = _packed_forward.get(key)
-    if found is None:
-        variant, tensors, update_rate = _forward_variant(
-            x, residual, counts, weight, bias, activation, y, tuple(statistics), count, running, _shape(x, shape),
-            groups, samples, tuning,
-        )  # fmt: skip
-        found = _forward(variant, tensors, eps, update_rate, scratch)
-        if found[0].takes_addresses:
-            _packed_forward[key] = found
-        return
-    launch, parameter = found
-    at, row = statistics.data_ptr(), 4 * groups * shape[1]
-    addresses: tuple[int | None, ...] = (
-        at_x, at_residual, at_counts, at_y, None if weight is None else weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), at, at + row, at + 2 * row, at + 3 * row,
-        None if count is None else count.data_ptr(),
-    )  # fmt: skip
-    if running is None:
-        launch.start(key[6], (*addresses, None, None, None, None), (eps, parameter, 0.0), scratch)
-        return
-    addresses += (
-        mean.data_ptr(), var.data_ptr(), None if tracked is None else tracked.data_ptr(),
-        None if skipped is None else skipped.data_ptr(),
-    )  # fmt: skip
-    launch.start(key[6], addresses, (eps, parameter, 0.0 if rate is None else rate), scratch)
+    launch, parameter, aligned = _forward(variant, tensors, eps, rate, scratch)
+    ready = aligned and count is None and launch.takes_addresses
+    return Again(launch, parameter, x.device, 4 * groups * shape[1]) if ready else None
 
 
 def backward_packed(
@@ -334,7 +375,8 @@ def backward_packed(
     statistics: Tensor,
     count: float | Tensor | None,
     activation: ActivationSpec,
-    sums: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
     dx: Tensor | None,
     d_residual: Tensor | None,
     *,
@@ -343,42 +385,19 @@ def backward_packed(
     samples: int | None = None,
     tuning: Tuning | None = None,
     scratch: Scratch | None = None,
-) -> None:
-    """`backward`, with the `statistics` of `forward_packed`; `sums`, `(2, groups, C)`, get both sums."""
+) -> Again | None:
+    """`backward`, with the `statistics` of `forward_packed`; the sums are of `(groups, C)`."""
     groups = statistics.shape[1]
     of_each, of_all, constant = _values(count, groups)
-    at_x, at_dy = x.data_ptr(), dy.data_ptr()
-    at_residual = None if residual is None else residual.data_ptr()
-    at_counts = None if counts is None else counts.data_ptr()
-    at_dx = None if dx is None else dx.data_ptr()
-    at_d_residual = None if d_residual is None else d_residual.data_ptr()
-    key = (
-        shape, x.dtype, activation, groups, samples, constant, x.device, tuning, of_output,
-        None if weight is None else weight.dtype, of_each is None, at_x % 16, at_dy % 16,
-        at_residual if at_residual is None else at_residual % 16,
-        at_counts if at_counts is None else at_counts % 16, at_dx if at_dx is None else at_dx % 16,
-        at_d_residual if at_d_residual is None else at_d_residual % 16,
+    mean, _var, rstd, bias = statistics
+    variant = Variant(
+        True, dx is not None or d_residual is not None, activation, _shape(x, shape), groups, samples, tuning,
+        constant=constant or dx is None, of_output=of_output,
     )  # fmt: skip
-    found = _packed_backward.get(key)
-    if found is None:
-        write = dx is not None or d_residual is not None
-        mean, _var, rstd, bias = statistics
-        variant = Variant(
-            True, write, activation, _shape(x, shape), groups, samples, tuning, constant=constant or dx is None,
-            of_output=of_output,
-        )  # fmt: skip
-        given = (dy, x, residual, counts, dx, d_residual, weight, None, bias)
-        found = _backward(variant, (*given, mean, rstd, *sums, of_each), of_all, scratch)
-        if found[0].takes_addresses:
-            _packed_backward[key] = found
-        return
-    launch, parameter = found
-    at, row, at_sums = statistics.data_ptr(), 4 * groups * shape[1], sums.data_ptr()
-    addresses = (
-        at_dy, at_x, at_residual, at_counts, at_dx, at_d_residual, None if weight is None else weight.data_ptr(), None,
-        at + 3 * row, at, at + 2 * row, at_sums, at_sums + row, None if of_each is None else of_each.data_ptr(),
-    )  # fmt: skip
-    launch.start(key[6], addresses, (of_all, parameter), scratch)
+    given = (dy, x, residual, counts, dx, d_residual, weight, None, bias)
+    launch, parameter, aligned = _backward(variant, (*given, mean, rstd, sum_dz, sum_dz_xhat, of_each), of_all, scratch)
+    ready = aligned and launch.takes_addresses
+    return Again(launch, parameter, x.device, 4 * groups * shape[1]) if ready else None
 
 
 # --- From arguments to launches --------------------------------------------------------------------------------------
@@ -527,26 +546,27 @@ def _forward(
     eps: float,
     rate: float,
     scratch: Scratch | None,
-) -> tuple[Launch, float]:
+) -> tuple[Launch, float, bool]:
+    """Start it; its launch, the activation's parameter, and whether all large tensors begin at 16 bytes."""
     key = _key("forward", variant, tensors, 4)
     found = _launches.get(key)
     if found is None:
         found = _launches[key] = forward_launch(variant, tensors, key[3] == 0)
     launch, parameter = found
     launch(tensors, (eps, parameter, rate), scratch)
-    return found
+    return launch, parameter, key[3] == 0
 
 
 def _backward(
     variant: Variant, tensors: tuple[Tensor | None, ...], number_of_values: float, scratch: Scratch | None
-) -> tuple[Launch, float]:
+) -> tuple[Launch, float, bool]:
     key = _key("backward", variant, tensors, 6)
     found = _launches.get(key)
     if found is None:
         found = _launches[key] = backward_launch(variant, tensors, key[3] == 0)
     launch, parameter = found
     launch(tensors, (number_of_values, parameter), scratch)
-    return found
+    return launch, parameter, key[3] == 0
 
 
 def _values(count: float | Tensor | None, groups: int) -> tuple[Tensor | None, float, bool]:
