@@ -103,24 +103,123 @@ def test_addresses_are_those_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(launch.Launch, "__call__", with_tensors)
     monkeypatch.setattr(launch.Launch, "start", lambda _launch, _device, addresses, *_rest: started.append(addresses))
     drawn = layer((9, 20, 1), residual=True, mask=True, groups=3, tuning=ALONE)  # for keys of its own
-    statistics, sums = torch.empty(4, 3, 20, device=DEVICE), torch.empty(2, 3, 20, device=DEVICE)
+    statistics = torch.empty(4, 3, 20, device=DEVICE)
     number = torch.tensor(0, device=DEVICE)
     for running in (None, gpu.Running(statistics[0, 0], statistics[1, 0], 0.1, True, number, None)):
         for full in (True, False):
-            for _ in range(2):
-                gpu.forward_packed(
-                    drawn.x, drawn.residual if full else None, drawn.counts, *drawn.affine, 1e-3, "relu", drawn.y,
-                    statistics, drawn.count if full else None, shape=(9, 20, 1), running=running, groups=3,
-                    tuning=ALONE,
-                )  # fmt: skip
-                gpu.backward_packed(
-                    drawn.dy, drawn.x, drawn.residual if full else None, drawn.counts, drawn.weight, statistics,
-                    drawn.count if full else None, "relu", sums, drawn.dx, drawn.d_residual if full else None,
-                    shape=(9, 20, 1), tuning=ALONE,
-                )  # fmt: skip
+            residual, d_residual = (drawn.residual, drawn.d_residual) if full else (None, None)
+            at = [None if t is None else t.data_ptr() for t in (drawn.x, residual, drawn.counts)]
+            again = gpu.forward_packed(
+                drawn.x, residual, drawn.counts, *drawn.affine, 1e-3, "relu", drawn.y, statistics,
+                shape=(9, 20, 1), running=running, groups=3, tuning=ALONE,
+            )  # fmt: skip
+            again.forward(*at, *drawn.affine, 1e-3, drawn.y, statistics, running)
+            count = drawn.count if full else None
+            sums = drawn.sum_dz, drawn.sum_dz_xhat, drawn.dx, d_residual
+            again = gpu.backward_packed(
+                drawn.dy, drawn.x, residual, drawn.counts, drawn.weight, statistics, count, "relu", *sums,
+                shape=(9, 20, 1), tuning=ALONE,
+            )  # fmt: skip
+            again.backward(drawn.dy.data_ptr(), *at, drawn.weight, statistics, count, *sums)
     assert len(started) == 16
-    for first in range(0, 16, 4):
-        assert started[first : first + 2] == started[first + 2 : first + 4]
+    for first in range(0, 16, 2):
+        assert started[first] == started[first + 1]
+
+
+def test_what_begins_elsewhere_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel was compiled for vectors that begin where they may."""
+    monkeypatch.setattr(launch.Launch, "takes_addresses", True)
+    drawn = layer((9, 20, 1))
+    statistics = torch.empty(4, 1, 20, device=DEVICE)
+    room = torch.empty(181, device=DEVICE)
+    for x, wanted in ((drawn.x, True), (room[1:].view(9, 20, 1).copy_(drawn.x), False)):
+        again = gpu.forward_packed(
+            x, None, None, *drawn.affine, 1e-3, "relu", drawn.y, statistics, shape=(9, 20, 1)
+        )  # fmt: skip
+        assert (again is not None) is wanted
+
+
+# --- Triton's launchers ----------------------------------------------------------------------------------------------
+
+
+class Launcher:
+    """As in Triton 3.9: the kernel's arguments come last, in a tuple."""
+
+    scratch = 0
+
+    def __init__(self, told: list[tuple[object, ...]]) -> None:
+        self.launch = lambda *given: told.append(given)
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: object, *more: object) -> None:
+        metadata, about, enter, leave, *arguments = more
+        scratch = None if self.scratch == 0 else stream * self.scratch
+        self.launch(x, y, z, stream, function, metadata, about, enter, leave, scratch, tuple(arguments))
+
+
+class Flat(Launcher):
+    """As in Triton 3.6: one after the other."""
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: object, *more: object) -> None:
+        self.launch(x, y, z, stream, function, False, None, *more)
+
+
+class Hungry(Launcher):
+    """Of a kernel that needs memory from its launcher at each launch."""
+
+    scratch = 2
+
+
+class Reordering(Launcher):
+    """Of a version that nobody has seen yet."""
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: object, *more: object) -> None:
+        self.launch(*more, stream)
+
+
+class Kernel:
+    """A compiled one."""
+
+    function, packed_metadata = object(), (4, 1, 0)
+
+    def __init__(self, run: object) -> None:
+        self.run = run
+
+    def launch_metadata(self, grid: tuple[int, int, int], stream: int, *arguments: object) -> object:
+        return grid, stream, arguments
+
+
+@pytest.mark.parametrize("kind", [Launcher, Flat, Hungry, Reordering])
+def test_what_the_function_in_c_gets(kind: type[Launcher]) -> None:
+    """Started directly, by way of Triton's launcher, and with hooks, it is the same but for the hooks."""
+    told: list[tuple[object, ...]] = []
+    run = kind(told)
+    found = launch.starts(Kernel(run), 7)
+    assert found is not None
+    assert told == []  # the rehearsal has started nothing
+    run(7, 1, 1, 5, Kernel.function, Kernel.packed_metadata, None, None, None, 11, None, 0.5)
+    for start in found:
+        start(5, (11, None, 0.5))
+    by_triton, directly, with_hooks = told
+    assert directly == by_triton
+    runtime = launch.triton.knobs.runtime
+    hooks = ((7, 1, 1), 5, (11, None, 0.5)), runtime.launch_enter_hook, runtime.launch_exit_hook
+    at = by_triton.index(Kernel.packed_metadata) + 1
+    assert with_hooks == (*by_triton[:at], *hooks, *by_triton[at + 3 :])
+
+
+def test_a_triton_without_what_this_takes() -> None:
+    assert launch.starts(object(), 7) is None
+
+
+def test_hooks_see_every_launch() -> None:
+    chain = launch.triton.knobs.runtime.launch_enter_hook
+    assert not launch._is_watched()
+    chain.add(print)
+    try:
+        assert launch._is_watched()
+    finally:
+        chain.remove(print)
+    assert not launch._is_watched()
 
 
 def test_products_divide() -> None:

@@ -329,7 +329,7 @@ def test_packed(shape: tuple[int, int, int], affine: bool, groups: int) -> None:
     sums = torch.full((2, groups, channels), math.nan, device=DEVICE)
     running = gpu.Running(torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE), 0.25)
     flat = {name: getattr(drawn, name).flatten() for name in ("x", "dy", "residual", "counts", "y", "dx", "d_residual")}
-    for _ in range(2):  # the second time, what the first has compiled is started with addresses
+    for _ in range(2):
         gpu.forward_packed(
             flat["x"], flat["residual"], flat["counts"], *drawn.affine, EPS, drawn.activation, flat["y"], statistics,
             drawn.count, shape=shape, running=running, groups=groups, tuning=SMALL,
@@ -342,7 +342,7 @@ def test_packed(shape: tuple[int, int, int], affine: bool, groups: int) -> None:
             drawn.bias.fill_(math.nan)  # which backward does not read again
         gpu.backward_packed(
             flat["dy"], flat["x"], flat["residual"], flat["counts"], drawn.weight, statistics, drawn.count,
-            drawn.activation, sums, flat["dx"], flat["d_residual"], shape=shape, tuning=SMALL,
+            drawn.activation, *sums, flat["dx"], flat["d_residual"], shape=shape, tuning=SMALL,
         )  # fmt: skip
         if drawn.bias is not None:
             drawn.bias.copy_(kept)

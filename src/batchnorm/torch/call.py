@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _parse = functools.lru_cache(maxsize=256)(parse_activation)
+_PLAIN = Tensor, torch.nn.Parameter
 
 
 class Call(NamedTuple):
@@ -206,10 +207,11 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if type(t) not in _PLAIN:
             return False
-        device = t.device if device is None else device
-        if t.device != device:
+        if device is None:
+            device = t.device
+        elif t.device != device:
             return False
     return True
 
@@ -234,7 +236,7 @@ def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:
     Raises:
         RuntimeError: If the shape or the type does not match `x`.
     """
-    if values is None or (values.dtype is x.dtype and values.shape == x.shape[1:2]):
+    if values is None or (values.dtype is x.dtype and values.dim() == 1 and values.shape[0] == x.shape[1]):
         return
     if values.dim() != 1 or values.shape[0] != x.shape[1]:
         raise RuntimeError(

@@ -74,7 +74,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
         moved = running
     how = How(stages, plan, count, found, call.eps, call.activation, moved)
     if torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in call[:4]):
+        if call.residual is not None and any(t is not None and t.requires_grad for t in call[:4]):
             call = own_residual(call)
         told: list[Tensor] = []
         y = _BatchNorm.apply(*call[:4], call, how, told)

@@ -54,9 +54,12 @@ def can_move(running: Running, x: Tensor) -> bool:
     mean, var, batches, skipped = running.mean, running.var, running.batches, running.skipped
     if mean is None or var is None or mean.dtype is torch.float16 or var.dtype is torch.float16:
         return False
-    return is_plain(x, mean, var, batches, skipped) and all(
-        t is None or (t.is_contiguous() and (t is mean or t is var or t.dtype is torch.int64))
-        for t in (mean, var, batches, skipped)
+    return (
+        is_plain(x, mean, var, batches, skipped)
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and (batches is None or (batches.dtype is torch.int64 and batches.is_contiguous()))
+        and (skipped is None or (skipped.dtype is torch.int64 and skipped.is_contiguous()))
     )
 
 

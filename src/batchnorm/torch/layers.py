@@ -50,6 +50,12 @@ else:
     _Base = object
 
 
+def _held(layer: Any, kind: str, name: str) -> Any:
+    """A parameter or buffer, wherever it is kept: most often where `nn.Module.__getattr__` finds it after a search."""
+    found = layer.__dict__[kind].get(name)
+    return getattr(layer, name) if found is None else found
+
+
 def _scripted(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
     """`_Layer.forward` as `torch.jit.script` compiles it, in the part of Python that it knows."""
     self._check_input_dim(input)
@@ -184,7 +190,7 @@ class _Layer(_Base):
         key = f"{prefix}num_batches_skipped"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        skipped = self._skipped()
+        skipped = self._skipped(self.running_mean if self.num_batches_tracked is None else self.num_batches_tracked)
         if skipped is not None:
             skipped.copy_(state_dict[key]) if key in state_dict else skipped.zero_()
 
@@ -196,11 +202,10 @@ class _Layer(_Base):
             self._non_persistent_buffers_set.discard("num_batches_skipped")
             self.num_batches_skipped = counter() if skipped is None else skipped
 
-    def _skipped(self) -> Tensor | None:
-        """The counter of skipped batches, on the device of the others; None if this graph cannot keep it."""
+    def _skipped(self, beside: Tensor | None) -> Tensor | None:
+        """The counter of skipped batches, on the device of another; None if this graph cannot keep it."""
         if torch.compiler.is_exporting() or is_tracing():
             return None
-        beside = self.running_mean if self.num_batches_tracked is None else self.num_batches_tracked
         if beside is not None and self.num_batches_skipped.device != beside.device:  # a replica on another device
             before, self.num_batches_skipped = self.num_batches_skipped, counter(beside.device)
             if not (before.is_meta or beside.is_meta):
@@ -257,16 +262,17 @@ class _Layer(_Base):
             raise
         tracks = self.training and self.track_running_stats
         if tracks:
-            running = Running(
-                self.running_mean, self.running_var, self.momentum, self.num_batches_tracked, self._skipped()
-            )
+            tracked = _held(self, "_buffers", "num_batches_tracked")
+            mean, var = _held(self, "_buffers", "running_mean"), _held(self, "_buffers", "running_var")
+            running = Running(mean, var, self.momentum, tracked, self._skipped(mean if tracked is None else tracked))
         elif self.training and source != RUNNING:  # a frozen layer has its statistics, whatever the flag says
             running = NOTHING
         else:
             running = Running(self.running_mean, self.running_var)
         if not self.training and (running.mean is not None or running.var is not None):
             source, mask = RUNNING, None
-        asked = input, self.weight, self.bias, residual, mask, self.__dict__["eps"], activation
+        weight, bias = _held(self, "_parameters", "weight"), _held(self, "_parameters", "bias")
+        asked = input, weight, bias, residual, mask, self.__dict__["eps"], activation
         if self.save_memory and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             with recipes.wanted():
                 y, route = normalize(asked, running, source)
