@@ -2,6 +2,7 @@
 # ruff: noqa: E402  (what is optional is asked for before it is imported)
 
 import csv
+import faulthandler
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ for module in ("rich", "matplotlib"):
     pytest.importorskip(module)
 
 from benchmarks import goals, report
+from benchmarks.gpu import goals as gpu_goals
+from benchmarks.gpu.__main__ import main as gpu_main
 
 from batchnorm import cli
 from batchnorm.bench import clock, layers, peers, summary, table, terminal
@@ -21,6 +24,7 @@ from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Record
 from batchnorm.environment import columns
 from batchnorm.errors import InputError
+from batchnorm.torch import route
 
 TINY = "4x32x4x4"
 README = Path(__file__).parents[1] / "benchmarks/README.md"
@@ -321,6 +325,10 @@ GPU: goals.Tables = {
         {"network": "resnet50 128 channels-last", "candidate": name, "step_ms": time, "busy_ms": 9.0, "peak_mib": 7}
         for name, time in (("eager", 12.0), ("converted", 10.0))
     ],
+    "gpu_goals": [
+        {"what": "wall", "limit": 1.2, "at_most": 0, "found": found, "where": "a", "verdict": verdict}
+        for found, verdict in ((1.3, "met"), (math.nan, "not measured"))
+    ],
     "gpu_sweep": [
         {"walk": "last", "direction": "forward", "case": "a", "setting": setting, "us": us, "copies": us / 10}
         for setting, us in (("warps=4", 15.0), ("the table's", 18.0))
@@ -422,6 +430,7 @@ def test_the_report_of_a_gpu(tmp_path: Path) -> None:
     assert "1.00× as fast as eager in the geometric mean; worst 0.50× (b)" in found
     assert "| resnet50 128 channels-last converted | 10.0 | 1.20 | 9.0 | 7 |" in found
     assert "| 8x16 eager | 30.0 |" in found
+    assert "| wall | at least 1.2 | 1.30 | met | a |" in found
     assert "| last forward a | 1.80 | 1.50 | warps=4 |" in found
     assert "results/gpu_layers.svg" in found
     assert "batchnorm" in (tmp_path / "results/gpu_layers.svg").read_text()
@@ -437,3 +446,73 @@ def test_a_report_of_nothing(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert all(section(text, name) for name in report.SECTIONS)
     assert "not measured" in section(text, "goals")
+
+
+# --- The run on a GPU -------------------------------------------------------------------------------------------------
+
+
+def measured_on_a_gpu() -> goals.Tables:
+    """Layers twice as fast as eager and 1.1 times as fast as compiled, but for one; steps and the host."""
+    layers: list[dict[str, object]] = []
+    for case, times in (("a", (2.0, 1.0, 1.1)), ("b", (2.8, 2.0, 1.8))):
+        for name, time in zip(("eager", "batchnorm", "eager compiled"), times, strict=True):
+            of = {"case": case, "candidate": name, "layout": "channels-first", "residual": 0, "mib": 98.0}
+            layers.append(of | {"median_us": time, "copies": 3.0 * time})
+    models: list[dict[str, object]] = []
+    for name, time, peak in (("eager", 30.0, 5000), ("converted", 24.0, 5100), ("converted save_memory", 26.0, 4000)):
+        of = {"network": "resnet50 128 channels-last", "model": "resnet50", "batch": 128, "layout": "channels-last"}
+        models.append(of | {"candidate": name, "step_ms": time, "peak_mib": peak})
+    host = [
+        {"case": "8x16", "candidate": name, "piece": "forward + backward", "us": us}
+        for name, us in (("eager", 200.0), ("batchnorm", 300.0))
+    ]
+    return {"layers": layers, "models": models, "host": host}
+
+
+def test_goals_on_a_gpu() -> None:
+    found = {
+        goal.what: (goal.verdict, round(goal.found, 2), goal.where) for goal in gpu_goals.goals(measured_on_a_gpu())
+    }
+    assert found["layer, GPU time, × eager, every case"] == ("missed", 1.4, "b, of 2")
+    assert found["layer, GPU time, × torch.compile, geometric mean"] == ("missed", 0.99, "of 2")
+    assert found["layer, GPU time, × torch.compile, worst"] == ("missed", 0.9, "b, of 2")
+    assert found["tensors over 100 MB, channels-first, copies"] == ("missed", 6.0, "b, of 2")
+    assert found["tensors over 100 MB, channels-last, copies"][0] == "not measured"
+    step = found["ResNet-50 step, wall, batch 128 channels-last, × eager"]
+    assert step == ("met", 1.25, "resnet50 128 channels-last, of 1")
+    assert found["ResNet-50 step, wall, batch 256 channels-last, × eager"][0] == "not measured"
+    assert found["peak memory of a step, of eager's"][:2] == ("missed", 1.02)
+    assert found["peak memory with save_memory, of that without"][:2] == ("met", 0.78)
+    assert found["host time of a layer, of eager's BN + ReLU"][:2] == ("missed", 1.5)
+
+
+def test_the_run_on_a_gpu_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tried on the CPU, on small tensors; what takes long to compile is left out, and so are the CPU's kernels."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    arguments = ["--quick", "--device", "cpu", "--workers", "0", "--only", "host,models", "--out", str(tmp_path)]
+    with route("native"):
+        assert gpu_main(arguments) == 0
+    faulthandler.cancel_dump_traceback_later()
+    told = capsys.readouterr().out
+    assert "FAILED" not in told
+    assert "--- models took" in told
+    candidates = [(r["network"].split()[0], r["candidate"]) for r in table.read(tmp_path / "gpu_models.csv")]
+    networks = "resnet50", "mobilenet_v2", "efficientnet_b0"
+    assert set(candidates) == {
+        *((name, candidate) for name in networks for candidate in ("eager", "converted")),
+        ("resnet50", "converted save_memory"),
+    }
+    assert "in a chain" in {r["piece"] for r in table.read(tmp_path / "gpu_host.csv")}
+    assert len(table.read(tmp_path / "gpu_goals.csv")) == 14
+
+
+def test_a_run_on_a_gpu_keeps_to_its_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    arguments = ["--quick", "--device", "cpu", "--workers", "0", "--only", "models", "--seconds", "0"]
+    assert gpu_main([*arguments, "--out", str(tmp_path)]) == 0
+    faulthandler.cancel_dump_traceback_later()
+    assert "out of time: 7 of 7 skipped" in capsys.readouterr().out

@@ -16,15 +16,17 @@ import torch
 
 from batchnorm import environment
 from batchnorm.bench.clock import Record
-from benchmarks.gpu import checks, host, layers, models, sweep
+from benchmarks.gpu import checks, goals, host, layers, models, sweep
 from benchmarks.gpu.cases import is_compiled, timed
 from benchmarks.gpu.kernels import needed
 from benchmarks.gpu.session import Session, columns, last_line
 from benchmarks.gpu.workers import Done, Task, work
 from benchmarks.sources import commit
 
-PARTS = {"checks": 150.0, "copies": 8.0, "layers": 75.0, "host": 20.0, "models": 90.0, "sweep": 100.0}
-"""Seconds for each, after which it says what it left out."""
+PARTS = {"checks": 100.0, "copies": 6.0, "host": 15.0, "models": 120.0, "layers": 95.0, "sweep": 100.0}
+"""Seconds for each, after which it says what it left out, the most telling first."""
+SECONDS = 345.0
+"""For all together."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only see that everything runs, on small tensors")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the CSVs")
     parser.add_argument("--only", default="", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="try other settings of the tuning table, too")
     parser.add_argument("--workers", type=int, default=max(0, min(14, (os.cpu_count() or 1) - 2)), help="processes")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -53,8 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
     # Inductor would change Triton's cache on its first compilation, and the processes would not find each other's.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    faulthandler.dump_traceback_later(120 + sum(PARTS[name] for name in {*chosen, "checks"}), exit=True)
-    session = Session(device, given.quick, given.out, _sources(device))
+    seconds = min(given.seconds, sum(PARTS[name] for name in {*chosen, "checks"}))
+    faulthandler.dump_traceback_later(120 + seconds, exit=True, file=sys.__stderr__)
+    session = Session(device, given.quick, given.out, _sources(device), given.seconds)
     session.say(", ".join(f"{name} {value}" for name, value in session.sources.items() if value not in ("", None)))
     _ahead(session, chosen, given.workers)
     bandwidth = 0.0
@@ -62,15 +66,18 @@ def main(arguments: list[str] | None = None) -> int:
         with session.part("copies", PARTS["copies"]):
             bandwidth = layers.copies(session)
     bandwidth = bandwidth or 3e12
-    if "layers" in chosen:
-        with session.part("layers", PARTS["layers"]):
-            layers.layers(session, bandwidth)
     if "host" in chosen:
         with session.part("host", PARTS["host"]):
             host.host(session)
     if "models" in chosen:
         with session.part("models", PARTS["models"]):
             models.models(session)
+        goals.write(session)
+    if "layers" in chosen:
+        with session.part("layers", PARTS["layers"]):
+            layers.layers(session, bandwidth)
+    goals.write(session)
+    goals.tell(session)
     if "sweep" in chosen:
         with session.part("sweep", PARTS["sweep"]):
             sweep.sweep(session, bandwidth, lambda tasks: deque(_work(session, tasks, given.workers), maxlen=0))

@@ -13,7 +13,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (64, 256, 56, 56), (64, 64, 112, 112), (64, 512, 28, 28), (64, 512, 14, 14), (64, 1024, 14, 14), (64, 2048, 7, 7),
     (256, 64, 56, 56), (128, 32, 112, 112), (128, 1280, 7, 7), (4096, 1024), (256, 1024), (32, 64, 8, 8),
 )  # fmt: skip
-IN_FLOAT32 = SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[9]
+IN_OTHER_TYPES = {"float16": (SHAPES[0], SHAPES[5]), "float32": (SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[9])}
 WITH_RESIDUAL = SHAPES[0], SHAPES[2], SHAPES[4], SHAPES[5]
 COMPILED = SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[9]
 TRIED: tuple[tuple[int, ...], ...] = ((8, 16, 14, 14), (64, 32))
@@ -60,10 +60,13 @@ def timed(quick: bool) -> Iterator[Layer]:
     for shape in WITH_RESIDUAL:
         for last in (False, True):
             yield Layer(shape, last, residual=True)
-    for shape in IN_FLOAT32:
-        for last in (False, True) if len(shape) == 4 else (False,):
-            yield Layer(shape, last, "float32")
+    for dtype, shapes in IN_OTHER_TYPES.items():
+        for shape in shapes:
+            for last in (False, True) if len(shape) == 4 else (False,):
+                yield Layer(shape, last, dtype)
 
 
 def is_compiled(layer: Layer) -> bool:
-    return layer.dtype == "bfloat16" and not layer.residual and layer.shape in (*COMPILED, *TRIED)
+    """Whether it is timed after `torch.compile` as well, which takes long to make."""
+    compiled = (*COMPILED, *TRIED) if layer.dtype == "bfloat16" else (SHAPES[0],)
+    return not layer.residual and layer.shape in compiled

@@ -16,6 +16,8 @@ __all__ = ["host"]
 
 SHAPES = (8, 16, 4, 4), (32, 64, 8, 8)
 ITERATIONS, ROUNDS = 200, 7
+CHAIN = 16
+"""Layers one after the other: what a layer costs in a network, where one call of autograd goes through many."""
 
 Run = Callable[[Tensor], Tensor]
 
@@ -54,7 +56,14 @@ def _pieces(run: Run, parameters: list[Tensor], x: Tensor) -> dict[str, Callable
         with torch.no_grad():
             return run(x)
 
+    def chain() -> Any:
+        y = x
+        for _ in range(CHAIN):
+            y = run(y)
+        return torch.autograd.grad(y, x, dy)
+
     return {
+        "in a chain": chain,
         "forward, no gradients": without_gradients,
         "forward": lambda: run(x),
         "forward + backward": lambda: torch.autograd.grad(run(x), inputs, dy),
@@ -73,7 +82,8 @@ def host(session: Session) -> None:
             with session.attempt(f"host, {name}"):
                 for piece, call in _pieces(run, parameters, x).items():
                     clock.wall([call], device, max(2, iterations // 10))
-                    found = clock.wall([call], device, iterations, rounds)
+                    calls = CHAIN if piece == "in a chain" else 1
+                    found = clock.wall([call], device, max(2, iterations // calls), rounds) / calls
                     rows.append(
                         {"case": "x".join(map(str, shape)), "candidate": name, "piece": piece, "us": round(found, 2)}
                     )

@@ -40,14 +40,14 @@ class Network(NamedTuple):
     def name(self) -> str:
         return f"{self.model} {self.batch} {'channels-last' if self.last else 'channels-first'}"
 
-    def build(self, device: torch.device, converted: bool) -> nn.Module:
+    def build(self, device: torch.device, converted: bool, save_memory: bool = False) -> nn.Module:
         """The network, as anyone would have it, or after `convert`."""
         torch.manual_seed(0)
         model = NETWORKS[self.model](CLASSES).train()
         if self.last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(device)
-        return bt.convert(model) if converted else model
+        return bt.convert(model, save_memory=save_memory) if converted else model
 
     def data(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A batch of noise."""
@@ -59,9 +59,9 @@ class Network(NamedTuple):
 def networks(quick: bool) -> Iterator[Network]:
     """All of them, the most telling first."""
     if quick:
-        yield from (Network(name, 2, True, 64) for name in NETWORKS)
+        yield from (Network(name, 2, True, 32) for name in NETWORKS)
         return
-    for model, batch in (("resnet50", 128), ("mobilenet_v2", 128), ("efficientnet_b0", 128), ("resnet50", 256)):
+    for model, batch in (("resnet50", 128), ("resnet50", 256), ("mobilenet_v2", 128), ("efficientnet_b0", 128)):
         for last in (True, False):
             yield Network(model, batch, last)
 
@@ -143,7 +143,7 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     use_once()
     if session.on_gpu:
         torch.cuda.empty_cache()
-    model = network.build(device, candidate.startswith("converted"))
+    model = network.build(device, candidate.startswith("converted"), candidate.endswith("save_memory"))
     if candidate.endswith("compiled"):
         torch._dynamo.reset()
         model = torch.compile(model)  # type: ignore[assignment]
@@ -175,10 +175,13 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
 
 
 def models(session: Session) -> None:
-    """Every network before and after `convert`; then the compiled ones, as far as the time goes."""
-    plan = [(network, name) for network in networks(session.quick) for name in ("eager", "converted")]
-    if session.on_gpu:
-        plan += [(network, f"{name} compiled") for network in COMPILED for name in ("eager", "converted")]
+    """Every network before and after `convert`, compiled and with `save_memory`, as far as the time goes."""
+    found = list(networks(session.quick))
+    plan = [(network, name) for network in found for name in ("eager", "converted")]
+    saving = [(network, "converted save_memory") for network in (found[:1] if session.quick else COMPILED)]
+    compiled = [(network, f"{name} compiled") for network in COMPILED for name in ("eager", "converted")]
+    # What was not seen before comes before what was.
+    plan = [*plan[:8], *saving, *(compiled if session.on_gpu else []), *plan[8:]]
     for i, (network, candidate) in enumerate(plan):
         if session.late():
             session.say(f"out of time: {len(plan) - i} of {len(plan)} skipped, from {network.name} {candidate}")

@@ -7,7 +7,7 @@ from batchnorm.bench.summary import speedups, summarize
 
 __all__ = ["NAMES", "section"]
 
-NAMES = ("gpu_checks", "gpu_copies", "gpu_layers", "gpu_host", "gpu_models", "gpu_sweep")
+NAMES = ("gpu_checks", "gpu_copies", "gpu_layers", "gpu_host", "gpu_models", "gpu_goals", "gpu_sweep")
 """Of the CSVs."""
 
 Tables = dict[str, list[Record]]
@@ -30,7 +30,7 @@ def section(tables: Tables, markdown: Markdown) -> str:
         return ""
     parts = (_where(tables), _checks(tables["gpu_checks"], markdown), _layers(tables["gpu_layers"], markdown))
     parts += (_models(tables["gpu_models"], markdown), _host(tables["gpu_host"], markdown))
-    parts += (_sweep(tables["gpu_sweep"], markdown),)
+    parts += (_goals(tables["gpu_goals"], markdown), _sweep(tables["gpu_sweep"], markdown))
     return "\n".join((ABOUT, *(part for part in parts if part))).lstrip("\n")
 
 
@@ -116,6 +116,15 @@ def _host(records: list[Record], markdown: Markdown) -> str:
         by.setdefault(f"{r['case']} {r['candidate']}", {})[r["piece"]] = r["us"]
     rows = ((name, *(f"{us[piece]:.1f}" if piece in us else "" for piece in pieces)) for name, us in by.items())
     return markdown(("time of the host, µs", *pieces), rows)
+
+
+def _goals(records: list[Record], markdown: Markdown) -> str:
+    """What was hoped for."""
+    rows = []
+    for r in records:
+        limit = f"{'at most' if r['at_most'] else 'at least'} {r['limit']:g}"
+        rows.append((r["what"], limit, f"{r['found']:.2f}", r["verdict"], r["where"]))
+    return markdown(("goal", "", "found", "", "worst case"), rows) if rows else ""
 
 
 def _sweep(records: list[Record], markdown: Markdown) -> str:

@@ -29,6 +29,7 @@ class Session:
         device: The GPU; the CPU when this script itself is tried out.
         quick: Whether only to see that everything runs.
         out: Where the CSVs go.
+        seconds: For the whole run.
         sources: What every record is written with: versions, names, commit.
         deadline: When the part that is under way should be done.
         records: By table.
@@ -38,6 +39,7 @@ class Session:
     quick: bool
     out: Path
     sources: Mapping[str, Any]
+    seconds: float = float("inf")
     deadline: float = float("inf")
     records: dict[str, list[Record]] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
@@ -69,10 +71,16 @@ class Session:
         except Exception as error:
             self.say(f"FAILED {what}: {last_line(error)}")
 
+    @property
+    def left(self) -> float:
+        """Seconds that are left of the whole run."""
+        return self.started + self.seconds - time.perf_counter()
+
     @contextmanager
     def part(self, name: str, seconds: float) -> Iterator[None]:
-        """A part, with a budget in seconds."""
+        """A part, with a budget in seconds, or what is left of the run if that is less."""
         before = time.perf_counter()
+        seconds = max(0.0, min(seconds, self.left))
         self.deadline = before + seconds
         self.say(f"--- {name} (budget {seconds:.0f} s)")
         with self.attempt(name):

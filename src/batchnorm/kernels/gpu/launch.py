@@ -214,10 +214,11 @@ def starts(compiled: Any, programs: int) -> tuple[Start, Start] | None:
 def _in_c(run: Any, grid: tuple[int, int, int], function: Any, metadata: Any) -> Start | None:
     """The last call of Triton's launcher, a function in C, without the 2 microseconds of Python before it.
 
-    A rehearsal shows what that function gets: a copy of the launcher is called, whose function only takes notes. Between
-    versions the order of its arguments has changed. None if the notes do not look like a call.
+    A rehearsal shows what that function gets: a copy of the launcher is called, whose function only takes notes. The
+    order of its arguments has changed between versions. None if the notes do not look like a call.
     """
-    stream, argument, notes = object(), object(), []
+    stream, argument = object(), object()
+    notes: list[tuple[Any, ...]] = []
     try:
         launch = run.launch
         rehearsal = copy.copy(run)
