@@ -95,7 +95,8 @@ def goals(records: dict[str, list[Record]]) -> Iterator[Goal]:
 def write(session: Session) -> None:
     """Write the table as it is now, in place of the one of before."""
     session.records["goals"] = []
-    session.add("goals", [goal._asdict() | {"at_most": int(goal.at_most), "verdict": goal.verdict} for goal in goals(session.records)])
+    found = list(goals(session.records))
+    session.add("goals", [goal._asdict() | {"at_most": int(goal.at_most), "verdict": goal.verdict} for goal in found])
 
 
 def tell(session: Session) -> None:

@@ -39,7 +39,7 @@ class Kernels:
         channels = layer.shape[1]
         self.weight, self.bias = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
         self.statistics = torch.ones((4, 1, channels), device=device)
-        self.sums = torch.zeros((2, 1, channels), device=device)
+        self.sums = [torch.zeros((1, channels), device=device) for _ in range(2)]
         moved = torch.zeros(channels, device=device), torch.ones(channels, device=device)
         counters = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.running = gpu.Running(*moved, 0.1, True, *counters)
@@ -56,10 +56,17 @@ class Kernels:
     def _forward(
         self, how: Any, x: Tensor, _dy: Tensor, y: Tensor, residual: Tensor | None, _: Tensor | None
     ) -> Callable[[], None]:
-        arguments = x, residual, None, self.weight, self.bias, 1e-5, self.layer.activation, y, self.statistics
+        affine = self.weight, self.bias, 1e-5
+        at = x.data_ptr(), None if residual is None else residual.data_ptr(), None
+        again: Any = None
 
         def call() -> None:
-            self.stages.forward_packed(*arguments, running=self.running, **how)
+            nonlocal again
+            if again is not None:
+                again.forward(*at, *affine, y, self.statistics, self.running, self.scratch)
+                return
+            arguments = x, residual, None, *affine, self.layer.activation, y, self.statistics
+            again = self.stages.forward_packed(*arguments, running=self.running, **how)
 
         return call
 
@@ -67,11 +74,18 @@ class Kernels:
         self, how: Any, x: Tensor, dy: Tensor, dx: Tensor, residual: Tensor | None, d_residual: Tensor | None
     ) -> Callable[[], None]:
         values = float(x.numel() // x.shape[1])
-        given = dy, x, residual, None, self.weight, self.statistics, values, self.layer.activation
-        arguments = *given, self.sums, dx, d_residual
+        given = self.weight, self.statistics, values
+        at = dy.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr(), None
+        written = *self.sums, dx, d_residual
+        again: Any = None
 
         def call() -> None:
-            self.stages.backward_packed(*arguments, **how)
+            nonlocal again
+            if again is not None:
+                again.backward(*at, *given, *written, self.scratch)
+                return
+            arguments = dy, x, residual, None, *given, self.layer.activation, *written
+            again = self.stages.backward_packed(*arguments, **how)
 
         return call
 

@@ -20,6 +20,8 @@ import batchnorm.torch as bt
 from batchnorm import definition
 from batchnorm.kernels.gpu import launch
 from batchnorm.torch import function, gpu, routes
+from batchnorm.torch.call import Call, Plan
+from batchnorm.torch.running import Running
 
 Tensor = torch.Tensor
 
@@ -212,6 +214,32 @@ def test_gradients_that_nobody_wants() -> None:
             inputs = (given,) if wanted == "x" else (layer.weight, layer.bias)
             for value, place in zip(torch.autograd.grad(layer(given), inputs, dy), places, strict=True):
                 assert relative_error(array(value), exact[place]) <= tolerance(np.float32, 54)
+
+
+class Alone:
+    """A group of one process, which pools and adds up all the same."""
+
+    def pool(self, x: Tensor, positions: int, count: float, mean: Tensor, var: Tensor) -> tuple[Any, Tensor, Tensor]:
+        return count, mean, var
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        return sums
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_stage_by_stage_for_other_processes(mask: bool) -> None:
+    x, dy, beside = (drawn((6, 8, 3, 3), seed) for seed in range(3))
+    weight, bias = drawn((8,), 3), drawn((8,), 4)
+    counts = torch.from_numpy(np.random.default_rng(0).choice([0.0, 1.0, 2.0], (6, 3, 3))).to(DEVICE).float()
+    inputs = [t.requires_grad_() for t in (x, weight, bias, beside)]
+    call = Call.of(*inputs, counts if mask else None, 1e-5, "silu")
+    plan = Plan(float(call.total()), group=Alone())  # type: ignore[arg-type]
+    y = function.compute(gpu, call, plan, Running()).y
+    found = torch.autograd.grad(y, inputs, dy)
+    at = array(x), array(weight), array(bias), array(beside), "silu", array(counts) if mask else None
+    assert relative_error(array(y), definition.forward(*at)[0]) <= tolerance(np.float32, 54)
+    for value, exact in zip(found, definition.backward(array(dy), *at), strict=True):
+        assert relative_error(array(value), exact) <= tolerance(np.float32, 54)
 
 
 def test_second_derivatives() -> None:
