@@ -122,7 +122,8 @@ def _quick_room() -> Callable[..., Tensor] | None:
     measured; on the CPU its sibling takes half of that of `torch.empty_like`.
     """
     try:
-        make: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda
+        guards: Any = torch._C._dynamo.guards
+        make: Callable[..., Tensor] = guards._empty_strided_cuda
         made = make((2, 3), (1, 2), STATISTICS)
         works = made.is_cuda and made.dtype is STATISTICS and (made.shape, made.stride()) == ((2, 3), (1, 2))
     except Exception:  # it is private: whatever another version raises, PyTorch's public function will do
