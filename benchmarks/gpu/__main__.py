@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from benchmarks.gpu.workers import Done, Task, work
 from benchmarks.sources import commit
 
 PARTS = {"checks": 100.0, "copies": 6.0, "host": 15.0, "models": 120.0, "layers": 95.0, "sweep": 100.0}
-"""Seconds for each, after which it says what it left out, the most telling first."""
+"""Their shares of the time, in the order in which they run: the most telling first. A part that has used up its share
+of what is left says what it leaves out."""
 SECONDS = 345.0
-"""For all together."""
+"""For all together, if nothing else is said."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,30 +58,38 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
     # Inductor would change Triton's cache on its first compilation, and the processes would not find each other's.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    seconds = min(given.seconds, sum(PARTS[name] for name in {*chosen, "checks"}))
-    faulthandler.dump_traceback_later(120 + seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(120 + given.seconds, exit=True, file=sys.__stderr__)
     session = Session(device, given.quick, given.out, _sources(device), given.seconds)
     session.say(", ".join(f"{name} {value}" for name, value in session.sources.items() if value not in ("", None)))
-    _ahead(session, chosen, given.workers)
+    copies = {"copies", "layers", "sweep"} & set(chosen)
+    waiting = {name for name in PARTS if name in chosen} | {"checks"} | ({"copies"} if copies else set())
+
+    def part(name: str) -> AbstractContextManager[None]:
+        share = session.left * PARTS[name] / sum(PARTS[each] for each in waiting)
+        waiting.remove(name)
+        return session.part("checks and compilation" if name == "checks" else name, share)
+
+    with part("checks"):
+        _ahead(session, chosen, given.workers)
     bandwidth = 0.0
-    if {"copies", "layers", "sweep"} & set(chosen):
-        with session.part("copies", PARTS["copies"]):
+    if copies:
+        with part("copies"):
             bandwidth = layers.copies(session)
     bandwidth = bandwidth or 3e12
     if "host" in chosen:
-        with session.part("host", PARTS["host"]):
+        with part("host"):
             host.host(session)
     if "models" in chosen:
-        with session.part("models", PARTS["models"]):
+        with part("models"):
             models.models(session)
         goals.write(session)
     if "layers" in chosen:
-        with session.part("layers", PARTS["layers"]):
+        with part("layers"):
             layers.layers(session, bandwidth)
     goals.write(session)
     goals.tell(session)
     if "sweep" in chosen:
-        with session.part("sweep", PARTS["sweep"]):
+        with part("sweep"):
             sweep.sweep(session, bandwidth, lambda tasks: deque(_work(session, tasks, given.workers), maxlen=0))
     session.say(f"done; written to {given.out}")
     return int(any(not record["ok"] for record in session.records.get("checks", [])))
@@ -122,25 +132,25 @@ def _ahead(session: Session, chosen: list[str], workers: int) -> None:
     tasks, checked = [*networks, *found, *kernels], {task.name for task in found}
     if not tasks:
         return
-    budget = PARTS["checks"] + (60.0 if "sweep" in chosen else 0.0)
-    with session.part("checks and compilation", budget):
-        session.say(f"{len(found)} checks, {len(tasks) - len(found)} compilations, {workers} processes")
-        records: list[Record] = []
-        for done in _work(session, tasks, workers):
-            if done.task.name not in checked:
-                continue
-            rows = done.value or []
-            if done.error:
-                rows = [{"check": done.task.name, "route": "", "what": "ran", "ok": 0, "detail": done.error}]
-            for row in rows:
-                row.setdefault("detail", "")
-                if not row["ok"] and not done.error:
-                    told = row["detail"] or f"error {row['value']:.2e}, limit {row['limit']:.2e}"
-                    session.say(f"WRONG {row['check']}, {row['route']}, {row['what']}: {told}")
-            records += rows
-        if records:
-            session.add("checks", records)
-            _tell(session, records)
+    session.say(f"{len(found)} checks, {len(tasks) - len(found)} compilations, {workers} processes")
+    records: list[Record] = []
+    for done in _work(session, tasks, workers):
+        if not done.error:
+            session.prepared.add(done.task.name)
+        if done.task.name not in checked:
+            continue
+        rows = done.value or []
+        if done.error:
+            rows = [{"check": done.task.name, "route": "", "what": "ran", "ok": 0, "detail": done.error}]
+        for row in rows:
+            row.setdefault("detail", "")
+            if not row["ok"] and not done.error:
+                told = row["detail"] or f"error {row['value']:.2e}, limit {row['limit']:.2e}"
+                session.say(f"WRONG {row['check']}, {row['route']}, {row['what']}: {told}")
+        records += rows
+    if records:
+        session.add("checks", records)
+        _tell(session, records)
 
 
 def _work(session: Session, tasks: list[Task], workers: int) -> Iterator[Done]:

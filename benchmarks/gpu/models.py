@@ -121,10 +121,14 @@ def _busy(step: Callable[[], None]) -> tuple[float, float]:
     return sum(times.values()), sum(time for name, time in times.items() if NORMALIZATION.search(name))
 
 
+def task_name(network: Network, converted: bool) -> str:
+    return f"compile {network.name}{' converted' * converted}"
+
+
 def compilations(device: torch.device) -> list[Task]:
     """What `torch.compile` will be asked for."""
     return [
-        Task(f"compile {network.name}{' converted' * converted}", warm_compiled, (network, device, converted), 200.0)
+        Task(task_name(network, converted), warm_compiled, (network, device, converted), 200.0)
         for network in COMPILED
         for converted in (False, True)
     ]
@@ -179,9 +183,18 @@ def models(session: Session) -> None:
     found = list(networks(session.quick))
     plan = [(network, name) for network in found for name in ("eager", "converted")]
     saving = [(network, "converted save_memory") for network in (found[:1] if session.quick else COMPILED)]
-    compiled = [(network, f"{name} compiled") for network in COMPILED for name in ("eager", "converted")]
+    compiled = [
+        (network, f"{name} compiled")
+        for network in COMPILED
+        for name in ("eager", "converted")
+        if task_name(network, name == "converted") in session.prepared  # or its first step would take a minute
+    ]
     # What was not seen before comes before what was.
-    plan = [*plan[:8], *saving, *(compiled if session.on_gpu else []), *plan[8:]]
+    plan = [*plan[:8], *saving, *compiled, *plan[8:]]
+    if session.on_gpu and len(compiled) < 2 * len(COMPILED):
+        session.say(
+            f"{2 * len(COMPILED) - len(compiled)} compiled networks left out: there was no time to compile them"
+        )
     for i, (network, candidate) in enumerate(plan):
         if session.late():
             session.say(f"out of time: {len(plan) - i} of {len(plan)} skipped, from {network.name} {candidate}")

@@ -33,6 +33,7 @@ class Session:
         sources: What every record is written with: versions, names, commit.
         deadline: When the part that is under way should be done.
         records: By table.
+        prepared: The names of the tasks that went well before anything was timed.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Session:
     seconds: float = float("inf")
     deadline: float = float("inf")
     records: dict[str, list[Record]] = field(default_factory=dict)
+    prepared: set[str] = field(default_factory=set)
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -78,9 +80,8 @@ class Session:
 
     @contextmanager
     def part(self, name: str, seconds: float) -> Iterator[None]:
-        """A part, with a budget in seconds, or what is left of the run if that is less."""
+        """A part, with a budget in seconds."""
         before = time.perf_counter()
-        seconds = max(0.0, min(seconds, self.left))
         self.deadline = before + seconds
         self.say(f"--- {name} (budget {seconds:.0f} s)")
         with self.attempt(name):

@@ -48,13 +48,16 @@ class Scratch:
         self.device = torch.device(device)
         self.state = torch.zeros(counters, dtype=torch.int64, device=device)
         self.parts = torch.empty(numbers, dtype=torch.float32, device=device)
+        self._replaced: list[tuple[Tensor, Tensor]] = []
         self._measure()
 
     def reserve(self, counters: int, numbers: int) -> tuple[int, int]:
         """Addresses of counters and numbers, at least so many.
 
-        What is replaced may still be in use on the stream; PyTorch gives it only to what comes later on that stream.
+        What is replaced is kept, half as large at most: another thread may be about to start a kernel with its address.
         """
+        if self._sizes[0] < counters or self._sizes[1] < numbers:
+            self._replaced.append((self.state, self.parts))
         if self._sizes[0] < counters:
             self.state = torch.zeros(2 * counters, dtype=torch.int64, device=self.device)
         if self._sizes[1] < numbers:
