@@ -47,7 +47,8 @@ def takes(call: Call, source: Source) -> bool:
 
     If processes pool their statistics, all of them get the same answer.
     """
-    x, counts, axis, size = call.x, call.counts, call.axis, source.size
+    x: Tensor = call.x
+    counts, axis, size = call.counts, call.axis, source.size
     if x.is_meta or call.epsilon <= 0 or (torch.compiler.is_compiling() and counts is not None):
         return False
     if counts is not None and (counts.shape[axis] != 1 or size is not None):
@@ -95,9 +96,10 @@ def evaluate(call: Call, mean: Any, var: Any) -> Tensor:
     return _activated(_restored(y, x, call.axis), call)
 
 
-def _activated(y: Tensor, call: Call) -> Any:
+def _activated(y: Tensor, call: Call) -> Tensor:
     """`y` with an activation that the kernels do not compute."""
-    return y if call.activation.is_fused else call.activation(y)
+    activated: Tensor = y if call.activation.is_fused else call.activation(y)
+    return activated
 
 
 def _as(x: Tensor, values: Any) -> Any:
