@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import contextlib
+import gc
 
 import pytest
 
@@ -14,8 +15,21 @@ with contextlib.suppress(ImportError):
     # Before a test brings TensorFlow: the other way round, LLVM finds its options registered twice and aborts.
     import triton  # noqa: F401
 
+# Compilers make many objects, and what the frameworks keep in memory is large: with Python's own thresholds, its search
+# for cycles is a fifth of the time in which a kernel is compiled.
+gc.set_threshold(50_000, 20, 20)
+
 collect_ignore = ["gpu_cases", "keras_cases"]
 """Run by `test_kernels_gpu` and `test_keras`, in processes of their own."""
+
+LONG = ("test_keras", "test_study_together", "test_examples", "test_docs", "test_cli", "test_kernels_gpu")
+"""The files with the longest tests, in the order in which they are begun."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first. A long one that begins last runs alone, while the other workers have nothing left to do."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -306,7 +306,7 @@ def test_four_devices_with_uneven_masks_are_one_device() -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FOUR_DEVICES],
-        capture_output=True, text=True, env=environment, check=False, timeout=600,
+        capture_output=True, text=True, env=environment, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "agree"
@@ -348,6 +348,6 @@ def test_nothing_of_torch_is_imported() -> None:
         "absent = ('torch', 'keras', 'tensorflow')\n"
         "print(before, 'numba' in sys.modules, *(name for name in absent if name in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "True"], Path.cwd()

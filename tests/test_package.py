@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str | Path, **options: object) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stdout + done.stderr
     return str(done.stdout)
 

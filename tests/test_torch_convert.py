@@ -119,7 +119,7 @@ EXPECTED = {
 }
 
 SMALL = {"unet3d": (2, 1, 16, 16, 16), "mlp": (16, 64)}
-"""Elsewhere 4 images of 64 x 64: the last layers still have 16 values per channel."""
+"""Elsewhere 8 images of 32 x 32: the last layers still have 8 values per channel."""
 
 PARAMETERS = {"resnet18": 11_689_512, "mobilenet_v2": 3_504_872, "densenet121": 7_978_856, "efficientnet_b0": 5_288_548}
 """With 1000 classes, as the papers' implementations have them."""
@@ -138,7 +138,7 @@ def test_whole_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             module.p = 0.0
     if name == "mlp":
         model.dropout = 0.0  # type: ignore[assignment]
-    shape = SMALL.get(name, (4, 3, 64, 64))
+    shape = SMALL.get(name, (8, 3, 32, 32))
     converted = assert_same(model, shape)
 
     # What the report says is what the source of the network says, and what happens.

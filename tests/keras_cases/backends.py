@@ -1,5 +1,6 @@
 """What tests need of a backend that `keras.ops` does not have: gradients, and NumPy arrays of anything."""
 
+import functools
 from typing import Any, NamedTuple
 
 import keras
@@ -40,15 +41,21 @@ def step(layer: Any, x: Any, dy: Any, **kwargs: Any) -> Stepped:
             loss = tf.reduce_sum(y * dy)
         dx, weights = tape.gradient(loss, (x, [variable.value for variable in layer.trainable_variables]))
         return Stepped(y, dx, weights)
-    import jax
-
-    def loss(x: Any, learned: Any, other: Any) -> Any:
-        y, moved = layer.stateless_call(learned, other, x, training=True, **kwargs)
-        return ops.sum(y * dy), (y, moved)
-
     learned = [variable.value for variable in layer.trainable_variables]
     other = [variable.value for variable in layer.non_trainable_variables]
-    (dx, weights), (y, moved) = jax.grad(loss, (0, 1), has_aux=True)(x, learned, other)
+    (dx, weights), (y, moved) = _compiled(layer)(x, learned, other, dy, kwargs)
     for variable, value in zip(layer.non_trainable_variables, moved, strict=True):
         variable.assign(value)
     return Stepped(y, dx, weights)
+
+
+@functools.cache
+def _compiled(layer: Any) -> Any:
+    """A step in JAX as one program. Step by step, JAX compiles a program for each operation, which takes longer."""
+    import jax
+
+    def loss(x: Any, learned: Any, other: Any, dy: Any, kwargs: dict[str, Any]) -> Any:
+        y, moved = layer.stateless_call(learned, other, x, training=True, **kwargs)
+        return ops.sum(y * dy), (y, moved)
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))

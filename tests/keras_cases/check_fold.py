@@ -456,9 +456,10 @@ def test_what_is_no_model() -> None:
         fold(keras.Sequential([layers.Dense(3)]))
 
 
-@pytest.mark.parametrize("make", ["MobileNetV2", "ResNet50V2"])
-def test_networks_of_keras(make: str) -> None:
-    model = filled(getattr(keras.applications, make)(weights=None, input_shape=(32, 32, 3), classes=5))
+@pytest.mark.parametrize(("make", "options"), [("MobileNetV2", {"alpha": 0.35}), ("ResNet50V2", {})])
+def test_networks_of_keras(make: str, options: dict[str, Any]) -> None:
+    network = getattr(keras.applications, make)
+    model = filled(network(weights=None, input_shape=(32, 32, 3), classes=5, **options))
     for n in normalizations(model):  # outputs of size 1 to the end
         n.moving_variance.assign(np.ones(n.moving_variance.shape))
     result = fold(model, draw((2, 32, 32, 3)))

@@ -417,7 +417,7 @@ RENORM = {"renorm": True, "renorm_clipping": {"rmax": 2.0, "rmin": 0.4, "dmax": 
 def test_training_gives_the_numbers_of_keras(kwargs: dict[str, Any], jit: bool) -> None:
     if jit and BACKEND == "torch":
         pytest.skip("torch.compile takes minutes here; it is tested with the layers of batchnorm.torch")
-    x, y = draw((40, 8, 8, 3)), np.random.default_rng(5).integers(0, 3, 40)
+    x, y = draw((48, 8, 8, 3)), np.random.default_rng(5).integers(0, 3, 48)
     results = []
     for kind in (BatchNormalization, layers.BatchNormalization):
         model = network(kind, **kwargs)

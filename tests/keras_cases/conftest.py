@@ -1,6 +1,7 @@
 """For one backend of Keras, which the environment names: two devices, the same numbers every time, kernels."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import pytest
 with contextlib.suppress(ImportError):
     # Before TensorFlow, as in the other conftest: PyTorch's compiler looks for Triton when porting imports PyTorch.
     import triton  # noqa: F401
+
+gc.set_threshold(50_000, 20, 20)  # as in the other conftest
 
 BACKEND = os.environ["KERAS_BACKEND"]
 

@@ -12,6 +12,7 @@ from keras import ops
 from batchnorm.keras.activations import Activation
 
 __all__ = [
+    "Call",
     "Moments",
     "arithmetic",
     "expand_mask",
@@ -22,6 +23,33 @@ __all__ = [
     "per_channel",
     "type_name",
 ]
+
+
+class Call(NamedTuple):
+    """One normalization: `y = act((x - mean) / sqrt(var + epsilon) * gamma + beta)`.
+
+    Attributes:
+        x: The batch.
+        counts: From `expand_mask`; 1 everywhere if None.
+        gamma, beta: `(C,)`, tensors or variables; 1 and 0 if None.
+        axis: The channel axis of `x`.
+        epsilon: Added to the variance, in the square of the units of `x`.
+        activation: The activation.
+    """
+
+    x: Any
+    counts: Any
+    gamma: Any
+    beta: Any
+    axis: int
+    epsilon: float
+    activation: Activation
+
+    def cast(self) -> "Call":
+        """The same call in the type in which it is computed."""
+        kind = arithmetic(self.x)
+        tensors = {name: getattr(self, name) for name in ("x", "counts", "gamma", "beta")}
+        return self._replace(**{name: ops.cast(t, kind) for name, t in tensors.items() if t is not None})
 
 
 class Moments(NamedTuple):
@@ -214,22 +242,17 @@ def _segment_sum(values: Any, group: Any, groups: Any) -> Any:
 # --- Normalize -------------------------------------------------------------------------------------------------------
 
 
-def normalize(
-    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, epsilon: float, activation: Activation
-) -> Any:
-    """`y = act((x - mean) / sqrt(var + epsilon) * gamma + beta)`.
+def normalize(call: Call, mean: Any, var: Any) -> Any:
+    """`y` of a call that has been cast, by these statistics.
 
     Args:
-        x: The batch.
+        call: The call.
         mean, var: `(C,)`, or with as many axes as `x`.
-        gamma, beta: `(C,)`; 1 and 0 if None.
-        axis: The channel axis of `x`.
-        epsilon: Added to the variance, in the square of the units of `x`.
-        activation: The activation.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, lines 3 and 4.
     """
-    scale = ops.rsqrt(var + epsilon)
+    x, axis, gamma = call.x, call.axis, call.gamma
+    scale = ops.rsqrt(var + call.epsilon)
     if len(scale.shape) == 1 and gamma is not None:
         scale = scale * gamma
         gamma = None
@@ -238,6 +261,6 @@ def normalize(
     z = (x - mean) * scale
     if gamma is not None:
         z = z * per_channel(gamma, x, axis)
-    if beta is not None:
-        z = z + per_channel(beta, x, axis)
-    return activation(z)
+    if call.beta is not None:
+        z = z + per_channel(call.beta, x, axis)
+    return call.activation(z)

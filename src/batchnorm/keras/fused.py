@@ -5,11 +5,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.definition import ActivationSpec
+from batchnorm.keras.functional import Call
 from batchnorm.torch.functional import batch_norm
 from batchnorm.torch.sources import BatchStatistics, GhostStatistics, Statistics, SyncStatistics
 
-__all__ = ["Trained", "evaluate", "takes", "train"]
+__all__ = ["Source", "Trained", "evaluate", "takes", "train"]
+
+
+class Source(NamedTuple):
+    """Where the statistics of a batch come from.
+
+    Attributes:
+        size: The smallest number of samples per group, or None.
+        synchronized: Whether processes pool their statistics.
+        unbiased: Whether the moving variance is the unbiased one.
+    """
+
+    size: int | None
+    synchronized: bool
+    unbiased: bool
+
+    def statistics(self) -> Statistics:
+        """The source as `batchnorm.torch` names it."""
+        if self.synchronized:
+            return SyncStatistics(unbiased=self.unbiased)
+        if self.size is not None:
+            return GhostStatistics(self.size, self.unbiased)
+        return BatchStatistics(self.unbiased)
 
 
 class Trained(NamedTuple):
@@ -20,19 +42,18 @@ class Trained(NamedTuple):
     moving_var: Tensor
 
 
-def takes(x: Tensor, counts: Tensor | None, axis: int, size: int | None, synchronized: bool) -> bool:
+def takes(call: Call, source: Source) -> bool:
     """Whether `batch_norm` can compute this as Keras does: unlike Keras, it rejects fewer than two values per channel.
 
-    Args:
-        x, counts, axis: As in `functional.moments`.
-        size: The smallest number of samples per group, or None.
-        synchronized: Whether processes pool their statistics; all of them must get the same answer.
+    If processes pool their statistics, all of them get the same answer.
     """
-    if x.is_meta or (torch.compiler.is_compiling() and counts is not None):
+    x: Tensor = call.x
+    counts, axis, size = call.counts, call.axis, source.size
+    if x.is_meta or call.epsilon <= 0 or (torch.compiler.is_compiling() and counts is not None):
         return False
     if counts is not None and (counts.shape[axis] != 1 or size is not None):
         return False  # a mask per channel, or a count per group
-    if synchronized:
+    if source.synchronized:
         return True
     values = x.numel() // max(1, x.shape[axis])
     if size is not None:
@@ -42,57 +63,43 @@ def takes(x: Tensor, counts: Tensor | None, axis: int, size: int | None, synchro
     return values > 1
 
 
-def train(
-    x: Tensor,
-    counts: Tensor | None,
-    moving_mean: Any,
-    moving_var: Any,
-    gamma: Any,
-    beta: Any,
-    axis: int,
-    momentum: float,
-    epsilon: float,
-    activation: ActivationSpec,
-    size: int | None,
-    synchronized: bool,
-    unbiased: bool,
-) -> Trained:
+def train(call: Call, source: Source, moving_mean: Any, moving_var: Any, momentum: float) -> Trained:
     """Normalize by the statistics of the batch, of its groups of samples, or of all processes.
 
     Args:
-        x, counts, axis: As in `functional.moments`; the counts are the same for all channels.
+        call: The call; its counts are the same for all channels.
+        source: Where the statistics come from.
         moving_mean, moving_var: The moving statistics before the batch; they are not changed.
-        gamma, beta, epsilon, activation: As in `functional.normalize`.
         momentum: The weight of the old value.
-        size: The smallest number of samples per group, or None.
-        synchronized: Whether processes pool their statistics.
-        unbiased: Whether the moving variance is the unbiased one.
     """
-    statistics: Statistics = BatchStatistics(unbiased)
-    if synchronized:
-        statistics = SyncStatistics(unbiased=unbiased)
-    elif size is not None:
-        statistics = GhostStatistics(size, unbiased)
-    rows = _rows(x, axis, size)
+    x, counts, axis = call.x, call.counts, call.axis
+    rows = _rows(x, axis, source.size)
     mask = None
     if counts is not None:
         mask = counts.expand(_positions(x, axis)).squeeze(axis)
         mask = mask.reshape(-1) if rows.dim() < x.dim() else mask
     mean, var = (_as(x, t).detach().clone() for t in (moving_mean, moving_var))
     y = batch_norm(
-        rows, mean, var, _as(x, gamma), _as(x, beta), True, 1.0 - momentum, epsilon,
-        activation=activation, mask=mask, statistics=statistics,
+        rows, mean, var, _as(x, call.gamma), _as(x, call.beta), True, 1.0 - momentum, call.epsilon,
+        activation=call.activation.fused, mask=mask, statistics=source.statistics(),
     )  # fmt: skip
-    return Trained(_restored(y, x, axis), mean, var)
+    return Trained(_activated(_restored(y, x, axis), call), mean, var)
 
 
-def evaluate(
-    x: Tensor, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, epsilon: float, activation: ActivationSpec
-) -> Tensor:
+def evaluate(call: Call, mean: Any, var: Any) -> Tensor:
     """Normalize by given statistics."""
-    mean, var, gamma, beta = (_as(x, t) for t in (mean, var, gamma, beta))
-    y = batch_norm(_rows(x, axis, None), mean, var, gamma, beta, False, 0.0, epsilon, activation=activation)
-    return _restored(y, x, axis)
+    x = call.x
+    mean, var, gamma, beta = (_as(x, t) for t in (mean, var, call.gamma, call.beta))
+    y = batch_norm(
+        _rows(x, call.axis, None), mean, var, gamma, beta, False, 0.0, call.epsilon, activation=call.activation.fused
+    )
+    return _activated(_restored(y, x, call.axis), call)
+
+
+def _activated(y: Tensor, call: Call) -> Tensor:
+    """`y` with an activation that the kernels do not compute."""
+    activated: Tensor = y if call.activation.is_fused else call.activation(y)
+    return activated
 
 
 def _as(x: Tensor, values: Any) -> Any:

@@ -125,60 +125,46 @@ class BatchNormalization(KerasBatchNormalization):
             x = ops.cast(x, functional.arithmetic(x))
         counts = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
         learning = bool(training) and self.trainable and self.frozen is None
-        y = self._train(x, counts) if learning else self._evaluate(x)
+        call = functional.Call(x, counts, self.gamma, self.beta, self.axis, self.epsilon, self.activation)
+        y = self._train(call) if learning else self._evaluate(call)
         return ops.cast(y, self.compute_dtype)
 
     # --- Training and evaluation --------------------------------------------------------------------------------------
 
-    def _evaluate(self, x: Any) -> Any:
-        activation = self.activation
-        if keras.backend.backend() == "torch" and not x.is_meta:
+    def _evaluate(self, call: functional.Call) -> Any:
+        if keras.backend.backend() == "torch" and not call.x.is_meta:
             from batchnorm.keras import fused
 
-            y = fused.evaluate(
-                x, self.moving_mean, self.moving_variance, self.gamma, self.beta, self.axis, self.epsilon,
-                activation.fused,
-            )  # fmt: skip
-            return y if activation.is_fused else activation(y)
-        x = ops.cast(x, functional.arithmetic(x))
-        return self._normalize(x, self._as(x, self.moving_mean), self._as(x, self.moving_variance))
+            return fused.evaluate(call, self.moving_mean, self.moving_variance)
+        call = call.cast()
+        mean, var = (ops.cast(v, call.x.dtype) for v in (self.moving_mean, self.moving_variance))
+        return functional.normalize(call, mean, var)
 
-    def _train(self, x: Any, counts: Any) -> Any:
+    def _train(self, call: functional.Call) -> Any:
         if keras.backend.backend() == "torch" and not self.renorm:
             from batchnorm.keras import fused
 
-            if self.epsilon > 0 and fused.takes(x, counts, self.axis, self.virtual_batch_size, self.synchronized):
-                y, mean, var = fused.train(
-                    x, counts, self.moving_mean, self.moving_variance, self.gamma, self.beta, self.axis, self.momentum,
-                    self.epsilon, self.activation.fused, self.virtual_batch_size, self.synchronized, self.unbiased,
-                )  # fmt: skip
+            source = fused.Source(self.virtual_batch_size, self.synchronized, self.unbiased)
+            if fused.takes(call, source):
+                y, mean, var = fused.train(call, source, self.moving_mean, self.moving_variance, self.momentum)
                 self.moving_mean.assign(mean)
                 self.moving_variance.assign(var)
-                return y if self.activation.is_fused else self.activation(y)
-        x = ops.cast(x, functional.arithmetic(x))
-        counts = None if counts is None else ops.cast(counts, x.dtype)
+                return y
+        call = call.cast()
         if self.virtual_batch_size is not None:
-            batch, mean, var = functional.group_moments(x, counts, self.axis, self.virtual_batch_size)
+            batch, mean, var = functional.group_moments(call.x, call.counts, self.axis, self.virtual_batch_size)
             self._move(batch)
-            return self._normalize(x, mean, var)
-        batch = functional.moments(x, counts, self.axis)
+            return functional.normalize(call, mean, var)
+        batch = functional.moments(call.x, call.counts, self.axis)
         if self.synchronized:
             batch = pool(batch, self.axis_name)
         if self.renorm:
             r, d, mean, var = self._renorm_correction_and_moments(batch.mean, batch.var)
-            gamma, beta = self._compose_transforms(r, d, self._as(x, self.gamma), self._as(x, self.beta), x.dtype)
+            gamma, beta = self._compose_transforms(r, d, call.gamma, call.beta, call.x.dtype)
             self._move_renormalized(batch)
-            return functional.normalize(x, mean, var, gamma, beta, self.axis, self.epsilon, self.activation)
+            return functional.normalize(call._replace(gamma=gamma, beta=beta), mean, var)
         self._move(batch)
-        return self._normalize(x, batch.mean, batch.var)
-
-    def _normalize(self, x: Any, mean: Any, var: Any) -> Any:
-        gamma, beta = self._as(x, self.gamma), self._as(x, self.beta)
-        return functional.normalize(x, mean, var, gamma, beta, self.axis, self.epsilon, self.activation)
-
-    @staticmethod
-    def _as(x: Any, variable: Any) -> Any:
-        return None if variable is None else ops.cast(variable, x.dtype)
+        return functional.normalize(call, batch.mean, batch.var)
 
     # --- The moving statistics ----------------------------------------------------------------------------------------
 

@@ -32,24 +32,24 @@ CUT = ("relu", "relu6")
 def moments_of(x: Tensor, mask: Tensor | None) -> Batch:
     """The statistics of a layer's input: `whole.evidence.batch` on the tensor's device."""
     x = x.detach()
-    counts = None if mask is None else Call.of(x, None, None, None, mask, 0.0, None).counts
+    given = None if mask is None else Call.of(x, None, None, None, mask, 0.0, None).counts
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     values = x.to(exact).flatten(2) if x.dim() > 2 else x.to(exact).unsqueeze(2)
     samples = len(values)
-    if counts is None:
-        weights = torch.ones((1, 1, 1), dtype=exact, device=x.device)
+    if given is None:
+        counts = torch.ones((1, 1, 1), dtype=exact, device=x.device)
         count = float(values.shape[0] * values.shape[2])
     else:
-        weights = counts.to(exact).reshape(samples, 1, -1)
-        values = torch.where(weights > 0, values, 0.0)
-        count = float(weights.sum())
+        counts = given.to(exact).reshape(samples, 1, -1)
+        values = torch.where(counts > 0, values, 0.0)
+        count = float(counts.sum())
     if count == 0:
         nothing = torch.zeros(x.shape[1]).double().numpy()
         return Batch(0, Moments(0.0, nothing, nothing), nothing, nothing)
-    mean = (weights * values).sum((0, 2)) / count
+    mean = (counts * values).sum((0, 2)) / count
     deviations = values - mean[:, None]
-    var = (weights * deviations.square()).sum((0, 2)) / count
-    by_sample = (weights * deviations).sum(2), (weights * (deviations.square() - var[:, None])).sum(2)
+    var = (counts * deviations.square()).sum((0, 2)) / count
+    by_sample = (counts * deviations).sum(2), (counts * (deviations.square() - var[:, None])).sum(2)
     scale = samples / (samples - 1) / count**2 if samples > 1 else 0.0
     errors = [scale * sums.square().sum(0) for sums in by_sample]
     host = [t.double().cpu().numpy() for t in (mean, var, *errors)]
