@@ -15,7 +15,7 @@ from benchmarks.gpu import report as gpu
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small", "keras", "verdicts", *gpu.NAMES,
+    "losses", "small", "keras", "verdicts", "watching", *gpu.NAMES,
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -301,6 +301,21 @@ def _keras(tables: Tables) -> str:
     return markdown(heading, lines) + version
 
 
+def _watching(tables: Tables) -> str:
+    """Milliseconds of a step with `watch` and without it, on average over the recorded one and those between."""
+    records = tables["watching"]
+    watched = [r for r in records if r["candidate"].endswith("watched")]
+    lines = [
+        (
+            f"{a['model']}, {a['candidate']}", a["shape"], str(a["normalizations"]), _time(a, 1e3), _time(b, 1e3),
+            f"{b['median_us'] / a['median_us'] - 1:+.1%}",
+        )
+        for a, b in zip((r for r in records if r not in watched), watched, strict=True)
+    ]  # fmt: skip
+    every = records[0]["every"] if records else ""
+    return markdown(("model", "batch", "layers", "step, ms", f"watched every {every} steps, ms", "cost"), lines)
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -320,4 +335,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "small": _small,
     "verdicts": _verdicts,
     "keras": _keras,
+    "watching": _watching,
 }

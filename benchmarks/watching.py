@@ -1,46 +1,44 @@
-"""What `watch` costs: a training step with it and without it, taking turns.
+"""What `watch` costs: steps of training with it and without it, before and after `convert`.
 
-python -m benchmarks.watching [--steps 200] [--every 10]
+A round is as many steps as there are from one recorded step to the next. Inputs are small, because what a layer costs
+beside its values is then the larger part.
 """
 
-import argparse
-import statistics
-import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+from batchnorm.bench.clock import Record, interleave, records
+from batchnorm.torch.survey import survey
+from batchnorm.torch.watch import watch
+from benchmarks.networks import QUICK, Subject, stepper
 
-from batchnorm.torch import watch
-from benchmarks.models import resnet50
+__all__ = ["EVERY", "SUBJECTS", "run"]
 
-
-def main() -> None:
-    """Print the medians of both, and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=64)
-    given = parser.parse_args()
-    model = resnet50()
-    x, y = torch.randn(given.batch, 3, given.size, given.size), torch.randint(10, (given.batch,))
-
-    def rounds(steps: int) -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            model.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-        return (time.perf_counter() - start) / steps
-
-    rounds(3)
-    without, with_ = [], []
-    for _ in range(max(1, given.steps // (2 * given.every))):
-        without.append(rounds(given.every))
-        with watch(model, given.every, live=False):
-            with_.append(rounds(given.every))
-    a, b = statistics.median(without), statistics.median(with_)
-    print(f"without {1e3 * a:.1f} ms, watched every {given.every} steps {1e3 * b:.1f} ms: {b / a - 1:+.1%}")
+EVERY = 10
+SUBJECTS = tuple(Subject(model) for model in ("mlp", "resnet18", "mobilenet_v2", "densenet121"))
+DIVISOR = 4
+"""An image has a quarter of its usual side: 56 x 56."""
 
 
-if __name__ == "__main__":
-    main()
+def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
+    """The records of each model, before and after `convert`."""
+    for subject in SUBJECTS:
+        shape = subject.shape(*QUICK) if quick else subject.shape(divisor=DIVISOR if len(subject.shape()) > 2 else 1)
+        [(x, target)] = subject.data(shape)
+        found: list[Record] = []
+        for name, model in subject.pair().items():
+            step = stepper(model)
+
+            def plain(step: Callable[..., float] = step) -> None:
+                for _ in range(EVERY):
+                    step(x, target)  # noqa: B023
+
+            def watched(model: Any = model, plain: Callable[[], None] = plain) -> None:
+                with watch(model, EVERY, live=False):
+                    plain()
+
+            samples = interleave({name: plain, f"{name}, watched": watched}, seconds, fewest=2 if quick else 7)
+            each = {candidate: times / EVERY for candidate, times in samples.items()}
+            about = subject.about(shape) | {"normalizations": len(survey(model)), "every": EVERY}
+            found += [about | record for record in records(each, name)]
+        yield found

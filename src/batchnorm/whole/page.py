@@ -19,12 +19,22 @@ WIDTH, ROW, LABEL = 400, 22, 140
 """In pixels of a phone; on larger screens the plots are larger."""
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; --ink: #2563eb; --mark: #d97706; }
+:root {
+  color-scheme: light dark; --line: #8886; --paper: #fff; --text: #16191d; --ink: #2563eb; --mark: #b45309;
+  --error: #b91c1c; --warning: #b45309; --info: #0e7490;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #111418; --text: #e7eaee; --ink: #6ea0ff; --mark: #f59e0b; --error: #f87171; --warning: #fbbf24;
+    --info: #22d3ee;
+  }
+}
+html { background: var(--paper); color: var(--text); }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 section { border-top: 1px solid var(--line); padding-top: .5rem; }
-.error { color: #dc2626; } .warning { color: #d97706; } .info { color: #0891b2; }
+.error { color: var(--error); } .warning { color: var(--warning); } .info { color: var(--info); }
 pre { white-space: pre-wrap; background: #8882; padding: .6rem; border-radius: .3rem; font-size: .85rem; }
 svg { width: 100%; max-width: 40rem; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
