@@ -1,11 +1,12 @@
-"""What `watch` costs: steps of training with it and without it, before and after `convert`.
+"""What `watch` costs: a step of training that it records, and one without it, before and after `convert`.
 
-A round is as many steps as there are from one recorded step to the next. Inputs are small, because what a layer costs
-beside its values is then the larger part.
+Between recorded steps `watch` only counts, so that one step recorded in ten costs a tenth. Inputs are small, because
+what a layer costs beside its values is then the larger part.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+
+from torch import nn
 
 from batchnorm.bench.clock import Record, interleave, records
 from batchnorm.torch.survey import survey
@@ -15,6 +16,8 @@ from benchmarks.networks import QUICK, Subject, stepper
 __all__ = ["EVERY", "SUBJECTS", "run"]
 
 EVERY = 10
+"""Of so many steps, one is recorded."""
+
 SUBJECTS = tuple(Subject(model) for model in ("mlp", "resnet18", "mobilenet_v2", "densenet121"))
 DIVISOR = 4
 """An image has a quarter of its usual side: 56 x 56."""
@@ -30,15 +33,13 @@ def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
             step = stepper(model)
 
             def plain(step: Callable[..., float] = step) -> None:
-                for _ in range(EVERY):
-                    step(x, target)  # noqa: B023
+                step(x, target)  # noqa: B023
 
-            def watched(model: Any = model, plain: Callable[[], None] = plain) -> None:
-                with watch(model, EVERY, live=False):
+            def recorded(model: nn.Module = model, plain: Callable[[], None] = plain) -> None:
+                with watch(model, live=False):
                     plain()
 
-            samples = interleave({name: plain, f"{name}, watched": watched}, seconds, fewest=2 if quick else 7)
-            each = {candidate: times / EVERY for candidate, times in samples.items()}
+            samples = interleave({name: plain, f"{name}, recorded": recorded}, seconds, fewest=2 if quick else 7)
             about = subject.about(shape) | {"normalizations": len(survey(model)), "every": EVERY}
-            found += [about | record for record in records(each, name)]
+            found += [about | record for record in records(samples, name)]
         yield found

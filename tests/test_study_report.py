@@ -339,6 +339,7 @@ def test_an_undecided_finding_says_how_many_more_seeds_it_would_take(mixed: Find
 
 # --- The page, in a browser -------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def opened(mixed: Findings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     """Opens the report."""

@@ -18,6 +18,9 @@ __all__ = ["page"]
 WIDTH, ROW, LABEL = 400, 22, 140
 """In pixels of a phone; on larger screens the plots are larger."""
 
+LONGEST = 3.0
+"""The gap with the longest bar. Larger ones are as long, so that one of them does not hide all others."""
+
 STYLE = """
 :root {
   color-scheme: light dark; --line: #8886; --paper: #fff; --text: #16191d; --ink: #2563eb; --mark: #b45309;
@@ -91,16 +94,18 @@ def _gaps(layers: Sequence[Profile]) -> str:
     """A bar for each layer."""
     known = [layer for layer in layers if layer.gap is not None]
     limit = noise(STABLE)
-    shown = [min(layer.gap, 1e3) if layer.gap is not None and math.isfinite(layer.gap) else 1e3 for layer in known]
-    largest = max(1.0, *shown)
-    scale = (WIDTH - LABEL - 50) / largest
+    sizes = [layer.gap if layer.gap is not None and not math.isnan(layer.gap) else math.inf for layer in known]
+    scale = (WIDTH - LABEL - 50) / LONGEST
     height = ROW * len(known) + 24
-    rows = [
-        f'<text x="0" y="{ROW * i + 15}">{escape(_short(layer.name))}</text>'
-        f'<rect x="{LABEL}" y="{ROW * i + 4}" width="{max(1.0, value * scale):.1f}" height="{ROW - 8}"></rect>'
-        f'<text x="{LABEL + value * scale + 5:.1f}" y="{ROW * i + 15}">{value:.2g}</text>'
-        for i, (layer, value) in enumerate(zip(known, shown, strict=True))
-    ]
+    rows = []
+    for i, (name, size) in enumerate(zip(_labels([layer.name for layer in known]), sizes, strict=True)):
+        end = LABEL + max(1.0, min(size, LONGEST) * scale)
+        number = "∞" if math.isinf(size) else f"{size:.2g}" if size < 100 else f"{size:.0e}"
+        rows += [
+            f'<text x="0" y="{ROW * i + 15}">{escape(name)}</text>',
+            f'<rect x="{LABEL}" y="{ROW * i + 4}" width="{end - LABEL:.1f}" height="{ROW - 8}"></rect>',
+            f'<text x="{end + 5:.1f}" y="{ROW * i + 15}">{number}{" →" if size > LONGEST else ""}</text>',
+        ]
     x = LABEL + limit * scale
     rows.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}"></line>')
     rows.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{limit:.2f}</text>')
@@ -162,7 +167,13 @@ def _svg(height: int, title: str, rows: list[str]) -> str:
     )
 
 
-def _short(name: str) -> str:
-    """The end of a long name, which is what tells layers apart."""
-    name = name or "the layer"
-    return name if len(name) <= 21 else "…" + name[-20:]
+def _labels(names: Sequence[str]) -> list[str]:
+    """What tells layers apart: their names without what all begin and end with, shortened in the middle."""
+    parts = [name.split(".") for name in names]
+    least = min(map(len, parts)) - 1
+    begin = next((i for i in range(least) if len({part[i] for part in parts}) > 1), least)
+    end = next((i for i in range(least - begin) if len({part[-1 - i] for part in parts}) > 1), least - begin)
+    if len(parts) == 1:
+        begin, end = 0, 0
+    short = [".".join(part[begin : len(part) - end]) or "the layer" for part in parts]
+    return [name if len(name) <= 21 else f"{name[:10]}…{name[-10:]}" for name in short]
