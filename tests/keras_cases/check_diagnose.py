@@ -160,7 +160,7 @@ class Subclassed(keras.Model):
         self.shift = shift
 
     def call(self, x: Any, training: bool = False) -> Any:
-        return self.norm(x, training=training) - self.norm(x[::-1] + self.shift, training=training)
+        return self.norm(x, training=training) - self.norm(ops.flip(x, 0) + self.shift, training=training)
 
 
 def test_layers_without_a_call_or_with_two() -> None:

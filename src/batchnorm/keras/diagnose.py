@@ -161,10 +161,11 @@ class _Model:
 
             def watched(*args: Any, **kwargs: Any) -> Any:
                 before = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
-                y = call(*args, **kwargs)
-                after = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
-                moved[name] += any((a != b).any() for a, b in zip(before, after, strict=True))
-                return y
+                try:
+                    return call(*args, **kwargs)
+                finally:  # a checkpoint breaks a repetition off as soon as it has what it needs
+                    after = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
+                    moved[name] += any((a != b).any() for a, b in zip(before, after, strict=True))
 
             return watched
 
