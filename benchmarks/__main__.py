@@ -29,6 +29,7 @@ from benchmarks import (
     training,
     variants,
     verdicts,
+    watching,
 )
 from benchmarks.models import MODELS
 from benchmarks.networks import subjects
@@ -55,6 +56,7 @@ class Name(StrEnum):
     VERDICTS = "verdicts"
     KERAS = "keras"
     JAX = "jax"
+    WATCHING = "watching"
     REPORT = "report"
 
 
@@ -97,6 +99,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.VERDICTS: lambda s: (s.seeds, verdicts.run(s.seeds, s.quick)),
     Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
     Name.JAX: lambda s: (len(jax_steps.CASES), jax_steps.run(s.seconds(2.0), s.quick)),
+    Name.WATCHING: lambda s: (len(watching.SUBJECTS), watching.run(s.seconds(10.0), s.quick)),
 }
 """The parts: the number of runs of each, and their records. The seconds are per case."""
 

@@ -15,7 +15,7 @@ from benchmarks.gpu import report as gpu
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small", "keras", "verdicts", *gpu.NAMES,
+    "losses", "small", "keras", "verdicts", "watching", *gpu.NAMES,
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -301,6 +301,21 @@ def _keras(tables: Tables) -> str:
     return markdown(heading, lines) + version
 
 
+def _watching(tables: Tables) -> str:
+    """Milliseconds of a step, of one that `watch` records, and what recording one in ten costs."""
+    records = tables["watching"]
+    recorded = [r for r in records if r["candidate"].endswith(", recorded")]
+    lines = [
+        (
+            f"{a['model']}, {a['candidate']}", a["shape"], str(a["normalizations"]), _time(a, 1e3), _time(b, 1e3),
+            f"{(b['median_us'] / a['median_us'] - 1) / a['every']:+.1%}",
+        )
+        for a, b in zip((r for r in records if r not in recorded), recorded, strict=True)
+    ]  # fmt: skip
+    every = records[0]["every"] if records else ""
+    return markdown(("model", "batch", "layers", "step, ms", "recorded, ms", f"cost, every {every} steps"), lines)
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -320,4 +335,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "small": _small,
     "verdicts": _verdicts,
     "keras": _keras,
+    "watching": _watching,
 }

@@ -1,46 +1,45 @@
-"""What `watch` costs: a training step with it and without it, taking turns.
+"""What `watch` costs: a step of training that it records, and one without it, before and after `convert`.
 
-python -m benchmarks.watching [--steps 200] [--every 10]
+Between recorded steps `watch` only counts, so that one step recorded in ten costs a tenth. Inputs are small, because
+what a layer costs beside its values is then the larger part.
 """
 
-import argparse
-import statistics
-import time
+from collections.abc import Callable, Iterator
 
-import torch
-import torch.nn.functional as F
+from torch import nn
 
-from batchnorm.torch import watch
-from benchmarks.models import resnet50
+from batchnorm.bench.clock import Record, interleave, records
+from batchnorm.torch.survey import survey
+from batchnorm.torch.watch import watch
+from benchmarks.networks import QUICK, Subject, stepper
 
+__all__ = ["EVERY", "SUBJECTS", "run"]
 
-def main() -> None:
-    """Print the medians of both, and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=64)
-    given = parser.parse_args()
-    model = resnet50()
-    x, y = torch.randn(given.batch, 3, given.size, given.size), torch.randint(10, (given.batch,))
+EVERY = 10
+"""Of so many steps, one is recorded."""
 
-    def rounds(steps: int) -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            model.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-        return (time.perf_counter() - start) / steps
-
-    rounds(3)
-    without, with_ = [], []
-    for _ in range(max(1, given.steps // (2 * given.every))):
-        without.append(rounds(given.every))
-        with watch(model, given.every, live=False):
-            with_.append(rounds(given.every))
-    a, b = statistics.median(without), statistics.median(with_)
-    print(f"without {1e3 * a:.1f} ms, watched every {given.every} steps {1e3 * b:.1f} ms: {b / a - 1:+.1%}")
+SUBJECTS = tuple(Subject(model) for model in ("mlp", "resnet18", "mobilenet_v2", "densenet121"))
+DIVISOR = 4
+"""An image has a quarter of its usual side: 56 x 56."""
 
 
-if __name__ == "__main__":
-    main()
+def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
+    """The records of each model, before and after `convert`."""
+    for subject in SUBJECTS:
+        shape = subject.shape(*QUICK) if quick else subject.shape(divisor=DIVISOR if len(subject.shape()) > 2 else 1)
+        [(x, target)] = subject.data(shape)
+        found: list[Record] = []
+        for name, model in subject.pair().items():
+            step = stepper(model)
+
+            def plain(step: Callable[..., float] = step) -> None:
+                step(x, target)  # noqa: B023
+
+            def recorded(model: nn.Module = model, plain: Callable[[], None] = plain) -> None:
+                with watch(model, live=False):
+                    plain()
+
+            samples = interleave({name: plain, f"{name}, recorded": recorded}, seconds, fewest=2 if quick else 7)
+            about = subject.about(shape) | {"normalizations": len(survey(model)), "every": EVERY}
+            found += [about | record for record in records(samples, name)]
+        yield found

@@ -290,6 +290,11 @@ TABLES: goals.Tables = {
         {"data": "digits", "samples": 2, "statistics": "renorm", "seed": seed, "wrong": 0.1 + 0.1 * seed}
         for seed in (0, 1)
     ],
+    "watching": [
+        {"model": "mlp", "shape": "256x64", "normalizations": 3, "every": 10, "candidate": f"eager{more}", "rounds": 7}
+        | {"median_us": time, "q10_us": time, "q90_us": time}
+        for more, time in (("", 1000.0), (", recorded", 1200.0))
+    ],
     "verdicts": [
         {"claim": "faster", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
         for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
@@ -397,6 +402,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| b channels-first | 3.00 | 4.00 | 5.00 | 9.00 |" in section(text, "kernels")
     assert "| a | 10.0 (10.0 to 10.0) | 1.20 | 1.50 |" in section(text, "variants")
     assert "| jax 0.10.2 | mlp | 32 x 784 | 1.0 (1.0 to 1.0) | 0.9 (0.9 to 0.9) | 0.90 |" in section(text, "keras")
+    assert "| mlp, eager | 256x64 | 3 | 1.0 (1.0 to 1.0) | 1.2 (1.2 to 1.2) | +2.0% |" in section(text, "watching")
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
     assert "| faster | 1.25 to 2.50 ratio | 2 supported, 1 undecided |" in section(text, "verdicts")
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")

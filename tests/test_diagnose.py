@@ -4,13 +4,16 @@ import copy
 import html.parser
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import in_processes
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -609,6 +612,25 @@ def test_processes_that_do_not_pool(model: Any) -> None:
         assert isinstance(model.bn1.statistics, bn.SyncStatistics)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def mended_together(rank: int) -> list[tuple[str, str]]:
+    """What is found in one of two processes with batches of six, before and after the remedy."""
+    torch.manual_seed(0)
+    model: Any = Mlp()
+    mine = shuffled(12, 40)
+    mine = [batch[6 * rank : 6 * rank + 6] for batch in mine]
+    bn.calibrate(model, mine, progress=False)
+    first = diagnose(model, mine)
+    model, *_ = mend(first.findings[0], model, mine)
+    second = diagnose(model, mine)
+    return [(finding.layer, finding.check) for report in (first, second) for finding in report.findings]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and files")
+def test_processes_that_pool_are_healthy(tmp_path: Path) -> None:
+    found = in_processes(2, mended_together, tmp_path)
+    assert found == [[("bn1", "unsynchronized"), ("bn2", "unsynchronized")]] * 2
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -163,3 +163,13 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     to_pt(trained(), tmp_path / "good.pt")
     result = run(tmp_path / "good.pt", "--html", tmp_path / "none" / "report.html")
     assert (result.exit_code, "cannot be written" in result.stderr) == (2, True)
+
+
+def test_a_bug_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that stops on 1 must not take a bug for a sick file."""
+    to_pt(trained(), tmp_path / "good.pt")
+    monkeypatch.setattr("batchnorm.checkpoints.command.diagnose_checkpoint", lambda source: 1 / 0)
+    result = run(tmp_path / "good.pt")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("ZeroDivisionError: division by zero\n")

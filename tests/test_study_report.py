@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 for module in ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich"):
     pytest.importorskip(module)
 
+from browser import Opened, in_browser
 from test_study_claims import setup, tiny, world
 
 from batchnorm.study import report, summary
@@ -339,33 +339,14 @@ def test_an_undecided_finding_says_how_many_more_seeds_it_would_take(mixed: Find
 
 # --- The page, in a browser -------------------------------------------------------------------------------------------
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
 
 @pytest.fixture(scope="module")
-def opened(mixed: Findings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Opens the report in Chromium, with no network; gives the page, and all that it complains of or asks for."""
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
+def opened(mixed: Findings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """Opens the report."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(page(mixed))
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-
-        def open_at(width: int, height: int, **more: Any) -> tuple[Any, list[str]]:
-            tab = browser.new_context(viewport={"width": width, "height": height}, offline=True, **more).new_page()
-            said: list[str] = []
-            tab.on("console", lambda message: said.append(message.text))
-            tab.on("pageerror", lambda error: said.append(str(error)))
-            tab.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
-            tab.goto(path.as_uri())
-            tab.wait_for_selector("html[data-drawn]", state="attached", timeout=600_000)
-            return tab, [words for words in said if not words.startswith("data:")]
-
+    with in_browser(path, ready="html[data-drawn]") as open_at:
         yield open_at
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1200, 900), (390, 844)])

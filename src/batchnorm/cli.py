@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,18 @@ def _one_sentence(what: str, extra: str) -> Iterator[None]:
         _stop(missing(what, str(error.name), extra), 2)
     except KeyboardInterrupt as error:
         _stop(str(error) or "interrupted.", 130)
+
+
+@contextmanager
+def _bugs_exit_with(code: int) -> Iterator[None]:
+    """Give an error that nobody expected an exit code of its own, where Python's 1 says something else."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise typer.Exit(code) from error
 
 
 def _stop(sentence: str, code: int) -> None:
@@ -230,10 +243,10 @@ def diagnose(
     """Find what is wrong with the batch normalizations in a file of weights.
 
     Looks for statistics that were never updated or are not finite, for dead channels, and for variances below eps. It
-    runs no code from the file. The exit code is 0 for a healthy file, 1 if there is an error among the findings, and 2
-    if the file cannot be read. With data, `diagnose(model, data)` in Python finds more.
+    runs no code from the file. The exit code is 0 for a healthy file, 1 if there is an error among the findings, 2 if
+    the file cannot be read, and 3 if this program fails. With data, `diagnose(model, data)` in Python finds more.
     """
-    with _one_sentence("diagnosing this file", "torch"):
+    with _bugs_exit_with(3), _one_sentence("diagnosing this file", "torch"):
         from batchnorm.checkpoints.command import diagnose_file
 
         code = diagnose_file(checkpoint, html, json, quiet)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from backends import numbers
+from backends import BACKEND, numbers
 from keras import layers, ops
 
 from batchnorm.keras import Watch, calibrate, diagnose, freeze
@@ -123,6 +123,92 @@ def test_batches() -> None:
     assert found.layer == "first"
     after = mend(found, model=model, data=alike)["data"]
     assert diagnose(model, after).findings == ()
+
+
+@pytest.mark.parametrize("kind", ["pairs", "dataset"])
+def test_batches_that_are_not_alike(kind: str) -> None:
+    model, order = network(), X[X[:, 0].argsort()]
+    data: Any = [(order[i : i + 32], np.zeros(32)) for i in range(0, 640, 32)]
+    if kind == "dataset":
+        tf = pytest.importorskip("tensorflow")
+        data = tf.data.Dataset.from_tensor_slices(order).batch(32)
+        if BACKEND == "jax":
+            pytest.skip("one backend more says nothing new of TensorFlow's data sets")
+    (found, *_) = [f for f in diagnose(model, data).findings if f.check == "correlated-batch"]
+    data = mend(found, model=model, data=data)["data"]
+    assert diagnose(model, data).findings == ()
+
+
+def test_channels_that_are_always_off() -> None:
+    model = network()
+    model.get_layer("second").beta.assign([-100.0] * 5 + [0.0] * 3)
+    data = [GENERATOR.normal(size=(64, 6)).astype(np.float32) for _ in range(20)]  # enough to tell off from rare
+    (found,) = diagnose(model, data).findings
+    assert (found.layer, found.check, found.severity) == ("second", "dead-channel", "warning")
+    assert found.evidence == "5 of 8 channels (62%): off for every value behind the activation"
+    mend(found, model=model)
+    assert diagnose(model, data).findings == ()
+
+
+class Subclassed(keras.Model):
+    """A layer that nothing calls, and one that is called twice."""
+
+    def __init__(self, shift: float, spare: bool) -> None:
+        super().__init__()
+        self.norm = layers.BatchNormalization(name="norm")
+        self.spare = layers.BatchNormalization(name="spare") if spare else None
+        self.shift = shift
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.norm(x, training=training) - self.norm(ops.flip(x, 0) + self.shift, training=training)
+
+
+def test_layers_without_a_call_or_with_two() -> None:
+    model = Subclassed(0.0, spare=True)
+    model(X)
+    calibrate(model, DATA, progress=False)
+    assert diagnose(model).findings == (), "without data nobody knows"
+    (found,) = diagnose(model, DATA).findings
+    assert (found.layer, found.check, found.severity) == ("spare", "unused", "info")
+    mend(found, model=model)
+    assert diagnose(model, DATA).findings == ()
+    model = Subclassed(3.0, spare=False)
+    model(X)
+    calibrate(model, DATA, progress=False)
+    found = next(finding for finding in diagnose(model, DATA).findings if finding.check == "unused")
+    assert (found.layer, found.severity) == ("norm", "warning")
+    assert found.evidence.startswith("called 2 times in a step; the inputs of two calls are 3")
+    mend(found, model=model)
+    assert "unused" not in {finding.check for finding in diagnose(model, DATA).findings}
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="TensorFlow has checkpoints only uncompiled; JAX returns statistics")
+def test_checkpoints() -> None:
+    with keras.RematScope(mode="list_of_layers", layer_names=["second"]):
+        model = network()
+    weights = [variable.value.grad for variable in model.trainable_variables]
+    (found,) = diagnose(model, DATA).findings
+    assert (found.layer, found.check) == ("second", "recomputed")
+    assert "moved 2 times in a step, 1 of them in the forward pass" in found.evidence
+    assert [variable.value.grad for variable in model.trainable_variables] == weights
+    mend(found, model=model)
+    assert diagnose(model, DATA).findings == ()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="in PyTorch processes are real ones: see check_sync")
+def test_replicas_that_do_not_pool() -> None:
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    data = [X[i : i + 6] for i in range(0, 240, 6)]
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(name="norm")])
+        calibrate(model, data, progress=False)
+        (found,) = diagnose(model, data).findings
+        assert (found.layer, found.check) == ("norm", "unsynchronized")
+        assert found.evidence.endswith("all 2 processes have 12")
+        mend(found, model=model)
+        assert diagnose(model, data).findings == ()
 
 
 def test_weight_decay() -> None:

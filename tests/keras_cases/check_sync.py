@@ -14,7 +14,7 @@ from check_layer import BOUND, EPS, close, draw, layer_for, second
 from numpy.typing import NDArray
 
 from batchnorm import definition
-from batchnorm.keras import calibrate
+from batchnorm.keras import calibrate, diagnose
 
 SHAPE = (4, 3, 5)  # of one of two replicas
 
@@ -198,6 +198,7 @@ def in_process(file: str, rank: int) -> None:
             close(layer.moving_mean, expected.mean)
             close(layer.moving_variance, expected.var)
     calibrated(rank)
+    diagnosed(rank)
     dist.destroy_process_group()
     os._exit(0)  # Python's own clean-up may abort a process that a thread of gloo is still leaving
 
@@ -220,6 +221,19 @@ def calibrated(rank: int) -> None:
                 calibrate(model, broken() if rank == 1 else [data], method="parallel", progress=False)
             for old, new in zip(before, layer.get_weights(), strict=True):
                 np.testing.assert_array_equal(old, new)
+
+
+def diagnosed(rank: int) -> None:
+    """Six samples in each process are too few, twelve are enough, and the remedy pools them."""
+    data = draw((240, 3))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="norm")])
+    mine = [data[i : i + 6] for i in range(6 * rank, 240, 12)]
+    calibrate(model, mine, progress=False)
+    (found,) = diagnose(model, mine).findings
+    assert (found.layer, found.check) == ("norm", "unsynchronized")
+    assert found.evidence.endswith("all 2 processes have 12")
+    exec(found.remedy, {"model": model})
+    assert diagnose(model, mine).findings == ()
 
 
 def broken() -> Any:

@@ -30,6 +30,8 @@ LINEAR = (
     layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D, layers.Conv1DTranspose, layers.Conv2DTranspose,
     layers.Conv3DTranspose,
 )  # fmt: skip
+ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""The relative error of rounding, of types that are rougher than float32."""
 RECTIFIERS = (keras.activations.relu, keras.activations.relu6)
 
 
@@ -45,7 +47,7 @@ def diagnose(
 
     Nothing changes: neither moving statistics and other variables nor random states, also if the model fails. Each
     batch is run three times, step by step: in training, in training with dropout and the like off, and in evaluation.
-    Activation checkpoints are not looked at.
+    On PyTorch, where an activation checkpoint (`keras.remat`) is seen, one batch is also run backward.
 
     Args:
         model: A model with Keras' layers, ours, or subclasses of them; it must be built.
@@ -83,11 +85,11 @@ class _Model:
         self.training: dict[str, bool] = {}
 
     def find(self) -> Mapping[str, Layer]:
-        for name, layer in self.layers.items():
-            if not layer.built:
-                raise RuntimeError(
-                    f"{name or 'the layer'} does not know its size yet: call the model on one batch first"
-                )
+        unbuilt = [name for name, layer in self.layers.items() if not layer.built]
+        if unbuilt and not (self.model.built and len(unbuilt) < len(self.layers)):  # else the model never calls them
+            raise RuntimeError(
+                f"{unbuilt[0] or 'the layer'} does not know its size yet: call the model on one batch first"
+            )
         return {
             name: Layer(_state(self.model, name, layer), decay=self._decay(layer))
             for name, layer in self.layers.items()
@@ -106,13 +108,16 @@ class _Model:
 
     def run(self, batch: Any, evidence: Evidence) -> None:
         evidence.processes = _processes()
-        known = evidence.batches > 0
+        around = None if evidence.batches else _Around(self.model, self.layers)
         with eagerly():
-            self._pass(batch, evidence, "trained", None if known else _Around(self.model, self.layers))
+            self._pass(batch, evidence, "trained", around)
             trained = self._pass(batch, evidence, "quiet")
             evaluated = self._pass(batch, evidence, "evaluated")
         for a, b in zip(trained, evaluated, strict=False):
             evidence.outputs.add(a, b)
+        if around is not None and around.checkpointed:
+            for name, counted in self._step(batch).items():
+                evidence.layers[name].counted = counted
 
     def _pass(self, batch: Any, evidence: Evidence, mode: str, around: "_Around | None" = None) -> list[Any]:
         """Call the model in one of the three ways, and give its outputs."""
@@ -144,6 +149,34 @@ class _Model:
             if around is not None:
                 around.tell(evidence)
             return [to_float64(y) for y in keras.tree.flatten(outputs) if hasattr(y, "shape")]
+
+    def _step(self, batch: Any) -> dict[str, tuple[int, int]]:
+        """How often a forward pass moves each layer's statistics, and how often that and its backward pass do."""
+        import torch
+
+        moved = dict.fromkeys(self.layers, 0)
+
+        def watch(name: str, layer: Any) -> Callable[..., Any]:
+            call = layer.call
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                before = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
+                try:
+                    return call(*args, **kwargs)
+                finally:  # a checkpoint breaks a repetition off as soon as it has what it needs
+                    after = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
+                    moved[name] += any((a != b).any() for a, b in zip(before, after, strict=True))
+
+            return watched
+
+        with _kept(self.model), _replaced({layer: watch(name, layer) for name, layer in self.layers.items()}):
+            outputs = self.forward(self.model, batch, True)
+            forward = dict(moved)
+            summed = [y.sum() for y in keras.tree.flatten(outputs) if getattr(y, "requires_grad", False)]
+            learned = [variable.value for variable in self.model.trainable_variables if variable.value.requires_grad]
+            if summed:
+                torch.autograd.grad(summed, learned, allow_unused=True)  # leaves the gradients that are there
+        return {name: (forward[name], moved[name]) for name in moved}
 
 
 def _add(found: Layer, mode: str, number: int, inputs: Any, mask: Any, axis: int, name: str) -> None:
@@ -192,6 +225,7 @@ class _Around:
         self.producers: dict[str, tuple[str, Any]] = {}
         self.dropouts: dict[str, tuple[str, ...]] = {}
         self.rectified: set[str] = set()
+        self.checkpointed = False
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Around":
@@ -246,6 +280,10 @@ class _Around:
             self.uses[maker] = self.uses.get(maker, 0) + 1
             if id(layer) in self.names:
                 self.producers[self.names[id(layer)]] = maker, made
+        if id(layer) in self.names and keras.backend.backend() == "torch":
+            from batchnorm.torch.recomputation import is_inside
+
+            self.checkpointed = self.checkpointed or is_inside()
         if id(layer) in self.names and self.pending:
             self.dropouts[self.names[id(layer)]] = tuple(dict.fromkeys(self.pending))
             self.pending = []
@@ -311,6 +349,8 @@ def _at(model: Any, name: str, layer: Any) -> str:
 
 
 def _state(model: Any, name: str, layer: Any) -> State:
+    if not layer.built:
+        return State(name, _at(model, name, layer), type(layer).__name__, channels=0, learns=None)
     affine = [weight for weight in (layer.gamma, layer.beta) if weight is not None]
     frozen = getattr(layer, "frozen", None) is not None or not layer.trainable
     gamma = None if layer.gamma is None else to_float64(layer.gamma)
@@ -325,11 +365,7 @@ def _state(model: Any, name: str, layer: Any) -> State:
         None if layer.beta is None else to_float64(layer.beta),
         float(layer.epsilon),
         1 - float(layer.momentum),
-        rounding=2.0**-10
-        if layer.variable_dtype == "float16"
-        else 2.0**-7
-        if layer.variable_dtype == "bfloat16"
-        else 2.0**-23,
+        rounding=ROUNDING.get(layer.variable_dtype, 2.0**-23),
         trains=not frozen,
         is_frozen=frozen,
         learns=any(weight.trainable for weight in affine) if affine else None,

@@ -3,7 +3,6 @@
 Everything is seen by hooks that are removed afterwards, and by PyTorch's protocol for functions of tensors.
 """
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,14 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.definition import Moments
-from batchnorm.torch import fuse
+from batchnorm.torch import fuse, recomputation
 from batchnorm.torch.call import Call
 from batchnorm.torch.dataflow import is_linear_map
 from batchnorm.whole.evidence import Batch
 
 __all__ = ["Surroundings", "moments_of", "watch_calls"]
 
-CHECKPOINT = "torch/utils/checkpoint.py"
 SHAPES = ("size", "dim", "stride", "numel", "is_contiguous", "__get__", "__set__", "requires_grad_")
 """Functions that do not use a tensor's values."""
 
@@ -165,12 +163,8 @@ class Surroundings(TorchFunctionMode):
         if self._pending:
             self.dropouts[name] = tuple(dict.fromkeys(self._pending))
             self._pending = []
-        frame: Any = sys._getframe()
-        while frame is not None:
-            if frame.f_code.co_filename.replace("\\", "/").endswith(CHECKPOINT):
-                self.checkpointed.add(name)
-                break
-            frame = frame.f_back
+        if recomputation.is_inside():
+            self.checkpointed.add(name)
 
     def _leaves(self, name: str, y: Any) -> None:
         self._inside -= 1

@@ -18,9 +18,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-__all__ = ["is_repetition", "unseen"]
+__all__ = ["is_inside", "is_repetition", "unseen"]
 
 CHECKPOINT = "torch.utils.checkpoint"
+
+
+def is_inside() -> bool:
+    """Whether the code that runs now is inside a checkpoint of PyTorch, for the first time or again."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "") == CHECKPOINT:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def is_repetition() -> bool:

@@ -141,7 +141,7 @@ class _Step:
                 if x.numel():
                     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
                     axes = [axis for axis in range(x.dim()) if axis != 1]
-                    found["batch"] = torch.stack(torch.var_mean(x, axes, correction=0))
+                    found["batch"] = torch.stack(_mean_and_var(x, axes))
                     found["dead"] = (y.detach().amax(axes) <= 0).float().mean()
             for key, tensor in (("grad_in", given), ("grad_out", y)):
                 if tensor.requires_grad:
@@ -165,7 +165,7 @@ class _Step:
             keeps = keeps_statistics(layer)
             mean, var = (layer.running_mean.double(), layer.running_var.double()) if keeps else (None, None)
             gap = None
-            batch_var, batch_mean = found["batch"].double().unbind() if "batch" in found else (None, None)
+            batch_mean, batch_var = found["batch"].double().unbind() if "batch" in found else (None, None)
             if batch_mean is not None and mean is not None and var is not None:
                 eps: Any = eps_of(layer)
                 std = (var + eps).sqrt()
@@ -180,3 +180,16 @@ class _Step:
             skipped = int(getattr(layer, "num_batches_skipped", 0))
             records.append(Record(step, name, batch_mean, batch_var, mean, var, gap, grad_out, grad_in, dead, skipped))
         return records
+
+
+def _mean_and_var(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+    """The mean and the biased variance of each channel.
+
+    PyTorch has them as a part of its batch normalization, which on a CPU takes a third to a twentieth of the time of
+    `var_mean` over the same axes.
+    """
+    if x.device.type in ("cpu", "cuda"):
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean, var
+    var, mean = torch.var_mean(x, axes, correction=0)
+    return mean, var

@@ -18,13 +18,26 @@ __all__ = ["page"]
 WIDTH, ROW, LABEL = 400, 22, 140
 """In pixels of a phone; on larger screens the plots are larger."""
 
+LONGEST = 3.0
+"""The gap with the longest bar. Larger ones are as long, so that one of them does not hide all others."""
+
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; --ink: #2563eb; --mark: #d97706; }
+:root {
+  color-scheme: light dark; --line: #8886; --paper: #fff; --text: #16191d; --ink: #2563eb; --mark: #b45309;
+  --error: #b91c1c; --warning: #b45309; --info: #0e7490;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #111418; --text: #e7eaee; --ink: #6ea0ff; --mark: #f59e0b; --error: #f87171; --warning: #fbbf24;
+    --info: #22d3ee;
+  }
+}
+html { background: var(--paper); color: var(--text); }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 section { border-top: 1px solid var(--line); padding-top: .5rem; }
-.error { color: #dc2626; } .warning { color: #d97706; } .info { color: #0891b2; }
+.error { color: var(--error); } .warning { color: var(--warning); } .info { color: var(--info); }
 pre { white-space: pre-wrap; background: #8882; padding: .6rem; border-radius: .3rem; font-size: .85rem; }
 svg { width: 100%; max-width: 40rem; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
@@ -81,16 +94,18 @@ def _gaps(layers: Sequence[Profile]) -> str:
     """A bar for each layer."""
     known = [layer for layer in layers if layer.gap is not None]
     limit = noise(STABLE)
-    shown = [min(layer.gap, 1e3) if layer.gap is not None and math.isfinite(layer.gap) else 1e3 for layer in known]
-    largest = max(1.0, *shown)
-    scale = (WIDTH - LABEL - 50) / largest
+    sizes = [layer.gap if layer.gap is not None and not math.isnan(layer.gap) else math.inf for layer in known]
+    scale = (WIDTH - LABEL - 50) / LONGEST
     height = ROW * len(known) + 24
-    rows = [
-        f'<text x="0" y="{ROW * i + 15}">{escape(_short(layer.name))}</text>'
-        f'<rect x="{LABEL}" y="{ROW * i + 4}" width="{max(1.0, value * scale):.1f}" height="{ROW - 8}"></rect>'
-        f'<text x="{LABEL + value * scale + 5:.1f}" y="{ROW * i + 15}">{value:.2g}</text>'
-        for i, (layer, value) in enumerate(zip(known, shown, strict=True))
-    ]
+    rows = []
+    for i, (name, size) in enumerate(zip(_labels([layer.name for layer in known]), sizes, strict=True)):
+        end = LABEL + max(1.0, min(size, LONGEST) * scale)
+        number = "∞" if math.isinf(size) else f"{size:.2g}" if size < 100 else f"{size:.0e}"
+        rows += [
+            f'<text x="0" y="{ROW * i + 15}">{escape(name)}</text>',
+            f'<rect x="{LABEL}" y="{ROW * i + 4}" width="{end - LABEL:.1f}" height="{ROW - 8}"></rect>',
+            f'<text x="{end + 5:.1f}" y="{ROW * i + 15}">{number}{" →" if size > LONGEST else ""}</text>',
+        ]
     x = LABEL + limit * scale
     rows.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}"></line>')
     rows.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{limit:.2f}</text>')
@@ -152,7 +167,13 @@ def _svg(height: int, title: str, rows: list[str]) -> str:
     )
 
 
-def _short(name: str) -> str:
-    """The end of a long name, which is what tells layers apart."""
-    name = name or "the layer"
-    return name if len(name) <= 21 else "…" + name[-20:]
+def _labels(names: Sequence[str]) -> list[str]:
+    """What tells layers apart: their names without what all begin and end with, shortened in the middle."""
+    parts = [name.split(".") for name in names]
+    least = min(map(len, parts)) - 1
+    begin = next((i for i in range(least) if len({part[i] for part in parts}) > 1), least)
+    end = next((i for i in range(least - begin) if len({part[-1 - i] for part in parts}) > 1), least - begin)
+    if len(parts) == 1:
+        begin, end = 0, 0
+    short = [".".join(part[begin : len(part) - end]) or "the layer" for part in parts]
+    return [name if len(name) <= 21 else f"{name[:10]}…{name[-10:]}" for name in short]

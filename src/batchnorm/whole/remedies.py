@@ -262,5 +262,8 @@ class Keras(Remedies):
         )
 
     def remove(self, state: State) -> str:
-        """A layer of Keras that nothing calls is not saved if it is not tracked; there is no line for it."""
-        return f"{state.at}.trainable = False"
+        """Keras keeps a list of layers in each, which assigning an attribute anew does not shorten."""
+        return (
+            f"layer = {state.at}; [owner._layers.remove(layer) for owner in list(model._flatten_layers()) "
+            "if layer in owner._layers]"
+        )
