@@ -12,7 +12,9 @@ from batchnorm.torch.function import Gradients, How, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "takes"]
+__all__ = [
+    "DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "repeat", "takes",
+]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The types that the kernels support."""
@@ -109,6 +111,11 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
         shape=shape, running=moved, groups=groups, samples=len(x),
     )  # fmt: skip
     return y, statistics, None
+
+
+def repeat(call: Call, how: How, statistics: Tensor, kept: None, *, counted: bool) -> Tensor:
+    """`y` once more, by the statistics from `forward`."""
+    return forward(call, how._replace(statistics=statistics[:3], running=None))[0]
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, needs: tuple[bool, bool]) -> Gradients:

@@ -63,6 +63,8 @@ def save_memory(model: M, on: bool = True) -> M:
     if not on:
         for module in model.modules():
             recipes.remove(module)
-    elif not isinstance(model, _Layer):
+        return model
+    recipes.follow_registrations()
+    if not isinstance(model, _Layer):
         recipes.install(model)
     return model
