@@ -14,7 +14,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -136,19 +136,25 @@ def measure(subject: Subject, candidate: str, quick: bool) -> Found:
     """The memory of a step, in this process."""
     [(x, target)] = subject.data(subject.shape(*QUICK if quick else ()))
     model = CHANGES[candidate](subject.build())
-    step = stepper(model)
-    step(x, target)
+    step, few = stepper(model), len(x) // 2
+    half = subject.lay(x[:few].clone()), target[:few].clone()
+    step(*half)
     saved = kept(model, x)
     model.zero_grad()
     found = []
-    for size in (len(x) // 2, len(x)):
-        given = subject.lay(x[:size].clone()), target[:size].clone()
-        step(*given)
+    for batch in (half, (x, target)):
         before = _before()
-        step(*given)
+        step(*batch)
         found.append((before, _peak() - before))
-    (_, half), (before, peak) = found
-    return Found(saved, before, peak, half)
+    (_, peak_of_half), (before, peak) = found
+    return Found(saved, before, peak, peak_of_half)
+
+
+def measure_alone(subject: Subject, candidate: str, quick: bool) -> Found:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", *subject, candidate, *["quick"] * quick]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | GLIBC)
+    return Found(*map(int, done.stdout.split()))
 
 
 def times(subject: Subject, seconds: float, quick: bool) -> dict[str, Record]:
@@ -162,11 +168,15 @@ def times(subject: Subject, seconds: float, quick: bool) -> dict[str, Record]:
 
 def of(subject: Subject, seconds: float, quick: bool) -> list[Record]:
     """The records of a model in one layout."""
-    found, timed = {}, times(subject, seconds, quick)
-    for candidate in CHANGES:
-        command = [sys.executable, "-m", "benchmarks.memory", *subject, candidate, *["quick"] * quick]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | GLIBC)
-        found[candidate] = Found(*map(int, done.stdout.split()))
+    timed = times(subject, seconds, quick)
+    found = {candidate: measure_alone(subject, candidate, quick) for candidate in CHANGES}
+    return records(subject, found, timed, quick)
+
+
+def records(
+    subject: Subject, found: Mapping[str, Found], timed: Mapping[str, Record], quick: bool = False
+) -> list[Record]:
+    """One for each candidate."""
     shape, eager = subject.shape(*QUICK if quick else ()), found["eager"]
     return [
         subject.about(shape)
@@ -208,17 +218,21 @@ def section(records: Sequence[Record], markdown: Callable[..., str]) -> str:
                 model, found["eager"]["shape"],
                 *(f"{found[name][column]:.{digits}f}" if name in found else "" for name in names), compare(found),
             )
-            for model, found in rows.items() if all(column in record for record in found.values())
+            for model, found in rows.items() if all(record.get(column) not in (None, "") for record in found.values())
         ]  # fmt: skip
         return markdown((title, "batch", *names, last), cells)
 
     tables = [
-        table("peak, MiB", "peak_mib", 0, "eager / converted", lambda f: f"{f['converted']['eager_over_this']:.2f}"),
+        table("peak, MiB", "peak_mib", 0, "eager / converted", _lower),
         table("kept for the backward pass, MiB", "kept_mib", 0, "save_memory of eager", _share_kept),
         table("a step, ms", "step_ms", 0, "save_memory / converted", _slower),
         table(f"largest batch in {GIVEN >> 30} GiB", "largest_batch", 0, "save_memory / eager", _larger),
     ]
     return "\n".join(each for each in tables if each)
+
+
+def _lower(found: dict[str, Record]) -> str:
+    return f"{found['eager']['peak_mib'] / found['converted']['peak_mib']:.2f}"
 
 
 def _share_kept(found: dict[str, Record]) -> str:
