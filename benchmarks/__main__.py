@@ -92,7 +92,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.TRAINING: lambda s: (SUBJECTS, training.steps(s.seconds(12.0), s.quick)),
     Name.INFERENCE: lambda s: (SUBJECTS, training.forward(s.seconds(3.0), s.quick)),
     Name.FOLDING: lambda s: (SUBJECTS, folding.run(s.seconds(3.0), s.quick)),
-    Name.MEMORY: lambda s: (SUBJECTS, memory.run(s.quick)),
+    Name.MEMORY: lambda s: (len(memory.SUBJECTS), memory.run(s.seconds(1.0), s.quick)),
     Name.GRADIENTS: lambda s: (SUBJECTS * s.seeds, gradients.distances(s.seeds, s.quick)),
     Name.LOSSES: lambda s: (len(MODELS) * 2 * s.seeds, gradients.losses(10 if s.quick else 100, s.seeds, s.quick)),
     Name.SMALL: lambda s: (len(small_batches.VARIANTS) * s.seeds, small_batches.run(s.seeds, s.quick)),

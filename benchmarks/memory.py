@@ -1,8 +1,11 @@
-"""The peak memory of a training step, and what is kept for its backward pass, each in its own process.
+"""The memory of a training step: what is kept for its backward pass, and the peak, each in its own process.
 
 The peak is the most memory that a process holds during a step, less what it held before the step. An earlier step loads
 libraries and kernels and creates the optimizer's state, which does not count. Freed tensors are returned to the system
 at once, so that the memory held is the memory used. What is kept is counted by storages, without the parameters.
+
+The largest batch is where the line through the peaks of two batches, one half of the other, meets the memory given:
+the whole memory that the process holds, libraries included.
 """
 
 import ctypes
@@ -11,24 +14,44 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
-from batchnorm.bench.clock import Record
+from batchnorm.bench.clock import Candidate, Record, interleave
+from batchnorm.bench.clock import records as summarize
 from batchnorm.torch.convert import convert
 from batchnorm.torch.recipes import Kept, Named, Recipes
-from benchmarks.networks import CANDIDATES, QUICK, Subject, stepper, subjects
+from benchmarks.models import BLOCKS, LARGE, MODELS
+from benchmarks.networks import QUICK, Subject, stepper, subjects
 
 MIB = 1 << 20
-ALL = (*CANDIDATES, "save_memory")
+GIVEN = 16 << 30
+"""Bytes of memory in which to look for the largest batch."""
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "converted": convert,
+    "save_memory": partial(convert, save_memory=True),
+    "checkpoint": lambda model: under_checkpoints(model),
+}
+"""What is done to the model in plain PyTorch."""
 ROOT = Path(__file__).parents[1]
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Settings with which the allocator returns freed memory to the system."""
+
+
+def under_checkpoints(model: nn.Module) -> nn.Module:
+    """Put every block of a network under an activation checkpoint of PyTorch."""
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return model
 
 
 def _status(field: str) -> int:
@@ -43,7 +66,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def _held() -> int:
+def _before() -> int:
     """The memory held now, with the peak reset where the system allows it; otherwise the peak so far."""
     gc.collect()
     if sys.platform == "linux":
@@ -88,43 +111,141 @@ def kept(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-def measure(subject: Subject, candidate: str, quick: bool) -> tuple[int, int]:
-    """Bytes of the peak, and bytes that are kept for the backward pass, in this process."""
+class Found(NamedTuple):
+    """Bytes.
+
+    Attributes:
+        kept: What is kept for the backward pass.
+        before: What the process holds before the step.
+        peak: What it holds during the step on top of that.
+        half: The same, with half the batch.
+    """
+
+    kept: int
+    before: int
+    peak: int
+    half: int
+
+    def largest(self, batch: int, given: int = GIVEN) -> int:
+        """The largest batch that fits the memory given; 0 if that is not known."""
+        per_sample = (self.peak - self.half) / (batch - batch // 2)
+        return max(0, int(batch + (given - self.before - self.peak) / per_sample)) if per_sample > 0 else 0
+
+
+def measure(subject: Subject, candidate: str, quick: bool) -> Found:
+    """The memory of a step, in this process."""
     [(x, target)] = subject.data(subject.shape(*QUICK if quick else ()))
-    model = subject.build()
-    if candidate != "eager":
-        convert(model, save_memory=candidate == "save_memory")
-    step = stepper(model)
-    step(x, target)
+    model = CHANGES[candidate](subject.build())
+    step, few = stepper(model), len(x) // 2
+    half = subject.lay(x[:few].clone()), target[:few].clone()
+    step(*half)
     saved = kept(model, x)
     model.zero_grad()
-    before = _held()
-    step(x, target)
-    return _peak() - before, saved
+    found = []
+    for batch in (half, (x, target)):
+        before = _before()
+        step(*batch)
+        found.append((before, _peak() - before))
+    (_, peak_of_half), (before, peak) = found
+    return Found(saved, before, peak, peak_of_half)
 
 
-def run(quick: bool) -> Iterator[list[Record]]:
-    """The peak of each model in each layout."""
-    for subject in subjects():
-        peaks, saved = {}, {}
-        for candidate in ALL:
-            command = [sys.executable, "-m", "benchmarks.memory", *subject, candidate, *["quick"] * quick]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | GLIBC
+def measure_alone(subject: Subject, candidate: str, quick: bool) -> Found:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", *subject, candidate, *["quick"] * quick]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | GLIBC)
+    return Found(*map(int, done.stdout.split()))
+
+
+def times(subject: Subject, seconds: float, quick: bool) -> dict[str, Record]:
+    """How long a step takes."""
+    [(x, target)] = subject.data(subject.shape(*QUICK if quick else ()))
+    candidates: dict[str, Candidate] = {
+        name: partial(stepper(change(subject.build())), x, target) for name, change in CHANGES.items()
+    }
+    return {record["candidate"]: record for record in summarize(interleave(candidates, seconds, fewest=5))}
+
+
+def of(subject: Subject, seconds: float, quick: bool) -> list[Record]:
+    """The records of a model in one layout."""
+    timed = times(subject, seconds, quick)
+    found = {candidate: measure_alone(subject, candidate, quick) for candidate in CHANGES}
+    return records(subject, found, timed, quick)
+
+
+def records(
+    subject: Subject, found: Mapping[str, Found], timed: Mapping[str, Record], quick: bool = False
+) -> list[Record]:
+    """One for each candidate."""
+    shape, eager = subject.shape(*QUICK if quick else ()), found["eager"]
+    return [
+        subject.about(shape)
+        | {
+            "candidate": name,
+            "peak_mib": round(each.peak / MIB, 1),
+            "eager_over_this": round(eager.peak / each.peak, 3),
+            "kept_mib": round(each.kept / MIB, 1),
+            "kept_of_eager": round(each.kept / eager.kept, 3),
+            "step_ms": round(timed[name]["median_us"] / 1e3, 1),
+            "step_of_converted": round(timed[name]["median_us"] / timed["converted"]["median_us"], 3),
+            "largest_batch": each.largest(shape[0]),
+        }
+        for name, each in found.items()
+    ]
+
+
+def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
+    """The records of each model in each layout."""
+    for subject in SUBJECTS:
+        yield of(subject, seconds, quick)
+
+
+SUBJECTS = list(subjects(MODELS | LARGE))
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def section(records: Sequence[Record], markdown: Callable[..., str]) -> str:
+    """The tables of the page."""
+    rows: dict[str, dict[str, Record]] = {}
+    for record in records:
+        rows.setdefault(f"{record['model']} {record['layout']}", {})[record["candidate"]] = record
+    names = [name for name in CHANGES if any(name in found for found in rows.values())]
+
+    def table(title: str, column: str, digits: int, last: str, compare: Callable[[dict[str, Record]], str]) -> str:
+        cells = [
+            (
+                model, found["eager"]["shape"],
+                *(f"{found[name][column]:.{digits}f}" if name in found else "" for name in names), compare(found),
             )
-            peaks[candidate], saved[candidate] = (int(number) / MIB for number in done.stdout.split())
-        about = subject.about(subject.shape(*QUICK if quick else ()))
-        yield [
-            about
-            | {
-                "candidate": name,
-                "peak_mib": round(peak, 1),
-                "eager_over_this": round(peaks["eager"] / peak, 3),
-                "kept_mib": round(saved[name], 1),
-                "kept_of_eager": round(saved[name] / saved["eager"], 3),
-            }
-            for name, peak in peaks.items()
-        ]
+            for model, found in rows.items() if all(record.get(column) not in (None, "") for record in found.values())
+        ]  # fmt: skip
+        return markdown((title, "batch", *names, last), cells)
+
+    tables = [
+        table("peak, MiB", "peak_mib", 0, "eager / converted", _lower),
+        table("kept for the backward pass, MiB", "kept_mib", 0, "save_memory of eager", _share_kept),
+        table("a step, ms", "step_ms", 0, "save_memory / converted", _slower),
+        table(f"largest batch in {GIVEN >> 30} GiB", "largest_batch", 0, "save_memory / eager", _larger),
+    ]
+    return "\n".join(each for each in tables if each)
+
+
+def _lower(found: dict[str, Record]) -> str:
+    return f"{found['eager']['peak_mib'] / found['converted']['peak_mib']:.2f}"
+
+
+def _share_kept(found: dict[str, Record]) -> str:
+    return f"{found['save_memory']['kept_of_eager']:.0%}"
+
+
+def _slower(found: dict[str, Record]) -> str:
+    return f"{found['save_memory']['step_of_converted']:.2f}"
+
+
+def _larger(found: dict[str, Record]) -> str:
+    eager, saving = (found[name]["largest_batch"] for name in ("eager", "save_memory"))
+    return f"{saving / eager:.2f}" if eager else ""
 
 
 if __name__ == "__main__":

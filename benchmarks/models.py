@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
+    "BLOCKS",
+    "LARGE",
     "MODELS",
     "Model",
     "densenet121",
@@ -21,6 +23,7 @@ __all__ = [
     "mobilenet_v2",
     "resnet18",
     "resnet50",
+    "unet2d",
     "unet3d",
 ]
 
@@ -275,39 +278,45 @@ def efficientnet_b0(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(nn.Sequential(*layers), *head)
 
 
-# --- 3-D U-Net: Çiçek et al. 2016, figure 2, with half the channels ---------------------------------------------------
+# --- U-Net: Çiçek et al. 2016, figure 2, with half the channels; also for images --------------------------------------
+
+CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+NORMALIZATIONS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+TRANSPOSED = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+POOLINGS = {2: F.max_pool2d, 3: F.max_pool3d}
 
 
 class DoubleConv(nn.Module):
-    def __init__(self, channels_in: int, middle: int, channels: int) -> None:
+    def __init__(self, axes: int, channels_in: int, middle: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(channels_in, middle, 3, padding=1)
-        self.bn1 = nn.BatchNorm3d(middle)
-        self.conv2 = nn.Conv3d(middle, channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm3d(channels)
+        self.conv1 = CONVOLUTIONS[axes](channels_in, middle, 3, padding=1)
+        self.bn1 = NORMALIZATIONS[axes](middle)
+        self.conv2 = CONVOLUTIONS[axes](middle, channels, 3, padding=1)
+        self.bn2 = NORMALIZATIONS[axes](channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)))
 
 
-class UNet3d(nn.Module):
+class UNet(nn.Module):
     """Down with pooling, up with transposed convolutions, with skip connections at each level."""
 
-    def __init__(self, num_classes: int, channels: int, levels: int = 3) -> None:
+    def __init__(self, num_classes: int, axes: int, channels: int, levels: int) -> None:
         super().__init__()
         widths = [channels * 2**level for level in range(levels + 1)]
         pairs = list(pairwise(widths))
-        self.down = nn.ModuleList([DoubleConv(1, channels // 2, channels)])
-        self.down.extend(DoubleConv(above, above, below) for above, below in pairs)
-        self.up = nn.ModuleList(nn.ConvTranspose3d(below, below, 2, 2) for _, below in reversed(pairs))
-        self.merge = nn.ModuleList(DoubleConv(above + below, above, above) for above, below in reversed(pairs))
-        self.head = nn.Conv3d(channels, num_classes, 1)
+        self.down = nn.ModuleList([DoubleConv(axes, 1, channels // 2, channels)])
+        self.down.extend(DoubleConv(axes, above, above, below) for above, below in pairs)
+        self.up = nn.ModuleList(TRANSPOSED[axes](below, below, 2, 2) for _, below in reversed(pairs))
+        self.merge = nn.ModuleList(DoubleConv(axes, above + below, above, above) for above, below in reversed(pairs))
+        self.head = CONVOLUTIONS[axes](channels, num_classes, 1)
+        self.pool = POOLINGS[axes]
 
     def forward(self, x: Tensor) -> Tensor:
         across = []
         for i, block in enumerate(self.down):
-            x = block(x if i == 0 else F.max_pool3d(x, 2))
+            x = block(x if i == 0 else self.pool(x, 2))
             across.append(x)
         across.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
@@ -315,8 +324,12 @@ class UNet3d(nn.Module):
         return self.head(x)
 
 
+def unet2d(num_classes: int = 10) -> nn.Module:
+    return UNet(num_classes, axes=2, channels=32, levels=4)
+
+
 def unet3d(num_classes: int = 10) -> nn.Module:
-    return UNet3d(num_classes, channels=32)
+    return UNet(num_classes, axes=3, channels=32, levels=3)
 
 
 # --- A multilayer perceptron ------------------------------------------------------------------------------------------
@@ -360,3 +373,12 @@ MODELS: dict[str, Model] = {
     "unet3d": Model(unet3d, (2, 1, 64, 64, 64)),
     "mlp": Model(mlp, (256, 64)),
 }
+
+LARGE: dict[str, Model] = {
+    "resnet50": Model(resnet50, (8, 3, 224, 224)),
+    "unet2d": Model(unet2d, (2, 1, 256, 256)),
+}
+"""Measured for their memory only."""
+
+BLOCKS = (BasicBlock, Bottleneck, InvertedResidual, DenseLayer, MBConv, DoubleConv)
+"""What one would put under an activation checkpoint."""

@@ -1,6 +1,6 @@
 """Shared by the benchmarks of whole models: a model and its converted copy, a batch to train on, and one step."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchnorm.torch.convert import convert
-from benchmarks.models import MODELS
+from benchmarks.models import LARGE, MODELS, Model
 
 CANDIDATES = ("eager", "converted")
 QUICK = 4, 2
@@ -29,7 +29,7 @@ class Subject(NamedTuple):
 
     def shape(self, batch: int | None = None, divisor: int = 1) -> tuple[int, ...]:
         """The shape of a batch: the one to time, or with at most `batch` samples, or with a fraction of each side."""
-        size, channels, *sides = MODELS[self.model].shape
+        size, channels, *sides = (MODELS | LARGE)[self.model].shape
         return (min(size, batch or size), channels, *(side // divisor for side in sides))
 
     def lay(self, tensor: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Subject(NamedTuple):
     def build(self, seed: int = 0) -> nn.Module:
         """The model in plain PyTorch."""
         torch.manual_seed(seed)
-        model = MODELS[self.model].build()
+        model = (MODELS | LARGE)[self.model].build()
         if self.layout == "channels-last":
             model.to(memory_format=FORMATS[len(self.shape())])  # type: ignore[call-overload]
         return model
@@ -81,9 +81,9 @@ def randomize_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def subjects() -> Iterator[Subject]:
+def subjects(models: Mapping[str, Model] = MODELS) -> Iterator[Subject]:
     """Every model in each of its layouts."""
-    for model, (_, shape) in MODELS.items():
+    for model, (_, shape) in models.items():
         yield Subject(model)
         if len(shape) in FORMATS:
             yield Subject(model, "channels-last")

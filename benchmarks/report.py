@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from batchnorm.bench import table
 from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import copies, losses, others, speedups, summarize
-from benchmarks import goals, plots
+from benchmarks import goals, memory, plots
 from benchmarks.goals import Tables
 from benchmarks.gpu import report as gpu
 
@@ -128,29 +128,6 @@ def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     """The records of eager and converted that belong together."""
     eager, converted = ([r for r in records if r["candidate"] == name] for name in ("eager", "converted"))
     return list(zip(eager, converted, strict=True))
-
-
-def _memory(tables: Tables) -> str:
-    rows = []
-    for eager, converted in _pairs(tables["memory"]):
-        peaks = f"{eager['peak_mib']:.0f}", f"{converted['peak_mib']:.0f}", f"{converted['eager_over_this']:.2f}"
-        rows.append((f"{eager['model']} {eager['layout']}", eager["shape"], *peaks))
-    text = markdown(("model", "batch", "eager, MiB", "converted, MiB", "×"), rows)
-    names = ("eager", "converted", "save_memory")
-    found = {name: [r for r in tables["memory"] if r["candidate"] == name and r.get("kept_mib")] for name in names}
-    saved = [
-        (
-            f"{eager['model']} {eager['layout']}", eager["shape"], f"{eager['kept_mib']:.0f}",
-            f"{converted['kept_mib']:.0f}", f"{saving['kept_mib']:.0f}", f"{saving['kept_of_eager']:.0%}",
-            f"{saving['peak_mib']:.0f}",
-        )
-        for eager, converted, saving in zip(*found.values(), strict=True)
-    ]  # fmt: skip
-    heading = (
-        "kept for the backward pass", "batch", "eager, MiB", "converted, MiB", "save_memory, MiB", "of eager's",
-        "its peak, MiB",
-    )  # fmt: skip
-    return text + "\n" * bool(saved) + markdown(heading, saved)
 
 
 def _gradients(tables: Tables) -> str:
@@ -324,7 +301,7 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "training": _models("training"),
     "inference": _models("inference"),
     "folding": _folding,
-    "memory": _memory,
+    "memory": lambda tables: memory.section(tables["memory"], markdown),
     "gradients": _gradients,
     "losses": _losses,
     "layers": _layers("layers"),

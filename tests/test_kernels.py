@@ -32,6 +32,10 @@ def run(p: Problem, activation: Any, eps: float = 1e-5, cache: int = CACHE, of_o
     y, dx = unwritten(p.x.shape, p.x.shape, dtype=p.x.dtype)
     d_residual = None if p.residual is None else unwritten(p.x.shape, dtype=p.x.dtype)[0]
     launch.forward(p.x, p.residual, p.mask, p.weight, p.bias, eps, activation, y, mean, var, rstd, cache=cache)
+    (again,) = unwritten(p.x.shape, dtype=p.x.dtype)
+    counted = p.mask is not None
+    launch.repeat(p.x, p.residual, mean, rstd, p.weight, p.bias, activation, again, counted=counted, cache=cache)
+    assert again.tobytes() == y.tobytes()
     launch.backward(
         p.dy, p.x, y if of_output else p.residual, p.mask, mean, rstd, p.weight, p.bias, p.count, activation,
         sum_dz, sum_dz_xhat, dx, d_residual, of_output=of_output, cache=cache,
@@ -286,6 +290,25 @@ def test_the_same_bits_for_any_number_of_threads_by_kernels_from_disk(tmp_path: 
     )
     for _ in range(2):
         assert in_new_process(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"
+
+
+def test_an_output_is_repeated_by_the_kernel_that_made_it(tmp_path: Any) -> None:
+    """A kernel from disk may add in another order than one that has just been compiled, as here `normalize` does."""
+    begin = (
+        "import numpy as np\n"
+        "from batchnorm.kernels import launch\n"
+        "x, residual = np.random.default_rng(0).normal(size=(2, 8, 8, 1024)).astype(np.float32)\n"
+        "y, again, (mean, var, rstd) = np.empty_like(x), np.empty_like(x), np.zeros((3, 8))\n"
+    )
+    in_new_process(
+        begin + "launch.normalize(x, residual, mean, rstd, None, None, 'relu', y)", NUMBA_CACHE_DIR=str(tmp_path)
+    )
+    code = begin + (
+        "launch.forward(x, residual, None, None, None, 1e-5, 'relu', y, mean, var, rstd)\n"
+        "launch.repeat(x, residual, mean, rstd, None, None, 'relu', again)\n"
+        "print((y == again).all())"
+    )
+    assert in_new_process(code, NUMBA_CACHE_DIR=str(tmp_path)) == "True\n"
 
 
 def test_compiled_lazily_and_cached_on_disk(tmp_path: Any) -> None:

@@ -3,15 +3,23 @@
 import gc
 import io
 import pickle
+import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from benchmarks.memory import kept
+from benchmarks.models import LARGE, MODELS
+from processes import in_processes
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm import torch as bn
 from batchnorm.torch import recipes, routes
@@ -177,6 +185,34 @@ def test_second_derivatives() -> None:
     for a, b in zip(*found, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- Whole networks ---------------------------------------------------------------------------------------------------
+
+GOALS = {
+    "mobilenet_v2": 0.45,
+    "efficientnet_b0": 0.45,
+    "resnet18": 0.65,
+    "resnet50": 0.65,
+    "densenet121": 0.70,
+    "unet2d": 0.70,
+    "unet3d": 0.70,
+}
+"""The share of the bytes kept by PyTorch's own layers that may be kept at most."""
+
+NETWORK_SHAPES = {"unet2d": (2, 1, 32, 32), "unet3d": (1, 1, 16, 16, 16)}
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_the_same_bits_and_fewer_bytes_in_whole_networks(name: str) -> None:
+    model = (MODELS | LARGE)[name].build()
+    for module in model.modules():  # drawn anew in every call
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x = torch.randn(NETWORK_SHAPES.get(name, (2, 3, 64, 64)))
+    one, other = pair(model)
+    assert_same(gradients(one, x), gradients(other, x))
+    assert kept(other, x) <= GOALS[name] * kept(model, x)
 
 
 # --- Fewer bytes, once, freed -----------------------------------------------------------------------------------------
@@ -493,3 +529,71 @@ def test_folding_sees_through_it() -> None:
         model(batch())
         folded = bn.fold(model.eval())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.model.modules())
+
+
+def test_it_spreads_to_what_the_model_becomes_part_of(packed: list[Any]) -> None:
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
+    whole = nn.Sequential(other, nn.Conv2d(8, 2, 1))
+    x = batch()
+    assert_same(gradients(nn.Sequential(one, whole[1]), x), gradients(whole, x))
+    assert named(packed) > 0
+
+
+def test_a_symbolic_trace_saves_memory_too(packed: list[Any]) -> None:
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    traced = torch.fx.symbolic_trace(other)
+    x = batch()
+    assert_same(gradients(one, x), gradients(traced, x))
+    assert named(packed) > 0
+
+
+def test_a_script_says_what_it_cannot_compile() -> None:
+    model = bn.convert(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)), save_memory=True).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        with pytest.raises(RuntimeError, match=r"^BatchNorm2d\(8\): .*save_memory\(model, False\) first$"):
+            torch.jit.script(model)
+        x = batch()
+        for each in (bn.fold(model).model, bn.save_memory(model, False)):
+            assert torch.allclose(torch.jit.script(each)(x), model(x), atol=1e-6)
+
+
+def test_a_compiled_graph_keeps_what_its_compiler_decides() -> None:
+    one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    x, found = batch(), []
+    for model in (one, other):
+        y = torch.compile(model, backend="aot_eager")(x)
+        found.append(sorted(tuple(t.shape) for t in y.grad_fn.saved_tensors))
+        y.square().sum().backward()
+    assert found[0] == found[1]
+    assert_same([p.grad for p in one.parameters()], [p.grad for p in other.parameters()])
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def by_two(rank: int) -> list[Any]:
+    """The gradients with and without, and how many outputs were not kept, under DDP, by pooled statistics and not."""
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(2, 4, 8, 6, 6)[rank]
+    found: list[Any] = []
+    pack = Recipes.pack
+    seen: list[Any] = []
+    Recipes.pack = lambda self, t: seen.append(pack(self, t)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    with bn.route("numba"):
+        for statistics in (None, bn.SyncStatistics()):
+            of_two = [
+                gradients(DistributedDataParallel(each), x) for each in pair(deepcopy(model), statistics=statistics)
+            ]
+            found.append((*of_two, named(seen)))
+            seen.clear()
+    return found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and files")
+def test_several_processes(tmp_path: Path) -> None:
+    assert dist.is_available()
+    for found in in_processes(2, by_two, tmp_path):
+        for one, other, count in found:
+            assert_same(one, other)
+            assert count >= 4

@@ -35,9 +35,12 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import OUTPUT, merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "repeat"]
 
 Array = NDArray[Any]
+
+UNKNOWN = -1.0
+"""What `rstd` is before it is computed."""
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------
 # A factory's arguments are constants of the kernel that it makes: the stages in one of the two walking orders, the
@@ -149,7 +152,7 @@ def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool
 
 @functools.cache
 def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
-    """`moments`, then `normalize`, of each block of channels."""
+    """`moments`, then `normalize`, of each block of channels; only `normalize` where `rstd` is not `UNKNOWN`."""
 
     @kernel(parallel)
     def body(
@@ -159,10 +162,11 @@ def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, p
         N, C, _ = x.shape
         for block in prange(-(-C // width)):
             _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
-            count = stages.moments(COUNTED, x, counts, n0, n1, c0, c1, mean, var)
-            for c in range(c0, c1):
-                var[c] = var[c] / count if count > 0.0 else 0.0
-                rstd[c] = 1.0 / np.sqrt(var[c] + eps)
+            if rstd[c0] == UNKNOWN:
+                count = stages.moments(COUNTED, x, counts, n0, n1, c0, c1, mean, var)
+                for c in range(c0, c1):
+                    var[c] = var[c] / count if count > 0.0 else 0.0
+                    rstd[c] = 1.0 / np.sqrt(var[c] + eps)
             stages.normalize(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y)
 
     return body
@@ -390,10 +394,42 @@ def forward(
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
     if cut.fused(x):
+        rstd.fill(UNKNOWN)
         _launch(forward_kernel, cut, x, residual, counts, weight, bias, activation, eps, y, mean, var, rstd)
         return
     moments(x, counts, mean, var, cache=cache)
     np.divide(1.0, np.sqrt(var + eps), out=rstd)
+    normalize(x, residual, mean, rstd, weight, bias, activation, y, cache=cache)
+
+
+def repeat(
+    x: Array,
+    residual: Array | None,
+    mean: Array,
+    rstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    y: Array,
+    *,
+    counted: bool = False,
+    cache: int = CACHE,
+) -> None:
+    """Write the bits of `y` that `forward` wrote in this process.
+
+    `normalize` might round otherwise: which additions change places, and which become one operation with a
+    multiplication, is up to the compiler, and differs between kernels. So this runs the kernel that `forward` ran.
+
+    Args:
+        x, residual, weight, bias, activation, y, cache: As in `forward`.
+        mean, rstd: From `forward`.
+        counted: Whether `forward` was given counts.
+    """
+    cut = tiling(x.shape, x.itemsize, 1, cache)
+    if cut.fused(x):
+        counts = _no_counts(arithmetic(x.dtype)) if counted else None
+        _launch(forward_kernel, cut, x, residual, counts, weight, bias, activation, 0.0, y, mean, mean, rstd)
+        return
     normalize(x, residual, mean, rstd, weight, bias, activation, y, cache=cache)
 
 

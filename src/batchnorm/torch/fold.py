@@ -19,10 +19,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.definition import ActivationSpec, parse_activation
-from batchnorm.torch import fuse
+from batchnorm.torch import fuse, recipes
 from batchnorm.torch.adapters import adapter, is_batch_norm, resembles
 from batchnorm.torch.composed import ACTIVATIONS
 from batchnorm.torch.dataflow import Flow, Link, is_watched
+from batchnorm.torch.layers import _Layer
 from batchnorm.torch.linear import read_map, read_normalization, write_map
 from batchnorm.torch.outputs import arrays, dtypes, run
 from batchnorm.torch.rewrite import original_class
@@ -225,6 +226,12 @@ class _Network:
                 layer.axes, layer.then = link.axes, then
                 if "activation" not in then:
                     layer.activation = activation
+        for module in self.model.modules():
+            if not isinstance(module, _Layer):
+                vars(module).pop("save_memory", None)
+        if not any(vars(module).get("save_memory") for module in self.model.modules()):
+            for module in self.model.modules():
+                recipes.remove(module)
         return self.model
 
     def outputs(self) -> Outputs | None:

@@ -313,8 +313,14 @@ class _Layer(_Base):
         """The layer, as `torch.jit.script` asks for it.
 
         Raises:
-            RuntimeError: If the layer is in training, by statistics that cannot be compiled.
+            RuntimeError: If the layer is in training, by statistics that cannot be compiled, or saves memory, which
+                needs hooks in Python.
         """
+        if self.save_memory:
+            raise RuntimeError(
+                f"{type(self).__name__}({self.num_features}): torch.jit.script cannot compile save_memory=True; "
+                "call batchnorm.torch.save_memory(model, False) first"
+            )
         if self.training and not self._script_trains:
             raise RuntimeError(
                 f"{type(self).__name__}({self.num_features}): torch.jit.script cannot compile the training of "

@@ -24,13 +24,13 @@ def save_memory(model: M, on: bool = True) -> M:
 
     The operation after a layer keeps its input, our `y`, and our layer keeps `x`. With `save_memory`, `y` is made again
     from `x` by the kernel that made it first, at most once in a backward pass, and freed when the last operation has
-    used it. Gradients are the same bits, except that they have been seen to differ by rounding in a process that had
-    just compiled its kernels. The state dict does not change.
+    used it. On the CPU, gradients are the same bits. The state dict does not change.
 
-    It holds for everything that happens inside a call of `model`, so give it the module that you call. An output that
-    leaves this module is kept by what uses it outside. So is an output that was changed in place, for example by
-    `nn.ReLU(inplace=True)` or `y += x`, unless `convert` computes these together with the layer. A layer with a
-    residual names its residual if a recipe makes that as well, or if another operation keeps it.
+    It holds for everything that happens inside a call of `model`, and of what `model` becomes part of later. So give it
+    the module that you call. An output that leaves this module is kept by what uses it outside. So is an output that
+    was changed in place, for example by `nn.ReLU(inplace=True)` or `y += x`, unless `convert` computes these together
+    with the layer. A layer with a residual names its residual if a recipe makes that as well, or if another operation
+    keeps it.
 
     It does nothing where it could not help: in evaluation without gradients; in a compiled graph, whose compiler
     decides what to keep; inside an activation checkpoint or `save_on_cpu`, which handle what is kept themselves; and in
@@ -63,6 +63,8 @@ def save_memory(model: M, on: bool = True) -> M:
     if not on:
         for module in model.modules():
             recipes.remove(module)
-    elif not isinstance(model, _Layer):
+        return model
+    recipes.follow_registrations()
+    if not isinstance(model, _Layer):
         recipes.install(model)
     return model

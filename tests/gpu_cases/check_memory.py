@@ -1,0 +1,66 @@
+"""`save_memory` on the Triton route."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check_stages import DEVICE
+from torch import Tensor, nn
+
+from batchnorm import torch as bn
+from batchnorm.torch import gpu, routes
+from batchnorm.torch.recipes import Named, Recipes
+
+
+class Block(nn.Module):
+    """A residual block whose residual is the output of another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norms[0](self.convs[0](x)))
+        out = F.relu(self.norms[1](self.convs[1](x)))
+        x = F.relu(self.norms[2](self.convs[2](out)) + x)
+        y: Tensor = self.convs[3](x)
+        return y
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton route and no other, for the tensors of the interpreter, too."""
+    first = routes.ROUTES[0]
+    assert first.name == "triton"
+    taken = first._replace(takes=lambda call, plan: gpu.takes(call.x) and routes._stages_take(gpu, call, plan))
+    monkeypatch.setattr(routes, "ROUTES", (taken,))
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("statistics", [None, bn.GhostStatistics(2)], ids=["batch", "ghost"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_same_bits(statistics: Any, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    pack = Recipes.pack
+
+    def note(self: Recipes, t: Tensor) -> Any:
+        seen.append(pack(self, t))
+        return seen[-1]
+
+    monkeypatch.setattr(Recipes, "pack", note)
+    torch.manual_seed(0)
+    one = bn.convert(Block().to(DEVICE, memory_format=layout), statistics=statistics)
+    other = bn.save_memory(deepcopy(one))
+    x = torch.randn(4, 4, 3, 3, device=DEVICE).contiguous(memory_format=layout)
+    found = []
+    for model in (one, other):
+        model(x).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert sum(isinstance(each, Named) for each in seen) >= 3
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
