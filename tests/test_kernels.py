@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from cases import ACTIVATIONS, DTYPES, KERNEL_SHAPES, Problem, problem, relative
 
 import batchnorm
 from batchnorm import definition
-from batchnorm.kernels import launch, threads
+from batchnorm.kernels import by_channel, by_row, launch, threads
 from batchnorm.kernels.activations import CODES
+from batchnorm.kernels.compilation import OPTIONS
 from batchnorm.kernels.tiling import CACHE, SERIAL, tiling
 
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
@@ -76,6 +78,75 @@ def test_every_shape(shape: Any, dtype: Any) -> None:
 def test_relu_by_its_output(shape: Any, cache: int) -> None:
     for mask in (False, True):
         assert_exact(problem(shape, np.float32, residual=True, mask=mask), "relu", cache, of_output=True)
+
+
+@pytest.mark.parametrize(
+    ("activation", "shape", "cache", "of_output"),
+    [
+        ("relu", (7, 20, 49), CACHE, False),
+        ("relu", (7, 20, 49), CACHE, True),
+        ("relu", (9, 5, 160), CACHE, False),
+        ("relu", (300, 40, 1), 1, False),
+        ("relu6", (300, 40, 1), 1, False),
+        ("hardswish", (300, 40, 1), 1, False),
+    ],
+)
+def test_a_flat_activation_stops_a_gradient_that_is_not_finite(
+    activation: str, shape: Any, cache: int, of_output: bool
+) -> None:
+    p = problem(shape, np.float32, residual=of_output)
+    z = definition.forward(p.x, p.weight, p.bias, p.residual, None, None, 1e-5)[0]
+    position = tuple(np.argwhere(definition.activate_grad(z, activation) == 0)[-1])
+    dy = p.dy.copy()
+    dy[position] = 0
+    want = exact(replace(p, dy=dy), activation)
+    for fill in (np.inf, -np.inf, np.nan):
+        dy[position] = fill
+        got = run(replace(p, dy=dy), activation, cache=cache, of_output=of_output)
+        for name, value in got.items():
+            assert relative_error(value, want[name]) < 4 * tolerance(np.float32, p.x[:, 0].size), (name, fill)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish", "elu"])
+@pytest.mark.parametrize("stages", [by_channel, by_row], ids=["by_channel", "by_row"])
+def test_no_load_of_the_backward_pass_waits_for_the_activation(stages: Any, activation: str) -> None:
+    p = problem((64, 3, 64), np.float32)
+    mean, rstd, sum_dz, sum_dz_xhat = np.zeros(3), np.ones(3), np.zeros(3), np.zeros(3)
+    constants = stages, CODES[activation], False, False
+    sums = (
+        p.x,
+        p.x,
+        np.empty((0, 0), np.float32),
+        p.weight,
+        p.bias,
+        np.float32(0.1),
+        64,
+        3,
+        p.dy,
+        mean,
+        rstd,
+        sum_dz,
+        (sum_dz_xhat),
+    )
+    found = masked_loads(launch.grad_sums_kernel(*constants, False, False), *sums)
+    if found is None:
+        pytest.skip("this processor has no masked loads, or NUMBA_DISABLE_JIT is set")
+    assert found == 0
+    if activation == "relu":
+        dx = np.empty_like(p.x)
+        assert masked_loads(launch.grad_input_kernel(*constants, False, False), *sums, 4096.0, dx, dx) == 0
+        # The test can fail: LLVM makes masked loads of the exact gradient.
+        assert masked_loads(launch.grad_sums_kernel(*constants, True, False), *sums) != 0
+
+
+def masked_loads(kernel: Any, *arguments: Any) -> int | None:
+    """How many loads of vectors under a mask a kernel has; None if there is no machine code, or none with AVX-512."""
+    if not hasattr(kernel, "py_func"):
+        return None
+    fresh = numba.njit(nogil=True, **OPTIONS)(kernel.py_func)  # what comes from disk has no assembly
+    fresh.compile(tuple(numba.typeof(argument) for argument in arguments))
+    (text,) = fresh.inspect_asm().values()
+    return len(re.findall(r"vmovup[sd]\s+\S*\(%r\S*\), %[yz]mm\d+ \{%k", text)) if "%zmm" in text else None
 
 
 def test_the_kernels_know_the_activations_of_the_definition() -> None:

@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from batchnorm.kernels.compilation import INLINED, inlined
 
-__all__ = ["CODES", "activate", "activate_grad"]
+__all__ = ["CODES", "FLAT", "activate", "activate_grad"]
 
 NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, ELU, SIGMOID, TANH, GELU = range(10)
 
@@ -31,6 +31,9 @@ CODES = {
     "gelu": GELU,
 }
 """The number by which kernels know each activation of `definition.ACTIVATIONS`."""
+
+FLAT = (RELU, RELU6, HARDSWISH)
+"""The activations that are constant on a range: see `activate_grad`."""
 
 f32 = np.float32
 i32 = np.int32
@@ -190,29 +193,36 @@ def activate(code: int, parameter: Any, z: Any) -> Any:
 
 
 @inlined
-def activate_grad(code: int, parameter: Any, z: Any, dy: Any) -> Any:
-    """`dz = dy * act'(z)`. On a range where the derivative is 0, `dz` is 0 even if `dy` is infinite."""
+def activate_grad(code: int, EXACT: int, parameter: Any, z: Any, dy: Any) -> Any:
+    """`dz = dy * act'(z)`. If `EXACT`, `dz` is 0 on a range where the derivative is 0, even if `dy` is not finite.
+
+    Without `EXACT` it is NaN there, so that a sum of `dz` tells. The product is written out because LLVM makes a masked
+    load of a choice between `dy` and 0. Such a load waits for `z`, and on some processors (AMD Zen 5) the loop takes
+    three times as long.
+    """
     T = type(z)
     if code == RELU:
-        return T(0) if z <= T(0) else dy
-    if code == RELU6:
-        return T(0) if z <= T(0) or z >= T(6) else dy
-    if code == LEAKY_RELU:
-        return dy if z > T(0) else dy * parameter
-    if code == SILU:
+        slope = T(0) if z <= T(0) else T(1)
+    elif code == RELU6:
+        slope = T(0) if z <= T(0) or z >= T(6) else T(1)
+    elif code == LEAKY_RELU:
+        return dy * (T(1) if z > T(0) else parameter)
+    elif code == SILU:
         s, complement = _sigmoid(z)
         return dy * s * (T(1) + z * complement)
-    if code == HARDSWISH:
-        return T(0) if z <= T(-3) else (dy if z >= T(3) else dy * (z * T(1 / 3) + T(0.5)))
-    if code == ELU:
-        return dy if z > T(0) else dy * parameter * exp(z)
-    if code == SIGMOID:
+    elif code == HARDSWISH:
+        slope = T(0) if z <= T(-3) else (T(1) if z >= T(3) else z * T(1 / 3) + T(0.5))
+    elif code == ELU:
+        return dy * (T(1) if z > T(0) else parameter * exp(z))
+    elif code == SIGMOID:
         s, complement = _sigmoid(z)
         return dy * s * complement
-    if code == TANH:
+    elif code == TANH:
         t = tanh(z)
         return dy * (T(1) - t * t)
-    if code == GELU:
+    elif code == GELU:
         cdf, pdf = normal(z)
         return dy * (cdf + z * pdf)
-    return dy
+    else:
+        return dy
+    return T(0) if EXACT and slope == T(0) else dy * slope

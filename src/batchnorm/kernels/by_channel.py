@@ -100,7 +100,7 @@ def normalize(
 
 @stage
 def grad_sums(
-    ACT: int, RESIDUAL: int, dy: Any, x: Any, residual: Any,
+    ACT: int, RESIDUAL: int, EXACT: int, dy: Any, x: Any, residual: Any,
     mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
 ) -> None:  # fmt: skip
@@ -122,7 +122,7 @@ def grad_sums(
                         z = load(residual_row[i])
                     elif RESIDUAL:
                         z += load(residual_row[i])
-                    dz = activate_grad(ACT, parameter, z, load(dy_row[i]))
+                    dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                     total += dz
                     total_d += dz * d
                 sum_z += float(total)
@@ -133,7 +133,7 @@ def grad_sums(
 
 @stage
 def grad_input(
-    ACT: int, RESIDUAL: int, COUNTED: int, dy: Any, x: Any, residual: Any, counts: Any,
+    ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, dy: Any, x: Any, residual: Any, counts: Any,
     mean: Any, rstd: Any, weight: Any, bias: Any,
     sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
     n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
@@ -154,7 +154,7 @@ def grad_input(
                     z = load(residual_row[i])
                 elif RESIDUAL:
                     z += load(residual_row[i])
-                dz = activate_grad(ACT, parameter, z, load(dy_row[i]))
+                dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                 if COUNTED:
                     store(dx_row, i, scale * dz - (times[i] * (d * slope + level) if times[i] > 0 else T(0)))
                 else:

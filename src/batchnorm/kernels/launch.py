@@ -19,6 +19,7 @@ Nothing is compiled at import.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import by_channel, by_row, threads
-from batchnorm.kernels.activations import CODES
+from batchnorm.kernels.activations import CODES, FLAT
 from batchnorm.kernels.compilation import Kernel, inlined, kernel
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import OUTPUT, merge
@@ -44,10 +45,10 @@ UNKNOWN = -1.0
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------
 # A factory's arguments are constants of the kernel that it makes: the stages in one of the two walking orders, the
-# activation's code, whether there are a residual (or `OUTPUT`) and counts. All kernels begin with the same arguments:
-# x, residual, counts, weight, bias, parameter, rows, width.
+# activation's code, whether there are a residual (or `OUTPUT`) and counts, and whether the activation's gradient is
+# `EXACT`. All kernels begin with the same arguments: x, residual, counts, weight, bias, parameter, rows, width.
 
-Factory = Callable[[ModuleType, int, int, bool, bool], Kernel]
+Factory = Callable[[ModuleType, int, int, bool, bool, bool], Kernel]
 
 
 @inlined
@@ -59,7 +60,7 @@ def _tile(number: int, rows: int, width: int, N: int, C: int) -> Any:
 
 
 @functools.cache
-def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
+def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
     """The moments of each tile, then merged over the tiles of a channel."""
 
     @kernel(parallel)
@@ -86,7 +87,7 @@ def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, p
 
 
 @functools.cache
-def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
+def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
     """`normalize` of each tile."""
 
     @kernel(parallel)
@@ -103,7 +104,7 @@ def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool,
 
 
 @functools.cache
-def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
+def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
     """The sums of each tile, then added up over the tiles of a channel."""
 
     @kernel(parallel)
@@ -117,7 +118,7 @@ def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool,
         for tile in prange(parts * blocks):
             part, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
             stages.grad_sums(
-                ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
+                ACT, RESIDUAL, EXACT, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
                 sums[part], sums_xhat[part],
             )  # fmt: skip
         for c in range(C):
@@ -131,7 +132,9 @@ def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool,
 
 
 @functools.cache
-def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
+def grad_input_kernel(
+    stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool
+) -> Kernel:
     """`grad_input` of each tile."""
 
     @kernel(parallel)
@@ -143,15 +146,15 @@ def grad_input_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool
         for tile in prange(-(-N // rows) * -(-C // width)):
             _, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
             stages.grad_input(
-                ACT, RESIDUAL, COUNTED, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count,
-                parameter, n0, n1, c0, c1, dx, d_residual,
+                ACT, RESIDUAL, COUNTED, EXACT, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
+                count, parameter, n0, n1, c0, c1, dx, d_residual,
             )  # fmt: skip
 
     return body
 
 
 @functools.cache
-def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
+def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
     """`moments`, then `normalize`, of each block of channels; only `normalize` where `rstd` is not `UNKNOWN`."""
 
     @kernel(parallel)
@@ -173,7 +176,7 @@ def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, p
 
 
 @functools.cache
-def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, parallel: bool) -> Kernel:
+def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
     """`grad_sums`, then `grad_input`, of each block of channels."""
 
     @kernel(parallel)
@@ -185,12 +188,12 @@ def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, 
         for block in prange(-(-C // width)):
             _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
             stages.grad_sums(
-                ACT, RESIDUAL, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
+                ACT, RESIDUAL, EXACT, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
                 sum_dz, sum_dz_xhat,
             )  # fmt: skip
             stages.grad_input(
-                ACT, RESIDUAL, COUNTED, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count,
-                parameter, n0, n1, c0, c1, dx, d_residual,
+                ACT, RESIDUAL, COUNTED, EXACT, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
+                count, parameter, n0, n1, c0, c1, dx, d_residual,
             )  # fmt: skip
 
     return body
@@ -232,6 +235,7 @@ def _launch(
     activation: ActivationSpec,
     *own: Any,
     of_output: bool = False,
+    exact: bool = False,
 ) -> None:
     """Call the kernel that a factory makes for these arguments, and for the kernel's `own`.
 
@@ -243,7 +247,7 @@ def _launch(
     parallel = x.size >= SERIAL and not threads.forbidden()
     has_residual = OUTPUT if of_output else residual is not None
     threads.run(
-        factory(by_channel if cut.by_channel else by_row, code, has_residual, counts is not None, parallel),
+        factory(by_channel if cut.by_channel else by_row, code, has_residual, counts is not None, exact, parallel),
         parallel,
         x,
         x if residual is None else residual,
@@ -255,6 +259,34 @@ def _launch(
         cut.width,
         *own,
     )
+
+
+def _guarded(
+    factory: Factory,
+    cut: Tiling,
+    x: Array,
+    residual: Array | None,
+    counts: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    activation: ActivationSpec,
+    *own: Any,
+    sum_dz: Array,
+    of_output: bool,
+) -> bool:
+    """`_launch` of a backward kernel, and again with the exact gradient of the activation if that may differ.
+
+    It differs where the derivative is 0 and `dy` is not finite. Then `sum_dz` is not finite either.
+
+    Returns:
+        Whether the exact gradient was needed.
+    """
+    given = factory, cut, x, residual, counts, weight, bias, activation, *own
+    _launch(*given, of_output=of_output)
+    if math.isfinite(sum_dz @ sum_dz) or _compiled(activation, arithmetic(x.dtype))[0] not in FLAT:
+        return False
+    _launch(*given, of_output=of_output, exact=True)
+    return True
 
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------
@@ -313,7 +345,7 @@ def grad_sums(
     *,
     of_output: bool = False,
     cache: int = CACHE,
-) -> None:
+) -> bool:
     """Write `sum dz` and `sum dz*xhat` of each channel, where `dz = dy * act'(z)` and `z` is recomputed from `x`.
 
     Args:
@@ -322,11 +354,14 @@ def grad_sums(
         sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
         of_output: Whether `residual` is `y` instead: enough for relu, whose gradient needs only the sign of `z`.
         cache: As in `moments`.
+
+    Returns:
+        Whether `grad_input` must be `exact`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
-    _launch(
+    return _guarded(
         grad_sums_kernel, cut, x, residual, None, weight, bias, activation, dy, mean, rstd, sum_dz, sum_dz_xhat,
-        of_output=of_output,
+        sum_dz=sum_dz, of_output=of_output,
     )  # fmt: skip
 
 
@@ -347,6 +382,7 @@ def grad_input(
     d_residual: Array | None,
     *,
     of_output: bool = False,
+    exact: bool = True,
     cache: int = CACHE,
 ) -> None:
     """Write the gradient with respect to `x` into `dx`, and `dz` into `d_residual`.
@@ -359,13 +395,14 @@ def grad_input(
         dx: Like `x`. Written.
         d_residual: Like `x`; None if and only if `residual` is None. Written.
         of_output: As in `grad_sums`.
+        exact: Whether `dz` is 0 where the derivative is, even if `dy` is not finite; not needed if it is.
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     _launch(
         grad_input_kernel, cut, x, residual, counts, weight, bias, activation,
         dy, mean, rstd, sum_dz, sum_dz_xhat, count, dx, dx if d_residual is None else d_residual,
-        of_output=of_output,
+        of_output=of_output, exact=exact,
     )  # fmt: skip
 
 
@@ -461,16 +498,16 @@ def backward(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     if cut.fused(x):
-        _launch(
+        _guarded(
             backward_kernel, cut, x, residual, counts, weight, bias, activation,
             dy, mean, rstd, count, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
-            of_output=of_output,
+            sum_dz=sum_dz, of_output=of_output,
         )  # fmt: skip
         return
-    grad_sums(
+    exact = grad_sums(
         dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat, of_output=of_output, cache=cache
     )
     grad_input(
         dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, activation, dx, d_residual,
-        of_output=of_output, cache=cache,
+        of_output=of_output, exact=exact, cache=cache,
     )  # fmt: skip

@@ -121,12 +121,12 @@ def backward(
                 dy_, x_, residual, counts, *given, part.count, call.activation, *own, *outputs, of_output=of_output
             )
             continue
-        launch.grad_sums(dy_, x_, residual, *given, call.activation, *own, of_output=of_output)
+        exact = launch.grad_sums(dy_, x_, residual, *given, call.activation, *own, of_output=of_output)
         if group is not None:
             all_dz, all_dz_xhat = group.reduce(sums.clone())[:, 0].numpy()
             launch.grad_input(
                 dy_, x_, residual, counts, *given, all_dz, all_dz_xhat, part.count, call.activation, *outputs,
-                of_output=of_output,
+                of_output=of_output, exact=exact,
             )  # fmt: skip
     d_bias, d_weight = sums[:, 0] if len(how.parts) == 1 else sums.sum(1)
     return dx, d_weight, d_bias, d_residual
