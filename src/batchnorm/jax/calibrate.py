@@ -9,12 +9,11 @@ calibrate(model, batches, method="sequential")     # one pass per layer: trainin
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from batchnorm.definition import Moments, moments
-from batchnorm.jax.functional import expand_mask
+from batchnorm.jax import batches
 from batchnorm.jax.layers import BatchNorm
 from batchnorm.jax.modules import evaluating, named_modules, refuse, to_float64, watched
 from batchnorm.jax.statistics import RunningStatistics
@@ -67,7 +66,7 @@ def calibrate(
     """
     refuse(model)
     return whole.calibrate(
-        _Model(model, forward or _call), data, method=method, max_samples=max_samples, unbiased=unbiased,
+        _Model(model, forward or batches.call), data, method=method, max_samples=max_samples, unbiased=unbiased,
         processes=whole.Alone(), progress=progress,
     )  # fmt: skip
 
@@ -108,8 +107,7 @@ class _Model:
             self.forward(self.model, batch)
 
     def size(self, batch: Any) -> int | None:
-        shapes: Any = (getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(batch))
-        return next((int(shape[0]) for shape in shapes if len(shape) > 0), None)
+        return batches.size(batch)
 
     def read(self, name: str) -> whole.Statistics:
         layer = self.layers[name]
@@ -118,7 +116,7 @@ class _Model:
     def write(self, name: str, mean: Any, var: Any) -> None:
         layer = self.layers[name]
         for variable, values in (layer.mean, mean), (layer.var, var):
-            variable[...] = jax.numpy.asarray(values, variable[...].dtype)
+            variable[...] = jnp.asarray(values, variable[...].dtype)
 
     def keep(self, name: str) -> Callable[[], None]:
         layer = self.layers[name]
@@ -130,21 +128,7 @@ class _Model:
         return put_back
 
 
-def _call(model: Any, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
 def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments | str:
     """The moments of an input; or the reason why they cannot be taken."""
-    if isinstance(x, jax.core.Tracer):
-        raise ValueError(
-            f"{name or 'the layer'} is called inside a function that is compiled on its own, where its inputs cannot "
-            "be seen: call the model without it, with forward=lambda model, batch: ..."
-        )
-    values = np.moveaxis(to_float64(x), axis, 1)
-    if mask is None:
-        return moments(values)
-    counts = np.moveaxis(to_float64(expand_mask(jax.numpy.asarray(mask), x, axis % x.ndim)), axis, 1)
-    if counts.shape[1] != 1:
-        return "its mask counts other positions in each channel"
-    return moments(values, np.broadcast_to(counts[:, 0], (len(values), *values.shape[2:])))
+    seen = batches.layer_input(x, mask, axis, name)
+    return seen if isinstance(seen, str) else moments(*seen)
