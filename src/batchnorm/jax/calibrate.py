@@ -39,7 +39,8 @@ def calibrate(
     their counts, with the variance between them: however the same inputs of a layer are split, the result is the same,
     up to rounding. The model is called step by step, not compiled, and evaluates: dropout is off.
 
-    Nothing else changes, and frozen layers stay as they are. After an exception everything is as before.
+    Nothing else changes, and frozen layers stay as they are. A layer is frozen if it has `RunningStatistics()`, or if
+    it evaluates while other batch normalizations of the model train. After an exception everything is as before.
 
     Args:
         model: A module with Flax' layers or ours.
@@ -80,13 +81,15 @@ class _Model:
 
     def find(self) -> Mapping[str, whole.Layer | str]:
         found: dict[str, whole.Layer | str] = {}
-        for name, layer in named_modules(self.model).items():
-            if not isinstance(layer, nnx.BatchNorm):
-                continue
+        layers = {name: m for name, m in named_modules(self.model).items() if isinstance(m, nnx.BatchNorm)}
+        trains = any(not layer.use_running_average for layer in layers.values())
+        for name, layer in layers.items():
             if type(layer) not in (nnx.BatchNorm, BatchNorm):
                 found[name] = f"has a call of its own, {type(layer).__name__}.__call__: what it normalizes is not known"
             elif isinstance(getattr(layer, "statistics", None), RunningStatistics):
                 found[name] = "is frozen"
+            elif trains and layer.use_running_average:
+                found[name] = "is frozen: it evaluates, while others train"
             else:
                 self.layers[name] = layer
                 found[name] = whole.Layer(layer.num_features, layer.epsilon, str(layer.mean[...].dtype))

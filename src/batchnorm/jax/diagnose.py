@@ -19,7 +19,9 @@ from flax import nnx
 from batchnorm.definition import parse_activation
 from batchnorm.jax import batches
 from batchnorm.jax.decay import Treatment, treatment
-from batchnorm.jax.graph import CALL, LINEAR, Graph
+from batchnorm.jax.graph import CALL, Graph
+from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.linear import LINEAR
 from batchnorm.jax.modules import MODES, named_modules, refuse, to_float64, untouched, watched
 from batchnorm.jax.statistics import GhostStatistics, Renorm, RunningStatistics
 from batchnorm.whole import diagnosis as whole
@@ -88,6 +90,8 @@ class _Model:
         self.remedies = Flax(Data(_kind(data)), is_bare=not isinstance(optimizer, nnx.Optimizer))
         self.modules = named_modules(model)
         self.layers = {name: layer for name, layer in self.modules.items() if isinstance(layer, nnx.BatchNorm)}
+        own = nnx.BatchNorm.__call__, BatchNorm.__call__
+        self.inherit = {name for name, layer in self.layers.items() if type(layer).__call__ in own}
         self.dropouts = {name: m for name, m in self.modules.items() if isinstance(m, nnx.Dropout) and m.rate > 0}
         self.treated = None if optimizer is None else treatment(optimizer, model)
         self.training: dict[str, bool] = {}
@@ -165,20 +169,21 @@ class _Model:
         calls: dict[str, int] = {}
 
         def watch(name: str, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-            def normalize(x: Any, *flag: Any, mask: Any = None, **more: Any) -> Any:
-                # Whoever passes a mode gets that of this pass; a class with a call of its own may take none.
-                told = next((v for v in (*flag, more.get("use_running_average")) if v is not None), None)
+            def normalize(x: Any, *args: Any, mask: Any = None, **more: Any) -> Any:
+                if args and name in self.inherit:
+                    args, more = (), {**more, "use_running_average": args[0]}
+                told = more.get("use_running_average")
                 evaluates = bool(layer.use_running_average if told is None else told)
                 if mode == "trained":
                     self.training[name] = not evaluates
                 elif told is not None:
-                    flag, more = (), {**more, "use_running_average": mode == "evaluated" or evaluates}
+                    more["use_running_average"] = mode == "evaluated" or evaluates
                 number = calls.get(name, 0)
                 calls[name] = number + 1
                 found, seen = evidence.reach(name), batches.layer_input(x, mask, layer.axis, name)
                 if not isinstance(seen, str):  # a mask that counts other positions in each channel has no batch size
                     found.takes(mode, number, *seen)
-                y = call(x, *flag, **more, **({} if mask is None else {"mask": mask}))
+                y = call(x, *args, **more, **({} if mask is None else {"mask": mask}))
                 if mode == "trained":
                     found.gives(np.moveaxis(to_float64(y), layer.axis, 1))
                 return y
@@ -274,10 +279,13 @@ def _at(model: Any, path: tuple[Any, ...]) -> str:
 
 def _kind(data: Any) -> str:
     """How the data are stored: see `Data`."""
+
+    def are_arrays(parts: Any) -> bool:
+        return all(isinstance(part, np.ndarray | jax.Array) for part in parts)
+
     if isinstance(data, list | tuple) and data:
-        if all(isinstance(batch, np.ndarray | jax.Array) for batch in data):
+        if are_arrays(data):
             return "arrays"
-        arrays = (all(isinstance(p, np.ndarray | jax.Array) for p in b) for b in data if isinstance(b, tuple))
-        if all(isinstance(batch, tuple) for batch in data) and all(arrays):
+        if all(isinstance(batch, tuple) and are_arrays(batch) for batch in data):
             return "pairs"
     return ""

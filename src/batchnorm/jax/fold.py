@@ -21,8 +21,9 @@ from jax.extend.core import Var
 
 from batchnorm.definition import parse_activation
 from batchnorm.jax.formula import ACTIVATIONS
-from batchnorm.jax.graph import CALL, LINEAR, Graph
+from batchnorm.jax.graph import CALL, Graph
 from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.linear import LINEAR, read_map, write_map
 from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, to_float64
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
@@ -150,11 +151,9 @@ class _Network:
         layer = self.layers[place.layer]
         self._require_one_call(place.layer, f"{place.said} ")
         self._require_unread(layer, f"{place.said} has")
-        if getattr(layer, "mask", None) is not None or getattr(layer, "transpose_kernel", False):
-            raise Stays(f"{place.said} has a masked or transposed kernel")
-        kernel = np.moveaxis(to_float64(layer.kernel), (-1, -2), (0, 1))
-        offset = np.zeros(len(kernel)) if layer.bias is None else to_float64(layer.bias)
-        return LinearMap(kernel, offset, getattr(layer, "feature_group_count", 1), str(layer.kernel[...].dtype))
+        if getattr(layer, "mask", None) is not None:
+            raise Stays(f"{place.said} has a masked kernel")
+        return read_map(layer)
 
     def take_out(self, name: str, place: Place) -> None:
         self.gone.append(name)
@@ -163,12 +162,7 @@ class _Network:
 
     def finish(self, maps: Mapping[str, LinearMap]) -> Any:
         for name, map in maps.items():
-            layer = self.layers[name]
-            dtype = layer.kernel[...].dtype
-            layer.kernel[...] = jnp.asarray(np.moveaxis(map.matrix, (0, 1), (-1, -2)), dtype)
-            if layer.bias is None:
-                layer.bias, layer.use_bias = nnx.Param(jnp.zeros(map.outputs, dtype)), True
-            layer.bias[...] = jnp.asarray(map.offset, layer.bias[...].dtype)
+            write_map(self.layers[name], map)
         for name in self.gone:
             _retire(self.layers[name])
         return self.model

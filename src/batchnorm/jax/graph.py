@@ -14,10 +14,7 @@ from jax.extend.core import Literal, Primitive, Var
 
 from batchnorm.jax.modules import evaluating, watched
 
-__all__ = ["CALL", "LINEAR", "Graph"]
-
-LINEAR = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-"""Exactly these classes: a subclass may compute something else. Their channels are the last axis."""
+__all__ = ["CALL", "Graph"]
 
 CALL = Primitive("batchnorm_layer_call")
 """A call of a layer, in a jaxpr that is only read. What it takes besides its input comes behind it."""
