@@ -139,6 +139,24 @@ def test_a_planted_fault_is_found_and_mended(plant: Any, kind: Any) -> None:
     assert FAULTS[plant][0] not in {finding.check for finding in diagnose(model, data).findings}
 
 
+@pytest.mark.parametrize("activation", [nnx.relu, nnx.relu6, jax.jit(nnx.relu), "relu"])
+def test_units_that_are_off(activation: Any) -> None:
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            fused = activation if isinstance(activation, str) else None
+            self.norm = BatchNorm(6, activation=fused, momentum=0.0, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: Any) -> Any:
+            y = self.norm(x)
+            return y if isinstance(activation, str) else activation(y)
+
+    model = Net()
+    calibrate(model, [X], progress=False)
+    model.norm.bias[...] = jnp.array([0, -100.0, 0, 0, 0, 0])
+    whole = np.concatenate([X, X])
+    assert ("norm", "dead-channel", "info") in found(model, [whole])
+
+
 def test_never_trained() -> None:
     report = diagnose(Mlp())
     assert [(f.layer, f.check, f.severity) for f in report.findings] == [
