@@ -10,11 +10,15 @@ import pytest
 
 pytest.importorskip("flax")
 pytest.importorskip("torch")
+import jax
+import jax.numpy as jnp
 import torch
 from flax import nnx
 from torch import nn
 
-from batchnorm.jax import BatchNorm, GhostStatistics, from_torch, to_torch
+import batchnorm.torch as torch_ours
+from batchnorm.jax import BatchNorm, GhostStatistics, Renorm, from_torch, to_torch
+from batchnorm.jax.freeze import Frozen
 
 NAMES = {"conv": "0", "norm": "1", "dense": "4"}
 
@@ -91,6 +95,75 @@ def test_what_does_not_match(names: dict[str, str], said: str) -> None:
     assert all(bool((a == b).all()) for a, b in zip(before, other.parameters(), strict=True))
 
 
+class Maps(nnx.Module):
+    """Transposed, in both of Flax' ways, depthwise with two outputs per input, pointwise, grouped."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.up = nnx.ConvTranspose(3, 4, (2, 3), strides=2, padding="VALID", rngs=rngs)
+        self.again = nnx.ConvTranspose(4, 4, (3, 2), padding="VALID", transpose_kernel=True, rngs=rngs)
+        self.depthwise = nnx.Conv(4, 8, (3, 2), feature_group_count=4, padding="VALID", use_bias=False, rngs=rngs)
+        self.pointwise = nnx.Conv(8, 6, (1, 1), rngs=rngs)
+        self.grouped = nnx.Conv(6, 4, (2, 2), feature_group_count=2, padding="VALID", rngs=rngs)
+        for module in (self.up, self.again, self.pointwise, self.grouped):
+            module.bias[...] = jax.random.normal(jax.random.key(1), module.bias.shape)
+
+    def __call__(self, x: Any) -> Any:
+        for layer in (self.up, self.again, self.depthwise, self.pointwise, self.grouped):
+            x = layer(x)
+        return x
+
+
+def maps() -> Any:
+    return nn.Sequential(
+        nn.ConvTranspose2d(3, 4, (2, 3), stride=2), nn.ConvTranspose2d(4, 4, (3, 2)),
+        nn.Conv2d(4, 8, (3, 2), groups=4, bias=False), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 2, groups=2),
+    )  # fmt: skip
+
+
+MAPS = {"up": "0", "again": "1", "depthwise": "2", "pointwise": "3", "grouped": "4"}
+
+
+def test_convolutions_of_all_kinds() -> None:
+    x = images()
+    first = torch.tensor(x.transpose(0, 3, 1, 2))
+    net = Maps()
+    done = to_torch(net, maps(), MAPS)
+    assert done.changes["up"] == (
+        "the kernel of shape (2, 3, 3, 4) has shape (3, 4, 2, 3)",
+        "the positions in the kernel are in the reverse order",
+    )
+    expected = net(x).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(done.model(first).detach(), expected, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(1)
+    other = maps()
+    back = from_torch(other, Maps(), MAPS).model
+    np.testing.assert_allclose(other(first).detach(), back(x).transpose(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="up, a ConvTranspose, and 0, a Conv2d, are not of the same kind"):
+        to_torch(net, nn.Sequential(nn.Conv2d(3, 4, (2, 3)), *maps()[1:]), MAPS)
+    with pytest.raises(ValueError, match="grouped, a Conv, and 4, a Conv2d, have 2 and 1 groups"):
+        to_torch(net, nn.Sequential(*maps()[:4], nn.Conv2d(3, 4, 2)), MAPS)
+
+
+def test_renormalization_and_what_does_not_learn() -> None:
+    x = images()[:, 0, 0]
+    renorm = Renorm(1.5, 0.5, unbiased=False)
+    layer = BatchNorm(3, statistics=renorm, momentum=0.7, rngs=nnx.Rngs(0))
+    layer.scale = Frozen(jnp.full(3, 2.0))
+    other = to_torch(layer, nn.BatchNorm1d(3)).model
+    assert (other.weight.requires_grad, other.bias.requires_grad) == (False, True)
+    done = from_torch(other, nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    assert "weight does not learn in PyTorch, but it does here" in str(done)
+    assert done.model.statistics == renorm
+    for _ in range(3):
+        y = other(torch.tensor(x))
+        np.testing.assert_allclose(layer(x), y.detach(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(done.model(x), y.detach(), rtol=1e-4, atol=1e-5)
+    other.statistics = torch_ours.Renorm(warmup_steps=10)
+    with pytest.raises(ValueError, match="no counterpart of a Renorm that still warms up"):
+        from_torch(other, nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+
+
 KERAS = r"""
 import jax.numpy as jnp, keras, numpy as np
 from flax import nnx
@@ -118,6 +191,30 @@ given = theirs(lambda name: BatchNormalization(name=name, activation="leaky_relu
 back = from_keras(given, Net()).model
 assert back.norm.activation == ("leaky_relu", 0.2), back.norm.activation
 agree(back, given)
+given.get_layer("norm").trainable = False
+frozen = from_keras(given, Net()).model
+agree(frozen, given)
+assert (frozen.norm.mean[...] == back.norm.mean[...]).all()
+class Maps(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.up = nnx.ConvTranspose(3, 4, (2, 3), strides=2, padding="VALID", rngs=rngs)
+        self.deep = nnx.Conv(4, 8, (3, 2), feature_group_count=4, padding="VALID", rngs=rngs)
+        self.depthwise = nnx.Conv(8, 16, (2, 2), feature_group_count=8, padding="VALID", use_bias=False, rngs=rngs)
+        self.pointwise = nnx.Conv(16, 3, (1, 1), rngs=rngs)
+    def __call__(self, x):
+        return self.pointwise(self.depthwise(self.deep(self.up(x))))
+def maps():
+    L = keras.layers
+    return keras.Sequential([
+        keras.Input((5, 5, 3)), L.Conv2DTranspose(4, (2, 3), strides=2, bias_initializer="ones", name="up"),
+        L.DepthwiseConv2D((3, 2), depth_multiplier=2, bias_initializer="ones", name="deep"),
+        L.SeparableConv2D(3, 2, depth_multiplier=2, bias_initializer="ones", name="separable")])
+names = {"depthwise": "separable", "pointwise": "separable"}
+net = Maps()
+np.testing.assert_allclose(net(x), to_keras(net, maps(), names).model(x), rtol=1e-4, atol=1e-5)
+given = maps()
+np.testing.assert_allclose(from_keras(given, net, names).model(x), given(x), rtol=1e-4, atol=1e-5)
 print("agree")
 """
 

@@ -179,6 +179,43 @@ def test_whole_models(back: bool) -> None:
     close(ours(x, training=False), theirs.eval()(given))
 
 
+def of_all_kinds() -> tuple[Any, Any, dict[str, Any]]:
+    """Transposed, grouped, depthwise with two outputs per input, separable."""
+    ours = keras.Sequential([
+        keras.Input((5, 5, 3)), layers.Conv2DTranspose(4, (2, 3), strides=2, name="up"),
+        layers.DepthwiseConv2D((3, 2), depth_multiplier=2, name="deep"),
+        layers.SeparableConv2D(3, 2, depth_multiplier=2, name="apart"), layers.Conv2D(6, 1, name="last"),
+    ])  # fmt: skip
+    theirs = nn.Sequential(
+        nn.ConvTranspose2d(3, 4, (2, 3), stride=2), nn.Conv2d(4, 8, (3, 2), groups=4),
+        nn.Conv2d(8, 16, 2, groups=8, bias=False), nn.Conv2d(16, 3, 1), nn.Conv2d(3, 6, 1),
+    )  # fmt: skip
+    return ours, theirs, {"up": "0", "deep": "1", "apart": ("2", "3"), "last": "4"}
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_convolutions_of_all_kinds(back: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs, names = of_all_kinds()
+    for layer in ours.layers:
+        layer.bias.assign(draw(tuple(layer.bias.shape)))
+    from_torch(theirs, ours, names) if back else to_torch(ours, theirs, names)
+    x = draw((4, 5, 5, 3))
+    close(ours(x), theirs(torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))).moveaxis(1, -1))
+
+
+def test_convolutions_that_do_not_match() -> None:
+    ours, theirs, names = of_all_kinds()
+    for wrong, said in (
+        (names | {"apart": "2"}, r"apart, a SeparableConv2D, has 2 counterparts in PyTorch.*: give names="),
+        (names | {"deep": ("1", "2")}, "deep, a DepthwiseConv2D, has one counterpart in PyTorch"),
+        (names | {"apart": ("3", "2")}, r"apart, a SeparableConv2D, and 3, a Conv2d, do not have the same weights"),
+        (names | {"up": "4"}, "up, a Conv2DTranspose, and 4, a Conv2d, are not of the same kind"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            to_torch(ours, theirs, wrong)
+
+
 def test_what_cannot_be_ported() -> None:
     ours, theirs, names = models()
     before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}

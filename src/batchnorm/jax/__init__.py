@@ -5,6 +5,8 @@ from batchnorm.extras import require
 require("jax")
 
 from batchnorm.jax.calibrate import Calibration, calibrate
+from batchnorm.jax.decay import exclude_from_weight_decay
+from batchnorm.jax.diagnose import Finding, Report, diagnose
 from batchnorm.jax.fold import fold
 from batchnorm.jax.freeze import freeze, unfreeze
 from batchnorm.jax.functional import batch_norm
@@ -24,15 +26,19 @@ __all__ = [
     "BatchNorm",
     "BatchStatistics",
     "Calibration",
+    "Finding",
     "GhostStatistics",
     "Ported",
     "Renorm",
+    "Report",
     "Running",
     "RunningStatistics",
     "Standardize",
     "Statistics",
     "batch_norm",
     "calibrate",
+    "diagnose",
+    "exclude_from_weight_decay",
     "fold",
     "freeze",
     "from_keras",

@@ -9,12 +9,11 @@ calibrate(model, batches, method="sequential")     # one pass per layer: trainin
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from batchnorm.definition import Moments, moments
-from batchnorm.jax.functional import expand_mask
+from batchnorm.jax import batches
 from batchnorm.jax.layers import BatchNorm
 from batchnorm.jax.modules import evaluating, named_modules, refuse, to_float64, watched
 from batchnorm.jax.statistics import RunningStatistics
@@ -40,7 +39,8 @@ def calibrate(
     their counts, with the variance between them: however the same inputs of a layer are split, the result is the same,
     up to rounding. The model is called step by step, not compiled, and evaluates: dropout is off.
 
-    Nothing else changes, and frozen layers stay as they are. After an exception everything is as before.
+    Nothing else changes, and frozen layers stay as they are. A layer is frozen if it has `RunningStatistics()`, or if
+    it evaluates while other batch normalizations of the model train. After an exception everything is as before.
 
     Args:
         model: A module with Flax' layers or ours.
@@ -67,7 +67,7 @@ def calibrate(
     """
     refuse(model)
     return whole.calibrate(
-        _Model(model, forward or _call), data, method=method, max_samples=max_samples, unbiased=unbiased,
+        _Model(model, forward or batches.call), data, method=method, max_samples=max_samples, unbiased=unbiased,
         processes=whole.Alone(), progress=progress,
     )  # fmt: skip
 
@@ -81,13 +81,15 @@ class _Model:
 
     def find(self) -> Mapping[str, whole.Layer | str]:
         found: dict[str, whole.Layer | str] = {}
-        for name, layer in named_modules(self.model).items():
-            if not isinstance(layer, nnx.BatchNorm):
-                continue
+        layers = {name: m for name, m in named_modules(self.model).items() if isinstance(m, nnx.BatchNorm)}
+        trains = any(not layer.use_running_average for layer in layers.values())
+        for name, layer in layers.items():
             if type(layer) not in (nnx.BatchNorm, BatchNorm):
                 found[name] = f"has a call of its own, {type(layer).__name__}.__call__: what it normalizes is not known"
             elif isinstance(getattr(layer, "statistics", None), RunningStatistics):
                 found[name] = "is frozen"
+            elif trains and layer.use_running_average:
+                found[name] = "is frozen: it evaluates, while others train"
             else:
                 self.layers[name] = layer
                 found[name] = whole.Layer(layer.num_features, layer.epsilon, str(layer.mean[...].dtype))
@@ -108,8 +110,7 @@ class _Model:
             self.forward(self.model, batch)
 
     def size(self, batch: Any) -> int | None:
-        shapes: Any = (getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(batch))
-        return next((int(shape[0]) for shape in shapes if len(shape) > 0), None)
+        return batches.size(batch)
 
     def read(self, name: str) -> whole.Statistics:
         layer = self.layers[name]
@@ -118,7 +119,7 @@ class _Model:
     def write(self, name: str, mean: Any, var: Any) -> None:
         layer = self.layers[name]
         for variable, values in (layer.mean, mean), (layer.var, var):
-            variable[...] = jax.numpy.asarray(values, variable[...].dtype)
+            variable[...] = jnp.asarray(values, variable[...].dtype)
 
     def keep(self, name: str) -> Callable[[], None]:
         layer = self.layers[name]
@@ -130,21 +131,7 @@ class _Model:
         return put_back
 
 
-def _call(model: Any, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
 def _moments(x: Any, mask: Any, axis: int, name: str) -> Moments | str:
     """The moments of an input; or the reason why they cannot be taken."""
-    if isinstance(x, jax.core.Tracer):
-        raise ValueError(
-            f"{name or 'the layer'} is called inside a function that is compiled on its own, where its inputs cannot "
-            "be seen: call the model without it, with forward=lambda model, batch: ..."
-        )
-    values = np.moveaxis(to_float64(x), axis, 1)
-    if mask is None:
-        return moments(values)
-    counts = np.moveaxis(to_float64(expand_mask(jax.numpy.asarray(mask), x, axis % x.ndim)), axis, 1)
-    if counts.shape[1] != 1:
-        return "its mask counts other positions in each channel"
-    return moments(values, np.broadcast_to(counts[:, 0], (len(values), *values.shape[2:])))
+    seen = batches.layer_input(x, mask, axis, name)
+    return seen if isinstance(seen, str) else moments(*seen)

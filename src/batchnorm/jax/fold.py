@@ -5,25 +5,26 @@ result = fold(model, example_inputs)
 print(result)    # what went where, what stays and why, and how far the outputs differ
 ```
 
-What is decided, in which order and why not, is in `batchnorm.whole.fold`. The graph is a jaxpr: the model is traced
-with one equation for each call of a normalization or a linear map, so that every use of a value between them is seen.
+What is decided, in which order and why not, is in `batchnorm.whole.fold`; what the model computes, in
+`batchnorm.jax.graph`.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import Literal, Primitive, Var
+from jax.extend.core import Var
 
 from batchnorm.definition import parse_activation
 from batchnorm.jax.formula import ACTIVATIONS
+from batchnorm.jax.graph import CALL, Graph
 from batchnorm.jax.layers import BatchNorm
-from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, to_float64, watched
+from batchnorm.jax.linear import LINEAR, read_map, write_map
+from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, to_float64
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization
@@ -31,9 +32,6 @@ from batchnorm.whole.linear import LinearMap, Normalization
 __all__ = ["Rest", "fold"]
 
 M = TypeVar("M")
-
-LINEAR = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-"""Exactly these classes: a subclass may compute something else. Their channels are the last axis."""
 
 
 class Rest(nnx.Module):  # type: ignore[misc, unused-ignore]
@@ -84,74 +82,6 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
     return fold_network(_Network(model, inputs))
 
 
-# --- The graph --------------------------------------------------------------------------------------------------------
-
-CALL = Primitive("batchnorm_layer_call")
-"""A call of a layer, in a jaxpr that is only read."""
-CALL.def_abstract_eval(lambda x, *, name, shape, dtype: x.update(shape=shape, dtype=dtype, weak_type=False))
-
-
-class _Graph:
-    """The equations of a model, and who makes and uses each value."""
-
-    def __init__(self, model: Any, inputs: tuple[Any, ...], layers: Mapping[str, Any]) -> None:
-        self.unusual: dict[str, str] = {}
-
-        def watch(name: str, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-            def mark(x: Any, *more: Any, **named: Any) -> Any:
-                if any(value is not None for value in named.values()) or any(v not in (None, True) for v in more):
-                    self.unusual[name] = "is called with more than its input"
-                    return call(x, *more, **named)
-                y = jax.eval_shape(call, x)
-                return CALL.bind(jnp.asarray(x), name=name, shape=y.shape, dtype=y.dtype)
-
-            return mark
-
-        with evaluating(model), watched(layers, watch):
-            closed = jax.make_jaxpr(lambda *given: jax.tree.leaves(model(*given)))(*inputs)
-        jaxpr = closed.jaxpr
-        self.constants = {id(value) for value in closed.consts}
-        self.calls = {eqn.params["name"]: eqn for eqn in jaxpr.eqns if eqn.primitive is CALL}
-        self.count = Counter(_names(jaxpr))
-        self.makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
-        self.users: dict[Any, list[Any]] = {}
-        for eqn in jaxpr.eqns:
-            for value in eqn.invars:
-                if isinstance(value, Var):
-                    self.users.setdefault(value, []).append(eqn)
-        for value in jaxpr.outvars:
-            if not isinstance(value, Literal):
-                self.users.setdefault(value, []).append(None)
-
-    def before(self, eqn: Any) -> Any:
-        """What makes the value that this call takes; None for an input."""
-        (value,) = eqn.invars
-        if len(self.users.get(value, ())) != 1:
-            raise Stays("what comes before it is also used elsewhere")
-        return self.makers.get(value)
-
-    def after(self, eqn: Any) -> Any:
-        """The only equation that takes what this one makes."""
-        users = self.users.get(eqn.outvars[0], [])
-        if len(users) != 1 or users[0] is None:
-            raise Stays("its output is used in several places, or by the caller")
-        if len([v for v in users[0].invars if isinstance(v, Var)]) != 1:
-            raise Stays("what comes after it takes more than one array")
-        return users[0]
-
-
-def _names(jaxpr: Any) -> list[str]:
-    """The layers that are called, also inside functions that are compiled on their own."""
-    found = []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is CALL:
-            found.append(eqn.params["name"])
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            if hasattr(value, "eqns"):
-                found += _names(getattr(value, "jaxpr", value))
-    return found
-
-
 # --- What folding needs to know ---------------------------------------------------------------------------------------
 
 
@@ -166,7 +96,7 @@ class _Network:
         self.model.eval()
         self.modules = named_modules(self.model)
         self.layers = {n: m for n, m in self.modules.items() if isinstance(m, nnx.BatchNorm) or type(m) in LINEAR}
-        self.graph = _Graph(self.model, inputs, self.layers)
+        self.graph = Graph(self.model, self.layers, lambda model, *given: model(*given), inputs)
         self.silent: set[str] = set()
         self.gone: list[str] = []
 
@@ -176,8 +106,6 @@ class _Network:
 
     def normalization(self, name: str) -> Normalization:
         layer = self.layers[name]
-        if name in self.graph.unusual:
-            raise Stays(self.graph.unusual[name])
         self._require_one_call(name, "")
         if type(layer) not in (nnx.BatchNorm, BatchNorm):
             raise Stays(f"is {type(layer).__name__}, with a call of its own")
@@ -188,9 +116,9 @@ class _Network:
         return Normalization(to_float64(layer.mean), to_float64(layer.var), scale, bias, layer.epsilon)
 
     def before(self, name: str) -> Place:
-        maker = self.graph.before(self.graph.calls[name])
+        maker = self._maker(self.graph.calls[name])
         while maker is not None and self._is_silent(maker):
-            maker = self.graph.before(maker)
+            maker = self._maker(maker)
         if maker is None:
             raise Stays("nothing that it could go into comes before it")
         return self._beside(maker, "before")
@@ -201,7 +129,7 @@ class _Network:
         eqn = self.graph.calls[name]
         shape = eqn.outvars[0].aval.shape
         order = np.arange(shape[-1])
-        eqn = self.graph.after(eqn)
+        eqn = self._user(eqn)
         while True:
             if eqn.primitive.name == "reshape":
                 given, shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
@@ -210,7 +138,7 @@ class _Network:
                 order = np.tile(order, math.prod(given[1:-1]))
             elif not self._is_silent(eqn):
                 break
-            eqn = self.graph.after(eqn)
+            eqn = self._user(eqn)
         place = self._beside(eqn, "after", order)
         layer = self.layers[place.layer]
         if isinstance(layer, nnx.ConvTranspose):
@@ -223,11 +151,9 @@ class _Network:
         layer = self.layers[place.layer]
         self._require_one_call(place.layer, f"{place.said} ")
         self._require_unread(layer, f"{place.said} has")
-        if getattr(layer, "mask", None) is not None or getattr(layer, "transpose_kernel", False):
-            raise Stays(f"{place.said} has a masked or transposed kernel")
-        kernel = np.moveaxis(to_float64(layer.kernel), (-1, -2), (0, 1))
-        offset = np.zeros(len(kernel)) if layer.bias is None else to_float64(layer.bias)
-        return LinearMap(kernel, offset, getattr(layer, "feature_group_count", 1), str(layer.kernel[...].dtype))
+        if getattr(layer, "mask", None) is not None:
+            raise Stays(f"{place.said} has a masked kernel")
+        return read_map(layer)
 
     def take_out(self, name: str, place: Place) -> None:
         self.gone.append(name)
@@ -236,12 +162,7 @@ class _Network:
 
     def finish(self, maps: Mapping[str, LinearMap]) -> Any:
         for name, map in maps.items():
-            layer = self.layers[name]
-            dtype = layer.kernel[...].dtype
-            layer.kernel[...] = jnp.asarray(np.moveaxis(map.matrix, (0, 1), (-1, -2)), dtype)
-            if layer.bias is None:
-                layer.bias, layer.use_bias = nnx.Param(jnp.zeros(map.outputs, dtype)), True
-            layer.bias[...] = jnp.asarray(map.offset, layer.bias[...].dtype)
+            write_map(self.layers[name], map)
         for name in self.gone:
             _retire(self.layers[name])
         return self.model
@@ -256,6 +177,21 @@ class _Network:
 
     def _rank(self, name: str) -> int:
         return len(self.graph.calls[name].outvars[0].aval.shape)
+
+    def _maker(self, eqn: Any) -> Any:
+        """What makes the value that this call takes, and nothing else takes."""
+        if self.graph.rivals(eqn):
+            raise Stays("what comes before it is also used elsewhere")
+        return self.graph.maker(eqn)
+
+    def _user(self, eqn: Any) -> Any:
+        """The only equation that takes what this one makes."""
+        users = self.graph.users(eqn)
+        if len(users) != 1 or users[0] is None:
+            raise Stays("its output is used in several places, or by the caller")
+        if len([v for v in users[0].invars if isinstance(v, Var)]) != 1:
+            raise Stays("what comes after it takes more than one array")
+        return users[0]
 
     def _is_silent(self, eqn: Any) -> bool:
         return eqn.primitive is CALL and eqn.params["name"] in self.silent
@@ -273,6 +209,8 @@ class _Network:
             raise Stays(f"{said}is called {count} times" if count else f"{said}is never called")
         if name not in self.graph.calls:
             raise Stays(f"{said}is called inside a function that is compiled on its own, or in a loop")
+        if name in self.graph.unusual:
+            raise Stays(f"{said}is called with more than its input")
 
     def _require_unread(self, layer: Any, said: str) -> None:
         variables = [v for v in vars(layer).values() if isinstance(v, nnx.Variable)]

@@ -36,8 +36,9 @@ class Before:
 def freeze(model: M, *, affine: bool = False) -> M:
     """Let batch normalizations normalize by their running statistics, in training too, and leave these as they are.
 
-    Flax' layers become ours, in place, with the same variables. Freeze before an optimizer is made, and before a
-    function is compiled for the model's old structure.
+    Flax' layers become ours, in place, with the same variables. In Flax `use_running_average` decides which statistics
+    are used, and every `model.train()` changes it. The module knows that it is frozen, and so do its copies and what
+    `nnx.split` gives; the state alone, as in a checkpoint, does not. With `affine`, freeze before an optimizer is made.
 
     Args:
         model: A module: a whole model or a part.
@@ -84,6 +85,8 @@ def _as(kind: Any, variable: Any) -> Any:
 
 def unfreeze(model: M) -> M:
     """Undo `freeze`, in place: every layer has its class and its statistics again, and learns what it learned before.
+
+    A layer that was made with `RunningStatistics()` stays as it is.
 
     Args:
         model: What was frozen, or a part of it.

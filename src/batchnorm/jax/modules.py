@@ -1,4 +1,4 @@
-"""The modules of a model by name, a model in evaluation, and calls that are seen from outside."""
+"""The modules of a model by name, a model in evaluation or left untouched, and calls that are seen from outside."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from flax.nnx.variablelib import is_array_ref
 from numpy.typing import NDArray
 
-__all__ = ["evaluating", "named_modules", "raw_value", "refuse", "to_float64", "watched"]
+__all__ = ["evaluating", "named_modules", "raw_value", "refuse", "to_float64", "untouched", "watched"]
 
 MODES = ("deterministic", "use_running_average")
 """The attributes that `eval()` makes true."""
@@ -51,6 +52,43 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, name, value in before:
             setattr(module, name, value)
+
+
+@contextmanager
+def untouched(model: Any, but: Any = False) -> Iterator[None]:
+    """Afterwards all attributes of all modules, and all values of variables, are as before.
+
+    Args:
+        model: The model.
+        but: Variables that keep what they have become: their class, or another filter of Flax; False is none.
+    """
+    kept = nnx.filterlib.to_predicate(but)
+    nodes = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable | nnx.Pytree)]
+    variables = [(v, _read(v)) for path, v in nodes if isinstance(v, nnx.Variable) and not kept(path, v)]
+    attributes = [(node, dict(vars(node))) for _, node in nodes if not isinstance(node, nnx.Variable)]
+    try:
+        yield
+    finally:
+        for node, before in attributes:
+            vars(node).clear()
+            vars(node).update(before)
+        for variable, value in variables:
+            _write(variable, value)
+
+
+def _read(variable: Any) -> Any:
+    raw = raw_value(variable)
+    return raw[...] if is_array_ref(raw) else raw
+
+
+def _write(variable: Any, value: Any) -> None:
+    raw = raw_value(variable)
+    if is_array_ref(raw):
+        raw[...] = value
+    elif hasattr(variable, "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value  # Flax 0.12.0
 
 
 @contextmanager

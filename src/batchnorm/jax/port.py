@@ -15,9 +15,10 @@ from flax import nnx
 
 from batchnorm.definition import parse_activation
 from batchnorm.jax.layers import BatchNorm, adopt
+from batchnorm.jax.linear import linear
 from batchnorm.jax.modules import named_modules, refuse, to_float64
 from batchnorm.jax.statistics import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, Statistics
-from batchnorm.whole.port import Ported
+from batchnorm.whole.port import Linear, Ported
 
 __all__ = ["Ported", "from_keras", "from_torch", "to_keras", "to_torch"]
 
@@ -31,8 +32,9 @@ def to_torch(model: Any, into: Any, names: Names = None) -> Ported:
     running variance stays the biased one, `BatchStatistics(unbiased=False)`.
 
     Args:
-        model: A batch normalization, Flax' or ours, or a model with them, `nnx.Linear` and `nnx.Conv`. Its channels are
-            last; PyTorch's are axis 1. A linear layer after a flattening is right only if both flatten in one order.
+        model: A batch normalization, Flax' or ours, or a model with them, `nnx.Linear`, `nnx.Conv` and
+            `nnx.ConvTranspose`. Its channels are last; PyTorch's are axis 1. A linear layer after a flattening is right
+            only if both flatten in one order, and a convolution only if both pad and stride alike.
         into: The PyTorch layer or model that gets the weights. Its batch normalizations become ours.
         names: The PyTorch layer of each NNX layer, where the names differ.
 
@@ -69,7 +71,8 @@ def from_torch(model: Any, into: Any, names: Names = None) -> Ported:
 def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
     """The weights of an NNX layer or model in a Keras layer or model, which must be built.
 
-    Args, Returns and Raises: as `to_torch`. Names of Keras layers in other layers are such as "block/norm".
+    Args, Returns and Raises: as `to_torch`. Names of Keras layers in other layers are such as "block/norm". A separable
+    convolution is the counterpart of two layers, with `names={"depthwise": "separable", "pointwise": "separable"}`.
     """
     from batchnorm.keras.models import named_layers
 
@@ -79,7 +82,7 @@ def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
 def from_keras(model: Any, into: Any, names: Names = None) -> Ported:
     """The weights of a Keras layer or model, which must be built, in an NNX layer or model.
 
-    Args, Returns and Raises: as `from_torch`. Names of Keras layers in other layers are such as "block/norm".
+    Args, Returns and Raises: as `from_torch`. Names of Keras layers are as in `to_keras`.
     """
     from batchnorm.keras.models import named_layers
 
@@ -124,32 +127,45 @@ def _assign(variable: Any, values: Any) -> None:
     variable[...] = jnp.asarray(np.asarray(values), variable[...].dtype)
 
 
-def _kernel_order(module: Any) -> tuple[int, ...]:
-    """The order of an NNX kernel's axes in PyTorch."""
-    rank = module.kernel[...].ndim
-    return (rank - 1, rank - 2, *range(rank - 2))
+def _fit_linear(module: Any, others: list[Linear]) -> str:
+    """Why none of these is the counterpart of a module; '' if one is."""
+    own = linear(module)
+    if own is None:
+        return "cannot be ported: known are batch normalizations, Linear, Conv and ConvTranspose"
+    if not others:
+        return "are not of the same kind"
+    problems = [own.differs_from(other) for other in others]
+    return "" if "" in problems else problems[-1]
 
 
-def _fit_map(module: Any, shape: tuple[int, ...], has_bias: bool, order: tuple[int, ...]) -> str:
-    if type(module) not in (nnx.Linear, nnx.Conv):
-        return "cannot be ported: known are batch normalizations, Linear and Conv"
-    own = tuple(np.transpose(np.empty(module.kernel[...].shape), order).shape)
-    if own != shape or (module.bias is not None) != has_bias:
-        return f"do not have the same weights: {own} and {shape}, biases apart"
-    return ""
+def _move_linear(module: Any, others: list[Linear], back: bool = False) -> list[str]:
+    """Copy the weights of a linear layer to its counterpart among these, or from it."""
+    own = linear(module)
+    assert own is not None
+    other = next(other for other in others if not own.differs_from(other))
+    source, target = (other, own) if back else (own, other)
+    target.write(source.map)
+    said = [] if source.shape == target.shape else [f"the kernel of shape {source.shape} has shape {target.shape}"]
+    if own.is_transposed and not module.transpose_kernel:
+        said.append("the positions in the kernel are in the reverse order")
+    return said
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def _parts_torch(other: Any) -> list[Linear]:
+    from batchnorm.torch.linear import linear
+
+    found = linear(other)
+    return [] if found is None else [found]
 
 
 def _fit_torch(module: Any, other: Any) -> str:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     if not isinstance(module, nnx.BatchNorm):
-        if getattr(other, "weight", None) is None:
-            return "are not of the same kind"
-        order = _kernel_order(module) if hasattr(module, "kernel") else ()
-        return _fit_map(module, tuple(other.weight.shape), other.bias is not None, order)
+        return _fit_linear(module, _parts_torch(other))
     if not isinstance(other, _BatchNorm):
         return "are not of the same kind"
     if other.running_mean is None or other.momentum is None:
@@ -165,13 +181,7 @@ def _give_torch(module: Any, other: Any) -> list[str]:
     import torch
 
     if not isinstance(module, nnx.BatchNorm):
-        order = _kernel_order(module)
-        with torch.no_grad():
-            kernel = np.ascontiguousarray(np.transpose(to_float64(module.kernel), order))
-            other.weight.copy_(torch.from_numpy(kernel))
-            if module.bias is not None:
-                other.bias.copy_(torch.from_numpy(to_float64(module.bias)))
-        return [f"axes of the kernel in the order {order}"]
+        return _move_linear(module, _parts_torch(other))
     from batchnorm import torch as ours
     from batchnorm.torch.adopt import OURS, adopt
 
@@ -196,7 +206,7 @@ def _give_torch(module: Any, other: Any) -> list[str]:
             (other.weight, module.scale, "weight", 1.0), (other.bias, module.bias, "bias", 0.0),
         ):  # fmt: skip
             if variable is not None:
-                tensor.copy_(torch.from_numpy(to_float64(variable)))
+                tensor.copy_(torch.from_numpy(to_float64(variable))).requires_grad_(isinstance(variable, nnx.Param))
             elif tensor is not None:
                 tensor.fill_(neutral).requires_grad_(False)
                 said.append(f"{name} is {neutral:g} and does not learn")
@@ -210,11 +220,7 @@ def _take_torch(module: Any, other: Any) -> list[str]:
         return tensor.detach().cpu().double().numpy()
 
     if not isinstance(module, nnx.BatchNorm):
-        order = tuple(int(i) for i in np.argsort(_kernel_order(module)))
-        _assign(module.kernel, np.transpose(values(other.weight), order))
-        if module.bias is not None:
-            _assign(module.bias, values(other.bias))
-        return [f"axes of the kernel in the order {order}"]
+        return _move_linear(module, _parts_torch(other), back=True)
     from batchnorm import torch as ours
 
     source: Statistics = BatchStatistics()
@@ -227,6 +233,13 @@ def _take_torch(module: Any, other: Any) -> list[str]:
             source = GhostStatistics(batch_size, unbiased)
         case ours.RunningStatistics():
             source = RunningStatistics()
+        case ours.Renorm(r_max, d_max, steps, inner) if int(other.num_batches_tracked) >= 8 * steps:
+            source = Renorm(r_max, d_max, inner.unbiased)
+        case ours.Renorm():
+            raise ValueError(
+                "NNX' layer counts no batches, so it has no counterpart of a Renorm that still warms up: port it with "
+                "warmup_steps=0, and raise its limits by a schedule"
+            )
         case theirs:
             raise ValueError(f"NNX has no counterpart of {theirs!r}: port the layer without it")
     _become_ours(module, getattr(other, "activation", None), source)
@@ -237,6 +250,10 @@ def _take_torch(module: Any, other: Any) -> list[str]:
     _assign(module.mean, values(other.running_mean))
     _assign(module.var, values(other.running_var))
     said = [f"momentum {other.momentum:g} (weight of the new) is {module.momentum:g} (weight of the old)"]
+    for name, variable in ("weight", module.scale), ("bias", module.bias):
+        parameter = getattr(other, name)
+        if parameter is not None and not parameter.requires_grad and isinstance(variable, nnx.Param):
+            said.append(f"{name} does not learn in PyTorch, but it does here: freeze(layer, affine=True)")
     return [*said, "the running variance stays the unbiased one"] if source.unbiased else said
 
 
@@ -254,13 +271,12 @@ def _become_ours(module: Any, activation: Any, source: Statistics) -> None:
 def _fit_keras(module: Any, other: Any) -> str:
     from keras import layers
 
+    from batchnorm.keras.linear import linear_parts
+
     if not other.built:
         return "cannot be ported: the Keras layer has not seen an input yet"
     if not isinstance(module, nnx.BatchNorm):
-        if type(other) not in (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D):
-            return "are not of the same kind"
-        order = tuple(range(module.kernel[...].ndim)) if hasattr(module, "kernel") else ()
-        return _fit_map(module, tuple(other.kernel.shape), other.use_bias, order)
+        return _fit_linear(module, linear_parts(other))
     if not isinstance(other, layers.BatchNormalization):
         return "are not of the same kind"
     if other.moving_mean.shape[0] != module.num_features:
@@ -273,54 +289,56 @@ def _fit_keras(module: Any, other: Any) -> str:
 
 
 def _weights(module: Any, other: Any) -> list[tuple[Any, Any]]:
-    """The pairs of variables of an NNX layer and a Keras layer."""
-    if not isinstance(module, nnx.BatchNorm):
-        pairs = [(module.kernel, other.kernel), (module.bias, other.bias if other.use_bias else None)]
-    else:
-        pairs = [
-            (module.mean, other.moving_mean), (module.var, other.moving_variance), (module.scale, other.gamma),
-            (module.bias, other.beta),
-        ]  # fmt: skip
+    """The pairs of variables of two batch normalizations."""
+    pairs = [
+        (module.mean, other.moving_mean), (module.var, other.moving_variance), (module.scale, other.gamma),
+        (module.bias, other.beta),
+    ]  # fmt: skip
     return [(own, theirs) for own, theirs in pairs if own is not None]
 
 
 def _give_keras(module: Any, other: Any) -> list[str]:
-    if isinstance(module, nnx.BatchNorm):
-        from batchnorm.keras import layers as ours
-        from batchnorm.keras.activations import Activation
+    from batchnorm.keras import layers as ours
+    from batchnorm.keras.activations import Activation
+    from batchnorm.keras.linear import linear_parts
 
-        if type(other) is not ours.BatchNormalization:
-            ours.adopt(other)
-        source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
-        name, parameter = parse_activation(getattr(module, "activation", None))
-        other.activation = Activation((name, parameter) if name in ("leaky_relu", "elu") else name)
-        other.unbiased, other.momentum, other.epsilon = source.unbiased, module.momentum, module.epsilon
-        other.virtual_batch_size = source.batch_size if isinstance(source, GhostStatistics) else None
-        other.synchronized = module.axis_name is not None
-        other.frozen = () if isinstance(source, RunningStatistics) else None
+    if not isinstance(module, nnx.BatchNorm):
+        return _move_linear(module, linear_parts(other))
+    if type(other) is not ours.BatchNormalization:
+        ours.adopt(other)
+    source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
+    name, parameter = parse_activation(getattr(module, "activation", None))
+    other.activation = Activation((name, parameter) if name in ("leaky_relu", "elu") else name)
+    other.unbiased, other.momentum, other.epsilon = source.unbiased, module.momentum, module.epsilon
+    other.virtual_batch_size = source.batch_size if isinstance(source, GhostStatistics) else None
+    other.synchronized = module.axis_name is not None
+    other.frozen = () if isinstance(source, RunningStatistics) else None
     for own, theirs in _weights(module, other):
         theirs.assign(to_float64(own))
     return []
 
 
 def _take_keras(module: Any, other: Any) -> list[str]:
+    from batchnorm.keras import layers as ours
+    from batchnorm.keras.linear import linear_parts
     from batchnorm.keras.models import to_float64 as keras_values
 
-    if isinstance(module, nnx.BatchNorm):
-        from batchnorm.keras import layers as ours
-
-        source: Statistics = BatchStatistics(unbiased=False)
-        activation = None
-        if isinstance(other, ours.BatchNormalization):
-            if not other.activation.is_fused:
-                raise ValueError(f"{other.name} has the activation {other.activation.config!r}, which NNX' layer lacks")
-            activation, source = other.activation.fused, BatchStatistics(other.unbiased)
-            if other.virtual_batch_size is not None:
-                source = GhostStatistics(other.virtual_batch_size, other.unbiased)
-            if other.frozen is not None:
-                source = RunningStatistics()
-        _become_ours(module, activation, source)
-        module.momentum, module.epsilon = other.momentum, other.epsilon
+    if not isinstance(module, nnx.BatchNorm):
+        return _move_linear(module, linear_parts(other), back=True)
+    source: Statistics = BatchStatistics(unbiased=False)
+    activation = None
+    if isinstance(other, ours.BatchNormalization):
+        if not other.activation.is_fused:
+            raise ValueError(f"{other.name} has the activation {other.activation.config!r}, which NNX' layer lacks")
+        activation, source = other.activation.fused, BatchStatistics(other.unbiased)
+        if other.virtual_batch_size is not None:
+            source = GhostStatistics(other.virtual_batch_size, other.unbiased)
+        if other.frozen is not None:
+            source = RunningStatistics()
+    if not other.trainable:  # in Keras it then normalizes by its moving statistics, in training too
+        source = RunningStatistics()
+    _become_ours(module, activation, source)
+    module.momentum, module.epsilon = other.momentum, other.epsilon
     for own, theirs in _weights(module, other):
         _assign(own, keras_values(theirs))
     return []

@@ -18,7 +18,7 @@ from batchnorm.keras import batches
 from batchnorm.keras.eager import eagerly, layer_input
 from batchnorm.keras.models import named_layers, normalizations, refuse, to_float64
 from batchnorm.whole import diagnosis as whole
-from batchnorm.whole.evidence import Evidence, Inputs, Layer, Producer, State, batch
+from batchnorm.whole.evidence import Evidence, Layer, Producer, State
 from batchnorm.whole.findings import Finding
 from batchnorm.whole.randomness import random_states_kept
 from batchnorm.whole.remedies import Data, Keras
@@ -131,14 +131,13 @@ class _Model:
                     self.training[name] = bool(training)
                 number = calls.get(name, 0)
                 calls[name] = number + 1
-                found = evidence.layers[name]
-                if found.order is None:
-                    found.order = sum(layer.order is not None for layer in evidence.layers.values())
-                _add(found, mode, number, inputs, mask, layer.axis, name)
+                found, seen = evidence.reach(name), layer_input(inputs, mask, layer.axis, name)
+                if not isinstance(seen, str):  # a mask that counts other positions in each channel has no batch size
+                    found.takes(mode, number, *seen)
                 learning = mode != "evaluated" and self.training.get(name, False)
                 y = call(inputs, training=learning, mask=mask)
                 if mode == "trained":
-                    _raise_highest(found, np.moveaxis(to_float64(y), layer.axis, 1))
+                    found.gives(np.moveaxis(to_float64(y), layer.axis, 1))
                 return y
 
             return watched
@@ -177,31 +176,6 @@ class _Model:
             if summed:
                 torch.autograd.grad(summed, learned, allow_unused=True)  # leaves the gradients that are there
         return {name: (forward[name], moved[name]) for name in moved}
-
-
-def _add(found: Layer, mode: str, number: int, inputs: Any, mask: Any, axis: int, name: str) -> None:
-    seen = layer_input(inputs, mask, axis, name)
-    if isinstance(seen, str):
-        return  # a mask that counts other positions in each channel: there is no batch size
-    values, counts = seen
-    samples = len(values)
-    positions = None if counts is None else counts.reshape(samples, 1, -1)
-    if samples == 0 or (positions is not None and not positions.any()):
-        return
-    with np.errstate(invalid="ignore", over="ignore"):
-        new = batch(values.reshape(samples, values.shape[1], -1), positions)
-    getattr(found, mode).add(new)
-    if mode == "trained":
-        found.calls = max(found.calls, number + 1)
-        while len(found.by_call) <= number:
-            found.by_call.append(Inputs())
-        found.by_call[number].add(new)
-
-
-def _raise_highest(found: Layer, y: Any) -> None:
-    if y.size:
-        highest = np.moveaxis(y, 1, 0).reshape(y.shape[1], -1).max(1)
-        found.highest = highest if found.highest is None else np.maximum(found.highest, highest)
 
 
 # --- What is around a layer -------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def _freeze(layer: Any, affine: bool) -> None:
 def unfreeze(model: M) -> M:
     """Undo `freeze`, in place: every layer has its class again, and learns what it learned before.
 
+    A file says that a layer is frozen, but not that it was Keras' own: in a model from a file it stays ours.
+
     Args:
         model: What was frozen, or a part of it.
 

@@ -1,4 +1,4 @@
-"""The convolutions and dense layers of Keras as linear maps for folding, and back."""
+"""The convolutions and dense layers of Keras as linear maps for folding and porting, and back."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from batchnorm.keras.models import to_float64
 from batchnorm.whole.linear import LinearMap
+from batchnorm.whole.port import Linear
 
-__all__ = ["channel_axis", "is_linear", "read_map", "shift_problem", "write_map"]
+__all__ = ["channel_axis", "is_linear", "linear_parts", "read_map", "shift_problem", "write_map"]
 
 Array = NDArray[np.float64]
 
@@ -36,6 +37,7 @@ _PLAIN = Layout("kernel")
 _TRANSPOSED = Layout("kernel", (-2,), -1, shift=False)
 _DEPTHWISE = Layout("kernel", (-2, -1), None)
 _SEPARABLE = Layout("pointwise_kernel", shift=False)
+_FIRST_OF_SEPARABLE = Layout("depthwise_kernel", (-2, -1), None)
 
 LAYOUTS: dict[Any, Layout] = {
     layers.Dense: _PLAIN,
@@ -73,21 +75,42 @@ def channel_axis(layer: Any) -> int:
     return 1 if getattr(layer, "data_format", None) == "channels_first" else -1
 
 
+def linear_parts(layer: Any) -> list[Linear]:
+    """A layer for porting: one map, or the two of a separable convolution, depthwise and pointwise; [] if unknown."""
+    if type(layer) not in LAYOUTS:
+        return []
+    last = LAYOUTS[type(layer)]
+    return [_part(layer, layout) for layout in ((_FIRST_OF_SEPARABLE, last) if last is _SEPARABLE else (last,))]
+
+
+def _part(layer: Any, layout: Layout) -> Linear:
+    has_bias = bool(layer.use_bias) and layout is not _FIRST_OF_SEPARABLE
+
+    def write(map: LinearMap) -> None:
+        _write_kernel(layer, layout, map)
+        if has_bias:
+            layer.bias.assign(map.offset)
+
+    shape = tuple(getattr(layer, layout.kernel).shape)
+    return Linear(_read(layer, layout, has_bias), layout is _TRANSPOSED, has_bias, shape, write)
+
+
 def read_map(layer: Any) -> LinearMap:
     """The linear map of a layer for which `is_linear` holds."""
-    layout = LAYOUTS[type(layer)]
+    return _read(layer, LAYOUTS[type(layer)], bool(layer.use_bias))
+
+
+def _read(layer: Any, layout: Layout, has_bias: bool) -> LinearMap:
     kernel = getattr(layer, layout.kernel)
     matrix = _matrix(to_float64(kernel), layout)
-    offset = to_float64(layer.bias) if layer.use_bias else np.zeros(len(matrix))
+    offset = to_float64(layer.bias) if has_bias else np.zeros(len(matrix))
     groups = kernel.shape[-2] if layout.inputs is None else getattr(layer, "groups", 1)
     return LinearMap(matrix, offset, groups, kernel.dtype)
 
 
 def write_map(layer: Any, map: LinearMap) -> None:
     """Give a layer the numbers of a map, rounded once; it has a bias from then on."""
-    layout = LAYOUTS[type(layer)]
-    variable = getattr(layer, layout.kernel)
-    variable.assign(_kernel(map.matrix, layout, tuple(variable.shape)))
+    _write_kernel(layer, LAYOUTS[type(layer)], map)
     if not layer.use_bias:
         layer.use_bias = True
         layer._tracker.unlock()
@@ -97,6 +120,11 @@ def write_map(layer: Any, map: LinearMap) -> None:
         )  # fmt: skip
         layer._tracker.lock()
     layer.bias.assign(map.offset)
+
+
+def _write_kernel(layer: Any, layout: Layout, map: LinearMap) -> None:
+    variable = getattr(layer, layout.kernel)
+    variable.assign(_kernel(map.matrix, layout, tuple(variable.shape)))
 
 
 def _ends(layout: Layout) -> tuple[int, ...]:

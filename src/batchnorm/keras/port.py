@@ -12,17 +12,20 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers
 
 from batchnorm.definition import parse_activation
 from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
+from batchnorm.keras.linear import linear_parts
 from batchnorm.keras.models import named_layers, to_float64
 from batchnorm.whole.port import Ported
 
 __all__ = ["Ported", "from_torch", "to_torch"]
 
+Names = Mapping[str, str | tuple[str, str]] | None
+"""The PyTorch layer of each Keras layer; of a separable convolution, the depthwise and the pointwise one."""
 
-def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = None) -> Ported:
+
+def to_torch(model: Any, into: Any = None, names: Names = None) -> Ported:
     """Keras' batch normalization as a layer of `batchnorm.torch`, or a Keras model's weights in a PyTorch model.
 
     Outputs are equal, in evaluation and after steps of training: PyTorch's `momentum` is one minus Keras', and the
@@ -31,8 +34,10 @@ def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = Non
     Args:
         model: A built layer, Keras' or ours; or a model.
         into: For a model, the PyTorch model that gets its weights: its batch normalizations, dense layers and
-            convolutions. A dense layer after a Flatten is right only if both models flatten in the same order.
-        names: The PyTorch layer of each Keras layer, where the names differ.
+            convolutions, also transposed, depthwise and separable ones. A dense layer after a Flatten is right only if
+            both models flatten in the same order, and a convolution only if both pad and stride alike.
+        names: The PyTorch layer of each Keras layer, where the names differ. A separable convolution is two layers in
+            PyTorch: `{"separable": ("depthwise", "pointwise")}`.
 
     Returns:
         A layer, in evaluation, or `into`; and the changes.
@@ -49,7 +54,7 @@ def to_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = Non
     return _model(model, into, names or {}, _give)
 
 
-def from_torch(model: Any, into: Any = None, names: Mapping[str, str] | None = None, *, axis: int = 1) -> Ported:
+def from_torch(model: Any, into: Any = None, names: Names = None, *, axis: int = 1) -> Ported:
     """PyTorch's batch normalization as our layer for Keras, or a PyTorch model's weights in a Keras model.
 
     Outputs are equal, in evaluation and after steps of training: Keras' `momentum` is one minus PyTorch's, and the
@@ -213,7 +218,7 @@ def _get(new: Any, layer: Any) -> list[str]:
 # --- Whole models -----------------------------------------------------------------------------------------------------
 
 
-def _model(keras_model: Any, torch_model: Any, names: Mapping[str, str], move: Any) -> Ported:
+def _model(keras_model: Any, torch_model: Any, names: Mapping[str, Any], move: Any) -> Ported:
     """Pair the layers by name, check all of them, then move the weights."""
     from torch import nn
 
@@ -225,89 +230,97 @@ def _model(keras_model: Any, torch_model: Any, names: Mapping[str, str], move: A
     }
     if unknown := set(names) - set(weighted):
         raise ValueError(f"the Keras model has no layer with weights named {', '.join(sorted(unknown))}")
-    pairs = {}
+    pairs: dict[str, tuple[Any, list[Any]]] = {}
     for name, layer in weighted.items():
-        other = names.get(name, name.replace("/", "."))
-        if other not in theirs:
-            raise ValueError(f"the PyTorch model has no {other!r}: name the counterpart with names={{{name!r}: ...}}")
-        _fit(name, layer, other, theirs[other])
-        pairs[name] = layer, theirs[other]
-    taken = {id(module) for _, module in pairs.values()}
+        others = names.get(name, name.replace("/", "."))
+        others = (others,) if isinstance(others, str) else tuple(others)
+        parts = len(linear_parts(layer)) or 1
+        if len(others) != parts:
+            raise ValueError(
+                f"{name}, a {type(layer).__name__}, has {parts} counterparts in PyTorch, its depthwise and its "
+                f"pointwise convolution: give names={{{name!r}: (..., ...)}}"
+                if parts > 1
+                else f"{name}, a {type(layer).__name__}, has one counterpart in PyTorch, got {others}"
+            )
+        for other in others:
+            if other not in theirs:
+                raise ValueError(
+                    f"the PyTorch model has no {other!r}: name the counterpart with names={{{name!r}: ...}}"
+                )
+        modules = [theirs[other] for other in others]
+        _fit(name, layer, others, modules)
+        pairs[name] = layer, modules
+    taken = {id(module) for _, modules in pairs.values() for module in modules}
     for name, module in theirs.items():
         if id(module) not in taken and any(True for _ in module.parameters(recurse=False)):
             raise ValueError(f"{name}, a {type(module).__name__} of the PyTorch model, has no counterpart: give names")
     assert isinstance(torch_model, nn.Module)
-    changes = {name: tuple(move(layer, module)) for name, (layer, module) in pairs.items()}
+    changes = {name: tuple(move(layer, modules)) for name, (layer, modules) in pairs.items()}
     return Ported(torch_model if move is _give else keras_model, changes)
 
 
-def _order(layer: Any) -> tuple[int, ...] | None:
-    """The order of a Keras kernel's axes in PyTorch; None for an unknown layer."""
-    if type(layer) is layers.Dense:
-        return (1, 0)
-    spatial = {layers.Conv1D: 1, layers.Conv2D: 2, layers.Conv3D: 3}
-    spatial |= {layers.Conv1DTranspose: 1, layers.Conv2DTranspose: 2, layers.Conv3DTranspose: 3}
-    if type(layer) not in spatial:
-        return None
-    rank = spatial[type(layer)]
-    return (rank + 1, rank, *range(rank))
-
-
-def _fit(name: str, layer: Any, other: str, module: Any) -> None:
-    """Check that two layers match."""
+def _fit(name: str, layer: Any, others: tuple[str, ...], modules: list[Any]) -> None:
+    """Check that a layer and its counterparts match."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    def wrong(what: str) -> ValueError:
-        return ValueError(f"{name}, a {type(layer).__name__}, and {other}, a {type(module).__name__}, {what}")
+    from batchnorm.torch.linear import linear
+
+    def wrong(what: str, at: int = 0) -> ValueError:
+        theirs = f"{others[at]}, a {type(modules[at]).__name__}"
+        return ValueError(f"{name}, a {type(layer).__name__}, and {theirs}, {what}")
 
     if isinstance(layer, KerasBatchNormalization):
+        (module,) = modules
         if not isinstance(module, _BatchNorm):
             raise wrong("are not of the same kind")
-        _check_torch(module, other)
+        _check_torch(module, others[0])
         if module.num_features != layer.moving_mean.shape[0]:
             raise wrong(f"have {layer.moving_mean.shape[0]} and {module.num_features} channels")
         if not module.affine and (layer.scale or layer.center):
             raise wrong("differ in gamma and beta")
         return
-    order = _order(layer)
-    if order is None or not hasattr(module, "weight"):
-        raise wrong("cannot be ported: known are batch normalizations, Dense and convolutions")
-    shape = tuple(np.transpose(np.empty(layer.kernel.shape), order).shape)
-    if shape != tuple(module.weight.shape) or layer.use_bias != (module.bias is not None):
-        raise wrong(f"do not have the same weights: {shape} and {tuple(module.weight.shape)}, biases apart")
+    parts = linear_parts(layer)
+    found = [linear(module) for module in modules]
+    for at, (part, other) in enumerate(zip(parts or [None], found, strict=True)):
+        if part is None or other is None:
+            raise wrong("cannot be ported: known are batch normalizations, Dense and convolutions", at)
+        if problem := part.differs_from(other):
+            raise wrong(problem, at)
 
 
-def _give(layer: Any, module: Any) -> list[str]:
+def _give(layer: Any, modules: list[Any]) -> list[str]:
     """Copy Keras' weights to PyTorch."""
-    import torch
-
     from batchnorm.torch.adopt import adopt, hindrance
     from batchnorm.torch.fuse import is_ours
 
     if isinstance(layer, KerasBatchNormalization):
+        (module,) = modules
         if not (is_ours(module) or hindrance(module)):
             adopt(module)
         return _set(layer, module)
-    order = _order(layer)
-    assert order is not None
-    with torch.no_grad():
-        module.weight.copy_(torch.from_numpy(np.ascontiguousarray(np.transpose(to_float64(layer.kernel), order))))
-        if layer.use_bias:
-            module.bias.copy_(torch.from_numpy(to_float64(layer.bias)))
-    return [f"axes of the kernel in the order {order}"]
+    return _move(layer, modules, back=False)
 
 
-def _take(layer: Any, module: Any) -> list[str]:
+def _take(layer: Any, modules: list[Any]) -> list[str]:
     """Copy PyTorch's weights to Keras."""
     from batchnorm.keras.layers import adopt
 
     if isinstance(layer, KerasBatchNormalization):
         if type(layer) is KerasBatchNormalization:
             adopt(layer)
-        return _get(layer, module)
-    order = _order(layer)
-    assert order is not None
-    layer.kernel.assign(np.transpose(module.weight.detach().cpu().double().numpy(), np.argsort(order)))
-    if layer.use_bias:
-        layer.bias.assign(module.bias.detach().cpu().double().numpy())
-    return [f"axes of the kernel in the order {tuple(int(i) for i in np.argsort(order))}"]
+        return _get(layer, *modules)
+    return _move(layer, modules, back=True)
+
+
+def _move(layer: Any, modules: list[Any], back: bool) -> list[str]:
+    """Copy the weights of linear layers, in one of the two directions."""
+    from batchnorm.torch.linear import linear
+
+    said = []
+    for part, module in zip(linear_parts(layer), modules, strict=True):
+        other = linear(module)
+        assert other is not None
+        source, target = (other, part) if back else (part, other)
+        target.write(source.map)
+        said.append(f"the kernel of shape {source.shape} has shape {target.shape}")
+    return said

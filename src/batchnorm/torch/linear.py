@@ -6,14 +6,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.dataflow import TRANSPOSED
 from batchnorm.whole.linear import LinearMap, Normalization, exchange_ends
+from batchnorm.whole.port import Linear
 
-__all__ = ["read_map", "read_normalization", "write_map"]
+__all__ = ["linear", "read_map", "read_normalization", "write_map"]
 
 Array = NDArray[np.float64]
 
@@ -28,16 +30,36 @@ def read_map(layer: Any) -> LinearMap:
 
 
 def write_map(layer: Any, map: LinearMap) -> None:
-    """Give a layer the numbers of a map, rounded once, in plain parameters like its own."""
+    """Give a layer the numbers of a map, rounded once, in plain parameters like its own; it has a bias from then on."""
     _make_plain(layer)
-    kernel = exchange_ends(map.matrix, map.groups) if isinstance(layer, TRANSPOSED) else map.matrix
     offset = torch.from_numpy(map.offset)
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel)))
+        _write_weight(layer, map)
         if layer.bias is None:
             layer.bias = nn.Parameter(offset.to(layer.weight), requires_grad=layer.weight.requires_grad)
         else:
             layer.bias.copy_(offset)
+
+
+def _write_weight(layer: Any, map: LinearMap) -> None:
+    kernel = exchange_ends(map.matrix, map.groups) if isinstance(layer, TRANSPOSED) else map.matrix
+    layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel)))
+
+
+def linear(layer: Any) -> Linear | None:
+    """A layer for porting; None if it is neither a convolution nor linear, or makes its weights from others."""
+    if not isinstance(layer, nn.Linear | _ConvNd) or is_parametrized(layer) or "weight" not in layer._parameters:
+        return None
+
+    def write(map: LinearMap) -> None:
+        with torch.no_grad():
+            _write_weight(layer, map)
+            if layer.bias is not None:
+                layer.bias.copy_(torch.from_numpy(map.offset))
+
+    return Linear(
+        read_map(layer), isinstance(layer, TRANSPOSED), layer.bias is not None, tuple(layer.weight.shape), write
+    )
 
 
 def read_normalization(layer: Any) -> Normalization:

@@ -433,7 +433,7 @@ def half_frozen(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
                 "warning",
                 "gamma and beta do not learn, but the layer is in training mode",
                 "Its running statistics move with every batch, and training normalizes by the batch: the layer is not "
-                "frozen. requires_grad=False does not stop statistics, and train() undoes eval().",
+                "frozen. What does not learn may still move, and train() undoes eval().",
                 remedies.freeze(state),
             )
         elif not state.trains and state.learns:

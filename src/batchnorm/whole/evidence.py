@@ -348,6 +348,32 @@ class Layer:
         """Whether it normalizes by the statistics of the batch alone."""
         return self.state.trains and not self.state.is_frozen and not self.state.is_corrected
 
+    def takes(self, mode: str, number: int, x: Array, counts: Array | None) -> None:
+        """Count an input.
+
+        Args:
+            mode: "trained", "quiet" or "evaluated".
+            number: The number of the call in this step, from 0.
+            x: `(N, C, *positions)`.
+            counts: `(N, *positions)`: how much each position counts; 1 everywhere if None.
+        """
+        if len(x) == 0 or (counts is not None and not counts.any()):
+            return
+        with np.errstate(invalid="ignore", over="ignore"):
+            new = batch(x.reshape(len(x), x.shape[1], -1), None if counts is None else counts.reshape(len(x), 1, -1))
+        getattr(self, mode).add(new)
+        if mode == "trained":
+            self.calls = max(self.calls, number + 1)
+            while len(self.by_call) <= number:
+                self.by_call.append(Inputs())
+            self.by_call[number].add(new)
+
+    def gives(self, y: Array) -> None:
+        """Note the largest outputs of `y`, `(N, C, *positions)`."""
+        if y.size:
+            highest = np.moveaxis(y, 1, 0).reshape(y.shape[1], -1).max(1)
+            self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
+
 
 @dataclass
 class Outputs:
@@ -391,6 +417,13 @@ class Evidence:
     processes: int = 1
     is_training: bool = True
     outputs: Outputs = field(default_factory=Outputs)
+
+    def reach(self, name: str) -> Layer:
+        """The layer, which is called now."""
+        layer = self.layers[name]
+        if layer.order is None:
+            layer.order = sum(other.order is not None for other in self.layers.values())
+        return layer
 
     def in_order(self) -> list[Layer]:
         """The layers that were called, in the order of their first calls."""

@@ -1,9 +1,42 @@
 """What porting a layer or a model to another framework reports."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Ported"]
+from batchnorm.whole.linear import LinearMap
+
+__all__ = ["Linear", "Ported"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A convolution or a linear layer, as porting sees it: in one form for all frameworks.
+
+    Attributes:
+        map: What it computes at each output; the positions of a transposed convolution are in PyTorch's order.
+        is_transposed: Whether it is a transposed convolution.
+        has_bias: Whether it has a bias.
+        shape: The shape of its kernel, as the framework has it.
+        write: Gives the layer the numbers of another map of this shape.
+    """
+
+    map: LinearMap
+    is_transposed: bool
+    has_bias: bool
+    shape: tuple[int, ...]
+    write: Callable[[LinearMap], None]
+
+    def differs_from(self, other: "Linear") -> str:
+        """Why the two cannot have the same weights; '' if they can."""
+        if self.is_transposed != other.is_transposed:
+            return "are not of the same kind"
+        mine, others = self.map.matrix.shape, other.map.matrix.shape
+        if (mine, self.has_bias) != (others, other.has_bias):
+            return f"do not have the same weights: {mine} and {others}, biases apart"
+        if self.map.groups != other.map.groups:
+            return f"have {self.map.groups} and {other.map.groups} groups"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from batchnorm.whole.evidence import Layer, Producer, State
 
-__all__ = ["Data", "Keras", "PyTorch", "Remedies"]
+__all__ = ["Data", "Flax", "Keras", "PyTorch", "Remedies"]
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,15 @@ class Remedies:
         raise TypeError(f"{type(self).__name__} does not say how to remove a layer")
 
     def finite(self) -> str:
-        """Leave out the batches that are not finite."""
-        raise TypeError(f"{type(self).__name__} does not say what is finite")
+        """Leave out the batches that are not finite: arrays, or tuples of them."""
+        return (
+            "import numpy as np; data = [batch for batch in data if all(np.isfinite(t).all() "
+            "for t in (batch if isinstance(batch, tuple | list) else [batch]))]"
+        )
+
+    def enlarge(self) -> str:
+        """Join batches; if it is not known how, normalize by the running statistics."""
+        return ENLARGE.get(self.data.kind) or self._import("freeze") + "freeze(model)"
 
     def forget_skipped(self, state: State) -> str:
         """Count skipped batches from 0."""
@@ -121,6 +128,13 @@ SHUFFLE = {
     "tensor pairs": "import torch; whole = [torch.cat(part) for part in zip(*data)]; order = "
     "torch.randperm(len(whole[0])); data = list(zip(*(part[order].tensor_split(len(data)) for part in whole)))",
     "dataset": "data = data.unbatch().shuffle(100_000).batch(32)",
+}
+
+ENLARGE = {
+    "dataset": "data = data.unbatch().batch(32)",
+    "arrays": "import numpy as np; data = [np.concatenate(data[i : i + 16]) for i in range(0, len(data), 16)]",
+    "pairs": "import numpy as np; data = [tuple(np.concatenate(part) for part in zip(*data[i : i + 16])) "
+    "for i in range(0, len(data), 16)]",
 }
 
 
@@ -239,27 +253,11 @@ class Keras(Remedies):
 
     def renormalize(self) -> str:
         """Larger batches, or if nothing is known of the data, none."""
-        if self.data.kind == "dataset":
-            return "data = data.unbatch().batch(32)"
-        if self.data.kind == "arrays":
-            return "import numpy as np; data = [np.concatenate(data[i : i + 16]) for i in range(0, len(data), 16)]"
-        if self.data.kind == "pairs":
-            return (
-                "import numpy as np; data = [tuple(np.concatenate(part) for part in zip(*data[i : i + 16])) "
-                "for i in range(0, len(data), 16)]"
-            )
-        return self._import("freeze") + "freeze(model)"
+        return self.enlarge()
 
     def synchronize(self) -> str:
         """On any backend."""
         return self._import("convert") + "convert(model, synchronized=True)"
-
-    def finite(self) -> str:
-        """Of batches that are arrays, or tuples of them."""
-        return (
-            "import numpy as np; data = [batch for batch in data if all(np.isfinite(t).all() "
-            "for t in (batch if isinstance(batch, tuple | list) else [batch]))]"
-        )
 
     def remove(self, state: State) -> str:
         """Keras keeps a list of layers in each, which assigning an attribute anew does not shorten."""
@@ -267,3 +265,68 @@ class Keras(Remedies):
             f"layer = {state.at}; [owner._layers.remove(layer) for owner in list(model._flatten_layers()) "
             "if layer in owner._layers]"
         )
+
+
+class Flax(Remedies):
+    """The words of Flax NNX.
+
+    Args:
+        data: How the data are stored.
+        is_bare: Whether the optimizer is a transformation of optax, not a `nnx.Optimizer` that holds one.
+    """
+
+    package = "jax"
+    eps, momentum, gamma, beta = "epsilon", "momentum", "scale", "bias"
+
+    def __init__(self, data: Data | None = None, is_bare: bool = False) -> None:
+        super().__init__(data)
+        self.is_bare = is_bare
+
+    def freeze(self, state: State) -> str:
+        """Variables that do not learn stay what they are, because an optimizer may know them by name."""
+        return self.freeze_statistics(state) if state.learns is False else super().freeze(state)
+
+    def set_momentum(self, state: State, update_rate: float) -> str:
+        """Flax' momentum is the weight of the old statistics."""
+        return f"{state.at}.momentum = {1 - update_rate:g}"
+
+    def _set(self, variable: str, rows: str, value: str) -> str:
+        return f"{variable}[...] = {variable}[...].at[{rows}].set({value})"
+
+    def revive(self, state: State, channels: Sequence[int]) -> str:
+        """Arrays are replaced, not changed."""
+        return "import numpy as np; " + self._set(f"{state.at}.scale", f"np.array({list(channels)})", "1.0")
+
+    def turn_on(self, state: State, channels: Sequence[int]) -> str:
+        """Both, because a gamma of 0 would leave the channel off."""
+        rows = f"np.array({list(channels)})"
+        set_bias = "import numpy as np; " + self._set(f"{state.at}.bias", rows, "0.0")
+        return set_bias if state.weight is None else f"{set_bias}; {self._set(f'{state.at}.scale', rows, '1.0')}"
+
+    def redraw(self, layer: Layer, channels: Sequence[int]) -> str:
+        """As large as the weights of the other channels."""
+        assert layer.producer is not None
+        kernel = f"{layer.producer.at}.kernel"
+        draw = "np.random.normal(0, v.std() or 0.1, v[..., rows].shape)"
+        return (
+            f"import numpy as np; v, rows = np.array({kernel}[...]), np.array({list(channels)}); "
+            f"{self._set(kernel, '..., rows', draw)}; {self.calibrate()}"
+        )
+
+    def drop_bias(self, state: State, producer: Producer) -> str:
+        """Evaluation stays as it is, because the running mean moves with the bias. Make the optimizer afterwards."""
+        moved = f"{state.at}.mean[...] -= {producer.at}.bias[...]; " if state.mean is not None else ""
+        return f"{moved}{producer.at}.bias = None; {producer.at}.use_bias = False"
+
+    def split_decay(self) -> str:
+        """In place: learning rates and the optimizer's state stay."""
+        tx = "optimizer" if self.is_bare else "optimizer.tx"
+        return self._import("exclude_from_weight_decay") + f"{tx} = exclude_from_weight_decay({tx}, model)"
+
+    def renormalize(self) -> str:
+        """Larger batches, or if nothing is known of the data, none."""
+        return self.enlarge()
+
+    def remove(self, state: State) -> str:
+        """None stands in, so that lists keep their numbering."""
+        return f"{state.at} = None"
