@@ -1,6 +1,6 @@
 """Forward and backward of BN + ReLU in JAX on the CPU: our function, the plain formula under `jax.jit`, Flax' layer.
 
-The shapes are on either side of `batchnorm.jax.kernels.SMALL`, the size from which the kernels compute. `kernels` are
+The shapes are on either side of `batchnorm.xla.kernels.SMALL`, the size from which the kernels compute. `kernels` are
 the kernels at every size: where they win, `SMALL` could be lower.
 """
 
@@ -42,7 +42,8 @@ def measure(shape: tuple[int, ...], axis: int, seconds: float, quick: bool) -> l
     import numpy as np
     from flax import nnx
 
-    from batchnorm.jax import batch_norm, kernels
+    from batchnorm.jax import batch_norm
+    from batchnorm.xla import kernels
 
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))

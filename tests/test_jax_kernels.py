@@ -17,8 +17,9 @@ pytest.importorskip("flax")
 import jax
 import jax.numpy as jnp
 
-from batchnorm.jax import batch_norm, call_frame, kernels
+from batchnorm.jax import batch_norm
 from batchnorm.kernels import launch
+from batchnorm.xla import call_frame, kernels
 
 
 def normalize(x: Any) -> Any:

@@ -21,12 +21,12 @@ from flax import nnx
 from jax.extend.core import Literal, Primitive, Var
 
 from batchnorm.definition import parse_activation
-from batchnorm.jax.formula import ACTIVATIONS
 from batchnorm.jax.layers import BatchNorm
 from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, to_float64, watched
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization
+from batchnorm.xla.formula import ACTIVATIONS
 
 __all__ = ["Rest", "fold"]
 

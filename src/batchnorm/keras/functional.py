@@ -73,13 +73,13 @@ def expand_mask(mask: Any, x: Any, axis: int) -> Any:
     Args:
         mask: The shape of `x` without its channels; or the first axes of `x`, as from `keras.layers.Masking`; or as
             many axes as `x`, each of the same length or of length 1.
-        x: The batch; the counts get its type.
+        x: The batch; the counts get the type in which it is computed.
         axis: The channel axis of `x`.
 
     Raises:
         ValueError: If the mask does not fit, or fits in two ways with different meanings.
     """
-    shape, channels = tuple(x.shape), axis % len(x.shape)
+    shape, channels, dtype = tuple(x.shape), axis % len(x.shape), arithmetic(x)
     given, axes = tuple(mask.shape), len(mask.shape)
     positions = shape[:channels] + shape[channels + 1 :]
 
@@ -87,7 +87,7 @@ def expand_mask(mask: Any, x: Any, axis: int) -> Any:
         return all(m in (1, None, n) or n is None for m, n in zip(given, target, strict=True))
 
     if axes == len(shape) and fits(shape):
-        return ops.cast(mask, x.dtype)
+        return ops.cast(mask, dtype)
     leading = 0 < axes < len(shape) and fits(shape[:axes])
     without = 0 < axes < len(shape) and fits(positions[:axes])
     if leading and without and axes > channels and None not in (*given, *shape[1:axes]):
@@ -106,7 +106,7 @@ def expand_mask(mask: Any, x: Any, axis: int) -> Any:
             f"mask of shape {given} does not fit inputs of shape {shape} with channels in axis {axis}: it must have "
             f"the shape {positions}, without channels, or the first axes of the inputs', or as many axes as the inputs"
         )
-    return ops.cast(mask, x.dtype)
+    return ops.cast(mask, dtype)
 
 
 def _expanded(mask: Any, before: int, after: int, missing: int) -> tuple[Any, ...]:

@@ -23,8 +23,8 @@ EXTRAS: dict[str, Any] = {
 }
 """The arguments of our layer that Keras' layer lacks, and their defaults."""
 
-KERNELS = ("float16", "bfloat16", "float32", "float64")
-"""The types that `batchnorm.torch` takes as they are."""
+KERNELS = {"torch": ("float16", "bfloat16", "float32", "float64"), "jax": ("bfloat16", "float32", "float64")}
+"""The types that the kernels take as they are, by the backend that has kernels."""
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -120,8 +120,7 @@ class BatchNormalization(KerasBatchNormalization):
             ValueError: If the mask does not fit the inputs.
         """
         x = inputs
-        by_kernels = keras.backend.backend() == "torch" and functional.type_name(x) in KERNELS
-        if not by_kernels:
+        if functional.type_name(x) not in KERNELS.get(keras.backend.backend(), ()):
             x = ops.cast(x, functional.arithmetic(x))
         counts = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
         learning = bool(training) and self.trainable and self.frozen is None
@@ -155,8 +154,11 @@ class BatchNormalization(KerasBatchNormalization):
                 self.moving_mean.assign(mean)
                 self.moving_variance.assign(var)
                 return y if self.activation.is_fused else self.activation(y)
+        if keras.backend.backend() == "jax" and (found := self._train_by_kernels(x, counts)):
+            y, batch = found
+            self._move(batch)
+            return y if self.activation.is_fused else self.activation(y)
         x = ops.cast(x, functional.arithmetic(x))
-        counts = None if counts is None else ops.cast(counts, x.dtype)
         if self.virtual_batch_size is not None:
             batch, mean, var = functional.group_moments(x, counts, self.axis, self.virtual_batch_size)
             self._move(batch)
@@ -171,6 +173,18 @@ class BatchNormalization(KerasBatchNormalization):
             return functional.normalize(x, mean, var, gamma, beta, self.axis, self.epsilon, self.activation)
         self._move(batch)
         return self._normalize(x, batch.mean, batch.var)
+
+    def _train_by_kernels(self, x: Any, counts: Any) -> tuple[Any, functional.Moments] | None:
+        """`y` and the moments, on JAX; None where the kernels cannot compute this, or XLA is as fast."""
+        merged = self.synchronized and self.axis_name is not None  # with those of other devices, before they are used
+        if merged or self.renorm or self.virtual_batch_size is not None:
+            return None
+        from batchnorm.keras import xla
+
+        if not self.activation.is_fused:
+            x = ops.cast(x, functional.arithmetic(x))
+        gamma, beta = (None if v is None else ops.cast(v, functional.arithmetic(x)) for v in (self.gamma, self.beta))
+        return xla.train(x, counts, gamma, beta, self.axis, self.epsilon, self.activation.fused)
 
     def _normalize(self, x: Any, mean: Any, var: Any) -> Any:
         gamma, beta = self._as(x, self.gamma), self._as(x, self.beta)
