@@ -15,7 +15,7 @@ from benchmarks.gpu import report as gpu
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small", "keras", "verdicts", "watching", *gpu.NAMES,
+    "losses", "small", "keras", "jax", "verdicts", "watching", *gpu.NAMES,
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -293,6 +293,24 @@ def _watching(tables: Tables) -> str:
     return markdown(("model", "batch", "layers", "step, ms", "recorded, ms", f"cost, every {every} steps"), lines)
 
 
+def _jax(tables: Tables) -> str:
+    """Times of our function, and how many times as long the others take."""
+    records = tables["jax"]
+    found: dict[tuple[str, str, int], dict[str, Record]] = {}
+    for r in records:
+        found.setdefault((r["what"], r["case"], r["axis"]), {})[r["candidate"]] = r
+    lines = []
+    for (what, case, axis), by in found.items():
+        ours = by["batchnorm"]["median_us"]
+        ratios = (
+            f"{by[name]['median_us'] / ours:.2f}" if name in by else "—" for name in ("formula", "kernels", "flax")
+        )
+        lines.append((what, f"{case}, channels in axis {axis}", _time(by["batchnorm"], 1e3), *ratios))
+    heading = ("BN + ReLU", "x", "batchnorm, ms", "× formula", "× kernels always", "× Flax")
+    versions = f"\nJAX {records[0]['jax']}, Flax {records[0]['flax']}.\n" if records else ""
+    return markdown(heading, lines) + versions
+
+
 SECTIONS: dict[str, Callable[[Tables], str]] = {
     "environment": _environment,
     "goals": _goals,
@@ -313,4 +331,5 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "verdicts": _verdicts,
     "keras": _keras,
     "watching": _watching,
+    "jax": _jax,
 }

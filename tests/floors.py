@@ -197,7 +197,8 @@ def jax_layer() -> None:
     import jax
     from flax import nnx
 
-    from batchnorm.jax import BatchNorm, batch_norm, calibrate, fold, freeze, kernels, unfreeze
+    from batchnorm.jax import BatchNorm, batch_norm, calibrate, fold, freeze, unfreeze
+    from batchnorm.xla import kernels
 
     assert kernels.registered()
     x = images().transpose(0, 2, 3, 1).copy()

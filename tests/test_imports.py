@@ -45,6 +45,7 @@ ORDER = [
     "batchnorm.torch.layers",
     "batchnorm.torch.*",  # tools on whole models
     "batchnorm.torch",
+    "batchnorm.xla",
     "batchnorm.keras.*",
     "batchnorm.keras",
     "batchnorm.jax.*",
@@ -63,6 +64,7 @@ TOGETHER = [
     "batchnorm.kernels",
     "batchnorm.kernels.gpu",
     "batchnorm.torch.*",
+    "batchnorm.xla",
     "batchnorm.keras.*",
     "batchnorm.jax.*",
     "batchnorm.study",
@@ -78,6 +80,7 @@ ALLOWED = {
     "batchnorm.checkpoints": {"torch"},
     "batchnorm.kernels.gpu": {"torch", "triton"},
     "batchnorm.torch": {"torch"},
+    "batchnorm.xla": {"jax"},
     "batchnorm.keras": {"keras", "jax", "tensorflow", "torch"},  # the last three inside of functions: see below
     "batchnorm.jax": {"jax", "flax", "torch", "keras"},  # the last two inside of functions: see below
     "batchnorm.study": {"torch", "sklearn", "plotly"},

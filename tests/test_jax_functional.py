@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
 
-from batchnorm.jax import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, batch_norm, kernels
+from batchnorm.jax import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, batch_norm
+from batchnorm.xla import kernels
 
 LAYOUTS = {"matrix": ((9, 5, 1), -1), "channels-last": ((4, 6, 7), -1), "channels-first": ((4, 6, 70), 1)}
 """`(N, C, L)` and the channel axis. The channels of an image with the channels last follow its positions."""
@@ -262,7 +263,8 @@ FOUR_DEVICES = r"""
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from batchnorm import definition
-from batchnorm.jax import batch_norm, kernels
+from batchnorm.jax import batch_norm
+from batchnorm.xla import kernels
 assert len(jax.devices()) == 4
 kernels.SMALL = 0
 rng = np.random.default_rng(0)
@@ -343,7 +345,7 @@ def test_nothing_of_torch_is_imported() -> None:
     code = (
         "import sys, numpy as np, batchnorm.jax as ours\n"
         "before = 'numba' in sys.modules\n"
-        "ours.kernels.SMALL = 0\n"
+        "from batchnorm.xla import kernels; kernels.SMALL = 0\n"
         "ours.batch_norm(np.ones((4, 3), np.float32), training=True)\n"
         "absent = ('torch', 'keras', 'tensorflow')\n"
         "print(before, 'numba' in sys.modules, *(name for name in absent if name in sys.modules))"

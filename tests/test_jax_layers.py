@@ -22,10 +22,10 @@ from batchnorm.jax import (
     calibrate,
     fold,
     freeze,
-    kernels,
     unfreeze,
 )
 from batchnorm.jax.freeze import Frozen
+from batchnorm.xla import kernels
 
 
 def batches(*shape: int, number: int = 3) -> list[Any]:

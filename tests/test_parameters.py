@@ -11,7 +11,7 @@ MOST = 7
 REASONS = {
     "batchnorm.kernels": "a compiled kernel takes arrays and numbers, each by itself, and so do those who call it",
     "batchnorm.definition": "the stages are written as in the paper, each of their variables by its name",
-    "batchnorm.jax.formula.normalize": "the same stage",
+    "batchnorm.xla.formula.normalize": "the same stage",
     "batchnorm.torch.functional.batch_norm": "the arguments of torch.nn.functional.batch_norm, and ours",
     "batchnorm.torch.layers.SyncBatchNorm.__init__": "the arguments of torch.nn.SyncBatchNorm, and ours",
     "batchnorm.jax.functional.batch_norm": "those of batchnorm.torch, and JAX's names of axes",

@@ -20,7 +20,6 @@ from flax import nnx
 from jax.extend.core import Var
 
 from batchnorm.definition import parse_activation
-from batchnorm.jax.formula import ACTIVATIONS
 from batchnorm.jax.graph import CALL, Graph
 from batchnorm.jax.layers import BatchNorm
 from batchnorm.jax.linear import LINEAR, read_map, write_map
@@ -28,6 +27,7 @@ from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, 
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization
+from batchnorm.xla.formula import ACTIVATIONS
 
 __all__ = ["Rest", "fold"]
 

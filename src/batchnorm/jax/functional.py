@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from batchnorm.definition import ActivationSpec, parse_activation
-from batchnorm.jax import formula
-from batchnorm.jax.formula import How, Moments, arithmetic
 from batchnorm.jax.statistics import BatchStatistics, Call, Running, RunningStatistics, Statistics
+from batchnorm.xla import formula
+from batchnorm.xla.formula import How, Moments, arithmetic
 
 __all__ = ["batch_norm", "expand_mask"]
 

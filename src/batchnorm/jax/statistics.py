@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from batchnorm.jax import formula, kernels, primitive
-from batchnorm.jax.formula import How, Moments
+from batchnorm.xla import formula, kernels, primitive
+from batchnorm.xla.formula import How, Moments
 
 __all__ = [
     "BatchStatistics",
@@ -78,6 +78,12 @@ def _compute(x: Any, *arrays: Any, how: How, total: Callable[[Any], Any] | None 
     return formula.normalize(wide, *batch[1:], weight, bias, residual, how).astype(x.dtype), batch
 
 
+def _by_kernels(x: Any, *arrays: Any, how: How) -> tuple[Any, Moments]:
+    """`y` and the moments, by the kernels."""
+    y, *statistics = primitive.batch_norm(x, arrays, how)
+    return y, Moments(formula.count(x, how.spread(arrays)[3], how.axis), *statistics)
+
+
 class Statistics:
     """The base class of all sources of statistics."""
 
@@ -107,8 +113,7 @@ class BatchStatistics(Statistics):
         """By our kernels if there is one device, and the batch is large enough."""
         x, how = call.x, call.how
         if call.total is None and kernels.pay(x, call.arrays, how):
-            y, *statistics = primitive.batch_norm(x, call.arrays, how)
-            return y, Moments(formula.count(x, how.spread(call.arrays)[3], how.axis), *statistics)
+            return _by_kernels(x, *call.arrays, how=how)
         found: tuple[Any, Moments] = _recomputed(partial(_compute, how=how, total=call.total))(x, *call.arrays)
         return found
 
@@ -177,9 +182,11 @@ class GhostStatistics(Statistics):
                 f"groups of {small}: use GhostStatistics(batch_size=2) or more"
             )
         weight, bias, residual, counts = how.spread(call.arrays)
+        by_kernels = kernels.pay(x, call.arrays, how, groups)
+        compute: Any = partial(_by_kernels if by_kernels else _compute, how=how)
 
         def one_group(*given: Any) -> tuple[Any, Moments]:
-            y, batch = _compute(*given, how=how)
+            y, batch = compute(*given)
             return y, batch._replace(
                 count=jnp.broadcast_to(jnp.asarray(batch.count, batch.mean.dtype), batch.mean.shape)
             )
@@ -198,7 +205,7 @@ class GhostStatistics(Statistics):
             given += [cut(values, start, number, size) for values in (residual, counts)]
             axes = tuple(a for a, values in zip((0, None, None, 0, 0), given, strict=True) if values is not None)
             there = [values for values in given if values is not None]
-            y, moments = jax.vmap(_recomputed(one_group), in_axes=axes)(*there)
+            y, moments = jax.vmap(one_group if by_kernels else _recomputed(one_group), in_axes=axes)(*there)
             outputs.append(y.reshape(number * size, *x.shape[1:]))
             found.append(moments)
         parts = Moments(*(jnp.concatenate(values) for values in zip(*found, strict=True)))

@@ -33,6 +33,7 @@ class How(NamedTuple):
         eps: Added to the variance.
         activation: A name and its parameter.
         weight, bias, residual, counts: Which of these arrays there are.
+        batch: The number of axes that come before those of one normalization, in all arrays: `vmap` adds them.
     """
 
     axis: int
@@ -42,11 +43,12 @@ class How(NamedTuple):
     bias: bool = False
     residual: bool = False
     counts: bool = False
+    batch: int = 0
 
     def spread(self, arrays: Sequence[Any]) -> list[Any]:
         """Weight, bias, residual and counts, from those that there are: None for the others."""
         left = iter(arrays)
-        return [next(left) if there else None for there in self[3:]]
+        return [next(left) if there else None for there in self[3:7]]
 
 
 class Moments(NamedTuple):
@@ -92,6 +94,11 @@ def count(x: Any, counts: Any, axis: int) -> Any:
     return jnp.sum(jnp.broadcast_to(counts, shape), _others(x, axis))
 
 
+def _divisor(size: Any) -> Any:
+    """A number of values, and 1 for none: a batch may be empty. One of unknown size is taken not to be."""
+    return max(1, size) if isinstance(size, int) else size
+
+
 def moments(x: Any, counts: Any, axis: int) -> Moments:
     """Count, mean and biased variance of every channel: `mean = sum(w*x)/sum(w)`, `var = sum(w*(x - mean)^2)/sum(w)`.
 
@@ -105,7 +112,7 @@ def moments(x: Any, counts: Any, axis: int) -> Moments:
     """
     axes, size = _others(x, axis), count(x, counts, axis)
     if counts is None:
-        some: Any = max(1, size)
+        some: Any = _divisor(size)
         mean = jnp.sum(x, axes) / some
         d = x - per_channel(mean, x, axis)
         low = jnp.sum(d, axes) / some
@@ -242,7 +249,7 @@ def gradients(dy: Any, mean: Any, low: Any, var: Any, x: Any, *arrays: Any, how:
     sum_dz, sum_dz_xhat = jnp.sum(dz, axes), jnp.sum(dz * d, axes) * rstd
     through = spread(sum_dz) + d * spread(rstd * sum_dz_xhat)
     if counts is None:
-        through = through / max(1, x.size // max(1, x.shape[how.axis]))
+        through = through / _divisor(count(x, None, how.axis))
     else:
         size = count(x, counts, how.axis)
         # The product alone would not do: a value of count 0 takes nothing from the sums, even if they are not finite.

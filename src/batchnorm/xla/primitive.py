@@ -2,7 +2,8 @@
 
 `forward` is `y` and the statistics of the batch, `tangent` its derivative along a direction, and `backward` the
 transpose of that. Between forward and backward only `x`, the statistics and the small arguments are kept. A higher
-derivative, and `vmap`, are those of the formula. Programs for other devices, or for several, are made from the formula.
+derivative is that of the formula. `vmap` adds an axis to every array, and the kernels take one normalization after the
+other. Programs for other devices, or for several, and exported ones are made from the formula.
 
 The statistics are for keeping: derivatives with respect to them are taken to be zero.
 """
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from batchnorm.jax import formula, kernels
-from batchnorm.jax.formula import How
+from batchnorm.xla import formula, kernels
+from batchnorm.xla.formula import How
 
 __all__ = ["batch_norm"]
 
@@ -28,11 +29,24 @@ def batch_norm(x: Any, arrays: Sequence[Any], how: How) -> tuple[Any, Any, Any, 
         shape = list(x.shape)
         shape[how.axis] = 1
         arrays = [*arrays[:-1], jnp.broadcast_to(arrays[-1], shape)]
-    return tuple(FORWARD.bind(x, *arrays, how=how))
+    return tuple(ALONE.bind(x, *arrays, how=how))
 
 
 # --- What each primitive computes -------------------------------------------------------------------------------------
 # `primals` are x and those of weight, bias, residual and counts that there are; the counts have no derivative.
+
+
+def _for_each(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for arrays with further axes, `how.batch` of them, in front."""
+
+    @functools.wraps(compute)
+    def mapped(*operands: Any, how: How) -> Any:
+        one = functools.partial(compute, how=how._replace(batch=0))
+        for _ in range(how.batch):
+            one = jax.vmap(one)
+        return one(*operands)
+
+    return mapped
 
 
 def _learnable(how: How) -> int:
@@ -46,6 +60,7 @@ def _y(primals: Sequence[Any], how: How) -> Callable[..., Any]:
     return lambda *given: formula.forward(*given, *counts, how=how)[0]
 
 
+@_for_each
 def _tangent(*operands: Any, how: How) -> tuple[Any]:
     """The derivative of `y`: of the statistics, the primals, and the tangents of those that have one."""
     size = _learnable(how)
@@ -53,22 +68,26 @@ def _tangent(*operands: Any, how: How) -> tuple[Any]:
     return (jax.jvp(_y(primals, how), primals[:size], tangents)[1],)
 
 
+@_for_each
 def _backward(dy: Any, mean: Any, low: Any, var: Any, *primals: Any, how: How) -> tuple[Any, ...]:
     """The gradients by reverse differentiation of the formula, itself differentiable."""
     return tuple(jax.vjp(_y(primals, how), *primals[: _learnable(how)])[1](dy))
 
 
+_forward = _for_each(formula.forward)
+_gradients = _for_each(formula.gradients)
+
+
 # --- The primitives ---------------------------------------------------------------------------------------------------
 
 
-def _primitive(name: str, shapes: Callable[..., list[Any]], compute: Callable[..., Any], differentiable: Any) -> Any:
+def _primitive(name: str, shapes: Callable[..., list[Any]], compute: Callable[..., Any]) -> Any:
     """A primitive with several results.
 
     Args:
         name: Its name.
         shapes: The abstract results.
-        compute: What it computes, for programs.
-        differentiable: The same, where another derivative or `vmap` looks into it.
+        compute: What it computes.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -79,7 +98,12 @@ def _primitive(name: str, shapes: Callable[..., list[Any]], compute: Callable[..
         return jax.jit(functools.partial(primitive.bind, how=how))
 
     def batch(operands: Sequence[Any], axes: Sequence[Any], how: How) -> tuple[Any, Any]:
-        found = jax.vmap(functools.partial(differentiable, how=how), in_axes=tuple(axes))(*operands)
+        size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+        arrays = (
+            jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+            for x, axis in zip(operands, axes, strict=True)
+        )
+        found = primitive.bind(*arrays, how=how._replace(batch=how.batch + 1))
         return found, [0] * len(found)
 
     primitive.def_impl(lambda *operands, how: compiled(how)(*operands))
@@ -88,25 +112,22 @@ def _primitive(name: str, shapes: Callable[..., list[Any]], compute: Callable[..
     return primitive
 
 
-def _per_channel(x: Any, how: How) -> Any:
-    return x.update(shape=(x.shape[how.axis],), dtype=formula.arithmetic(x.dtype), weak_type=False)
+def _y_and_statistics(x: Any, *arrays: Any, how: How) -> list[Any]:
+    shape = (*x.shape[: how.batch], x.shape[how.batch + how.axis])
+    return [x, *[x.update(shape=shape, dtype=formula.arithmetic(x.dtype), weak_type=False)] * 3]
 
 
-FORWARD = _primitive(
-    "batchnorm_forward",
-    lambda x, *arrays, how: [x, *[_per_channel(x, how)] * 3],
-    formula.forward,
-    formula.forward,
-)
-TANGENT = _primitive("batchnorm_tangent", lambda mean, low, var, x, *rest, how: [x], _tangent, _tangent)
+ALONE = _primitive("batchnorm_forward_alone", _y_and_statistics, _forward)
+"""`FORWARD` as long as nothing is differentiated: without a backward pass, the kernels pay later."""
+
+FORWARD = _primitive("batchnorm_forward", _y_and_statistics, _forward)
+TANGENT = _primitive("batchnorm_tangent", lambda mean, low, var, x, *rest, how: [x], _tangent)
 BACKWARD = _primitive(
-    "batchnorm_backward",
-    lambda dy, mean, low, var, *primals, how: list(primals[: _learnable(how)]),
-    formula.gradients,
-    _backward,
+    "batchnorm_backward", lambda dy, mean, low, var, *primals, how: list(primals[: _learnable(how)]), _gradients
 )
-mlir.register_lowering(FORWARD, kernels.lowering(kernels.FORWARD, formula.forward), platform="cpu")
-mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, formula.gradients), platform="cpu")
+mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, kernels.ALONE), platform="cpu")
+mlir.register_lowering(FORWARD, kernels.lowering(kernels.FORWARD, _forward), platform="cpu")
+mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, _gradients), platform="cpu")
 
 
 # --- Their derivatives ------------------------------------------------------------------------------------------------
@@ -140,7 +161,8 @@ def _differentiated(compute: Callable[..., Any]) -> Callable[..., tuple[Any, Any
     return jvp
 
 
-ad.primitive_jvps[FORWARD] = _forward_jvp
+for primitive in ALONE, FORWARD:
+    ad.primitive_jvps[primitive] = _forward_jvp
 ad.primitive_jvps[TANGENT] = _differentiated(_tangent)
 ad.primitive_jvps[BACKWARD] = _differentiated(_backward)
 ad.primitive_transposes[TANGENT] = _tangent_transpose
