@@ -307,6 +307,7 @@ def test_help() -> None:
         ("bench", ["--compile", "--jax"]),
         ("fold", ["--no-check", "--quiet"]),
         ("env", ["--json"]),
+        ("diagnose", ["--quiet"]),
     ],
 )
 def test_flags_take_no_value(command: str, flags: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The layer for Flax NNX against Flax' own, and the tools for whole models, against the definition."""
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -262,3 +263,26 @@ def test_a_small_network_trains_as_with_flax() -> None:
         curves.append([float(step(model, optimizer, x[i : i + 64], t[i : i + 64])) for i in (0, 64, 128, 192) * 5])
     assert curves[0][-1] < 0.5 * curves[0][0]
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (jax.nn.relu, "relu"),
+        (nnx.leaky_relu, "leaky_relu"),
+        (functools.partial(nnx.leaky_relu, negative_slope=0.3), ("leaky_relu", 0.3)),
+        (nnx.swish, "silu"),
+        (functools.partial(nnx.gelu, approximate=False), "gelu"),
+        (nnx.gelu, None),
+        (nnx.softplus, None),
+        (nnx.PReLU(), None),
+    ],
+)
+def test_activations_as_functions_and_modules(given: Any, meant: Any) -> None:
+    x = np.random.default_rng(0).normal(size=(6, 4, 5)).astype(np.float32)
+    layer = BatchNorm(5, activation=given, rngs=nnx.Rngs(0))
+    z, _ = definition.forward(np.moveaxis(x, -1, 1), activation=meant)
+    want = np.moveaxis(z, 1, -1) if meant else given(jnp.asarray(np.moveaxis(z, 1, -1), jnp.float32))
+    np.testing.assert_allclose(layer(x, use_running_average=False), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match=r"got a class: write PReLU\(\)"):
+        BatchNorm(5, activation=nnx.PReLU, rngs=nnx.Rngs(0))

@@ -11,7 +11,13 @@ pytestmark = pytest.mark.gpu
 
 HERE = Path(__file__).parent
 
-CHECKS = {"check_stages": True, "check_launch": True, "check_route": True, "check_memory": True, "check_compiled": False}
+CHECKS = {
+    "check_stages": True,
+    "check_launch": True,
+    "check_route": True,
+    "check_memory": True,
+    "check_compiled": False,
+}
 """The files, and whether the interpreter may stand in for a GPU."""
 
 

@@ -238,7 +238,7 @@ def diagnose(
         Path | None, typer.Option(metavar="FILE", help="Also write the report as a page with plots, for any browser.")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing; the exit code tells.")] = False,
+    quiet: Annotated[bool, _flag("--quiet", help="Print nothing; the exit code tells.")] = False,
 ) -> None:
     """Find what is wrong with the batch normalizations in a file of weights.
 

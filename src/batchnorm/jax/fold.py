@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import Var
 
-from batchnorm.definition import parse_activation
+from batchnorm.jax.activations import Activation, activate, resolve
 from batchnorm.jax.graph import CALL, Graph
 from batchnorm.jax.layers import BatchNorm
 from batchnorm.jax.linear import LINEAR, read_map, write_map
@@ -27,7 +26,6 @@ from batchnorm.jax.modules import evaluating, named_modules, raw_value, refuse, 
 from batchnorm.whole.comparison import Outputs
 from batchnorm.whole.fold import Folded, Place, Stays, fold_network
 from batchnorm.whole.linear import LinearMap, Normalization
-from batchnorm.xla.formula import ACTIVATIONS
 
 __all__ = ["Rest", "fold"]
 
@@ -38,16 +36,14 @@ class Rest(nnx.Module):  # type: ignore[misc, unused-ignore]
     """What is left of a normalization that has been folded: its activation.
 
     Attributes:
-        activation: A name and its parameter.
+        activation: As in our layer.
     """
 
-    activation: tuple[str, float]
+    activation: Activation
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> Any:
-        """`act(x)`, computed in float32 where `x` is of half precision."""
-        name, parameter = self.activation
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return ACTIVATIONS[name](wide, parameter).astype(x.dtype)
+        """`act(x)`."""
+        return activate(x, self.activation)
 
 
 def fold(model: M, example_inputs: Any) -> Folded[M]:
@@ -124,7 +120,7 @@ class _Network:
         return self._beside(maker, "before")
 
     def after(self, name: str) -> Place:
-        if _activation(self.layers[name])[0] != "none":
+        if resolve(_activation(self.layers[name])) != resolve(None):
             raise Stays("what comes after it is its own activation")
         eqn = self.graph.calls[name]
         shape = eqn.outvars[0].aval.shape
@@ -157,7 +153,7 @@ class _Network:
 
     def take_out(self, name: str, place: Place) -> None:
         self.gone.append(name)
-        if _activation(self.layers[name])[0] == "none":
+        if resolve(_activation(self.layers[name])) == resolve(None):
             self.silent.add(name)
 
     def finish(self, maps: Mapping[str, LinearMap]) -> Any:
@@ -218,8 +214,9 @@ class _Network:
             raise Stays(f"{said} variables that something else reads")
 
 
-def _activation(layer: Any) -> tuple[str, float]:
-    return parse_activation(layer.activation if type(layer) is BatchNorm else None)
+def _activation(layer: Any) -> Activation:
+    activation: Activation = layer.activation if type(layer) is BatchNorm else None
+    return activation
 
 
 def _is_valid(padding: Any) -> bool:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.jax.activations import Activation, resolve
 from batchnorm.jax.statistics import BatchStatistics, Call, Running, RunningStatistics, Statistics
 from batchnorm.xla import formula
 from batchnorm.xla.formula import How, Moments, arithmetic
@@ -27,7 +27,7 @@ def batch_norm(
     momentum: Any = 0.1,
     eps: float = 1e-5,
     axis: int = -1,
-    activation: ActivationSpec = None,
+    activation: Activation = None,
     residual: Any = None,
     mask: Any = None,
     axis_name: Any = None,
@@ -54,7 +54,8 @@ def batch_norm(
         eps: Added to the variance, in the square of the units of `x`.
         axis: The channel axis of `x`.
         activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu
-            (alpha), sigmoid, tanh, gelu.
+            (alpha), sigmoid, tanh, gelu. Or a module or another function of an array: JAX's own for these, such as
+            `jax.nn.relu`, are computed as if they were named; any other is called with the normalized values.
         residual: Of the shape of `x`, added before the activation.
         mask: Booleans (which positions count in the statistics) or weights (2 counts a position twice): the shape of
             `x` without its channels, or the first axes of that, or as many axes as `x`, each of the same length or of
@@ -72,7 +73,8 @@ def batch_norm(
         ValueError: If `x` has fewer than two axes, or no such channel axis; if another array does not fit it; if there
             is one value per channel in training; if running statistics are missing; if the activation is unknown;
             if `eps` is negative; if a mask that is not traced has a negative or infinite weight.
-        TypeError: If `x` is not of a floating-point type; if `statistics` is not a source.
+        TypeError: If `x` is not of a floating-point type; if `statistics` is not a source; if the activation is a
+            class.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
@@ -96,7 +98,8 @@ def batch_norm(
         weight = jnp.where(jnp.all(jnp.isfinite(counts)), 1 if weight is None else weight, jnp.nan)
         weight = jnp.broadcast_to(weight, (x.shape[channels],))
     given = [None if v is None else v.astype(wide) for v in (weight, bias)] + [residual, counts]
-    how = How(channels, float(eps), parse_activation(activation), *(v is not None for v in given))
+    named, then = resolve(activation)
+    how = How(channels, float(eps), named, *(v is not None for v in given))
     total = None
     if axis_name is not None and not isinstance(source, RunningStatistics):
         total = lambda values: lax.psum(values, axis_name, axis_index_groups=axis_index_groups)  # noqa: E731
@@ -108,6 +111,8 @@ def batch_norm(
                 "drop the last, incomplete batch, use larger batches, or evaluate"
             )
     y, batch = source.normalize(Call(x, tuple(v for v in given if v is not None), how, running, total))
+    if then is not None:
+        y = then(y)
     if running is None or batch is None:
         return y, running
     return y, _moved(running, batch, momentum, source.unbiased)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.jax.activations import Activation, resolve
 from batchnorm.jax.functional import batch_norm
 from batchnorm.jax.statistics import BatchStatistics, RunningStatistics, Statistics
 
@@ -24,7 +24,7 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
 
     Args:
         num_features: The number of channels.
-        activation: As in `batch_norm`.
+        activation: As in `batch_norm`. A module becomes a part of the layer, with its parameters.
         statistics: The source of the statistics in training; `BatchStatistics(unbiased=False)`, as in Flax, if None.
         **kwargs: Flax's: `use_running_average`, `axis`, `momentum`, `epsilon`, `dtype`, `param_dtype`, `use_bias`,
             `use_scale`, `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, `promote_dtype`, `rngs` and the
@@ -32,7 +32,7 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
 
     Raises:
         ValueError: If the activation is unknown; in a call, as in `batch_norm`.
-        TypeError: If `statistics` is not a source.
+        TypeError: If `statistics` is not a source; if the activation is a class.
 
     Differs from `flax.nnx.BatchNorm`:
         1. `activation`, `statistics`, and `residual` in a call.
@@ -48,19 +48,19 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
 
-    activation: ActivationSpec
+    activation: Activation
     statistics: Statistics | None
 
     def __init__(
         self,
         num_features: int,
         *,
-        activation: ActivationSpec = None,
+        activation: Activation = None,
         statistics: Statistics | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, **kwargs)
-        parse_activation(activation)
+        resolve(activation)
         if statistics is not None and not isinstance(statistics, Statistics):
             raise TypeError(f"statistics must be a source such as BatchStatistics(), got {statistics!r}")
         self.activation = activation

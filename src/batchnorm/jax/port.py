@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from batchnorm.definition import parse_activation
+from batchnorm.definition import ACTIVATIONS, ActivationSpec
+from batchnorm.jax.activations import resolve
 from batchnorm.jax.layers import BatchNorm, adopt
 from batchnorm.jax.linear import linear
 from batchnorm.jax.modules import named_modules, refuse, to_float64
@@ -198,7 +199,7 @@ def _give_torch(module: Any, other: Any) -> list[str]:
             inner = ours.GhostStatistics(batch_size, unbiased)
         case Renorm(r_max, d_max):
             inner = ours.Renorm(float(r_max), float(d_max), 0, inner)
-    other.statistics, other.activation = inner, getattr(module, "activation", None)
+    other.statistics, other.activation = inner, _spec(getattr(module, "activation", None), resolve)
     other.eps, other.momentum = module.epsilon, 1 - module.momentum
     said = [f"momentum {module.momentum:g} (weight of the old) is {other.momentum:g} (weight of the new)"]
     with torch.no_grad():
@@ -216,6 +217,8 @@ def _give_torch(module: Any, other: Any) -> list[str]:
 
 
 def _take_torch(module: Any, other: Any) -> list[str]:
+    from batchnorm.torch.activations import resolve as torch_resolve
+
     def values(tensor: Any) -> Any:
         return tensor.detach().cpu().double().numpy()
 
@@ -242,7 +245,7 @@ def _take_torch(module: Any, other: Any) -> list[str]:
             )
         case theirs:
             raise ValueError(f"NNX has no counterpart of {theirs!r}: port the layer without it")
-    _become_ours(module, getattr(other, "activation", None), source)
+    _become_ours(module, _spec(getattr(other, "activation", None), torch_resolve), source)
     module.epsilon, module.momentum = other.eps, 1 - other.momentum
     for variable, tensor in ((module.scale, other.weight), (module.bias, other.bias)):
         if variable is not None and tensor is not None:
@@ -257,11 +260,23 @@ def _take_torch(module: Any, other: Any) -> list[str]:
     return [*said, "the running variance stays the unbiased one"] if source.unbiased else said
 
 
+def _spec(activation: Any, resolve: Any) -> ActivationSpec:
+    """An activation in the words that all frameworks have.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    (name, parameter), then = resolve(activation)
+    if then is not None:
+        said = getattr(then, "__name__", type(then).__name__)
+        raise ValueError(f"the activation {said} has no counterpart: port the layer without it")
+    return None if name == "none" else (name, parameter) if ACTIVATIONS[name].parameter else name
+
+
 def _become_ours(module: Any, activation: Any, source: Statistics) -> None:
     if type(module) is not BatchNorm:
         adopt(module)
-    name, parameter = parse_activation(activation)
-    module.activation = None if name == "none" else (name, parameter) if parameter else name
+    module.activation = _spec(activation, resolve)
     module.statistics = source
 
 
@@ -307,8 +322,7 @@ def _give_keras(module: Any, other: Any) -> list[str]:
     if type(other) is not ours.BatchNormalization:
         ours.adopt(other)
     source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
-    name, parameter = parse_activation(getattr(module, "activation", None))
-    other.activation = Activation((name, parameter) if name in ("leaky_relu", "elu") else name)
+    other.activation = Activation(_spec(getattr(module, "activation", None), resolve))
     other.unbiased, other.momentum, other.epsilon = source.unbiased, module.momentum, module.epsilon
     other.virtual_batch_size = source.batch_size if isinstance(source, GhostStatistics) else None
     other.synchronized = module.axis_name is not None

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import ops
+from keras import layers, ops
 
 from batchnorm.definition import ActivationSpec, parse_activation
 
@@ -37,41 +37,79 @@ WITH_PARAMETER: dict[str, Callable[[Any, float], Any]] = {
     "elu": lambda z, alpha: ops.elu(z, alpha=alpha),
 }
 
+OPERATIONS = {getattr(ops, name): name for name in FUSED if hasattr(ops, name) and name != "gelu"}
+"""Functions of `keras.ops` that compute the same; `keras.ops.gelu` is an approximation."""
+
+LAYERS: dict[type, Callable[[Any], KerasActivation]] = {
+    layers.Activation: lambda layer: layer.activation,
+    layers.ELU: lambda layer: ("elu", float(layer.alpha)),
+    layers.LeakyReLU: lambda layer: ("leaky_relu", float(layer.negative_slope)),
+    layers.ReLU: lambda layer: RECTIFIERS.get((layer.max_value, layer.negative_slope, layer.threshold), layer),
+}
+"""What layers compute, by names and functions where there are some. Exactly these types: a subclass may differ."""
+
+RECTIFIERS = {(None, 0.0, 0.0): "relu", (6.0, 0.0, 0.0): "relu6"}
+
 
 class Activation:
     """An activation: Keras' function, its entry in a config, and its name in the kernels.
 
     Args:
-        given: None, a name that `keras.activations.get` knows, a function, or `("leaky_relu", slope)` or
+        given: None, a name that `keras.activations.get` knows, a function, a layer, or `("leaky_relu", slope)` or
             `("elu", alpha)`. "hardswish" and "none" work as well.
 
     Attributes:
-        config: The entry in a saved config.
         fused: The activation as the kernels take it; None for the identity, and where they cannot compute it.
         is_fused: Whether the kernels compute it.
+        function: What computes it on any backend.
+        layer: The layer that computes it, with its weights if it has any; None if a function does.
 
     Raises:
         ValueError: If the activation is unknown.
+        TypeError: If it is a class.
     """
 
     def __init__(self, given: Any = None) -> None:
+        if isinstance(given, type):
+            raise TypeError(f"activation must be a function or a layer, got a class: write {given.__name__}()")
+        given = LAYERS.get(type(given), lambda given: given)(given)
+        self.layer = given if isinstance(given, layers.Layer) else None
         if isinstance(given, list | tuple):
             name, parameter = parse_activation(tuple(given))
             if name not in WITH_PARAMETER:
                 raise ValueError(f"activation {name!r} takes no parameter, got {given!r}")
             function = WITH_PARAMETER[name]
-            self.config: Any = [name, parameter]
+            self._pair: list[Any] | None = [name, parameter]
             self.fused: ActivationSpec = (name, parameter)
             self.is_fused = True
-            self._function: Callable[[Any], Any] = lambda z: function(z, parameter)
+            self.function: Callable[[Any], Any] = lambda z: function(z, parameter)
             return
+        self._pair = None
         if isinstance(given, str):
             given = OTHER_NAMES.get(given, given)
-        self._function = keras.activations.get(given)
-        self.config = None if given is None else keras.activations.serialize(self._function)
-        found = next((name for name in FUSED if keras.activations.get(name) is self._function), None)
+        self.function = keras.activations.get(None if given is None else OPERATIONS.get(given, given))
+        found = next((name for name in FUSED if keras.activations.get(name) is self.function), None)
         self.fused = None if found is None else FUSED[found]
         self.is_fused = found is not None
+
+    @property
+    def config(self) -> Any:
+        """The entry in a saved config.
+
+        Raises:
+            ValueError: If a file would say the name of another function.
+        """
+        if self._pair is not None:
+            return self._pair
+        if self.is_none:
+            return None
+        config = keras.activations.serialize(self.function)
+        if isinstance(config, str) and keras.activations.get(config) is not self.function:
+            raise ValueError(
+                f"the activation {self.function!r} would be saved under the name {config!r}, which is another function "
+                "in Keras: register it with keras.saving.register_keras_serializable, under a name of its own"
+            )
+        return config
 
     @property
     def is_none(self) -> bool:
@@ -80,4 +118,4 @@ class Activation:
 
     def __call__(self, z: Any) -> Any:
         """`act(z)`."""
-        return z if self.is_none else self._function(z)
+        return z if self.is_none else self.function(z)

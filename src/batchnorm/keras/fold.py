@@ -174,6 +174,8 @@ class _Network:
         layer = self.layers[name]
         if id(layer) in self.closed:
             raise Stays(self.closed[id(layer)])
+        if (inner := _activation(layer).layer) is not None:
+            raise Stays(f"has an activation that is a layer, {inner.name}, which could not take its place")
         count = self.calls[id(layer)]
         if count != 1:
             raise Stays(f"is called {count} times" if count else "is never called")
@@ -294,11 +296,11 @@ def _retire(layer: Any) -> None:
     rest: Any
     if activation.is_none:
         rest = layers.Identity(**same)
-    elif isinstance(activation.config, list):
-        name, parameter = activation.config
+    elif isinstance(activation.fused, tuple):
+        name, parameter = activation.fused
         rest = layers.LeakyReLU(parameter, **same) if name == "leaky_relu" else layers.ELU(parameter, **same)
     else:
-        rest = layers.Activation(keras.activations.get(activation.config), **same)
+        rest = layers.Activation(activation.function, **same)
     rest.built = True
     kept = {name: layer.__dict__[name] for name in GRAPH if name in layer.__dict__}
     layer.__class__ = type(rest)

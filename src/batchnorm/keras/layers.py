@@ -38,7 +38,9 @@ class BatchNormalization(KerasBatchNormalization):
     Args:
         *args: Keras': `axis`, `momentum`, `epsilon`, `center`, `scale` and the rest.
         activation: The activation after the normalization, computed in the same pass where the backend allows it:
-            anything that `keras.activations.get` takes, or `("leaky_relu", slope)`, `("elu", alpha)`.
+            anything that `keras.activations.get` takes, `("leaky_relu", slope)`, `("elu", alpha)`, or a layer. Keras'
+            own layers for these, such as `keras.layers.ReLU()`, are computed as if they were named; another layer
+            becomes a part of this one, with its weights.
         virtual_batch_size: The smallest number of samples per group: each group of consecutive samples is normalized by
             its own statistics. A batch of `N` has `max(1, N // virtual_batch_size)` groups, whose sizes differ by at
             most one; the moving statistics get the statistics of the whole batch.
@@ -50,6 +52,7 @@ class BatchNormalization(KerasBatchNormalization):
         **kwargs: Keras', by name: `synchronized`, `renorm`, `dtype`, `name` and the rest.
 
     Raises:
+        TypeError: If the activation is a class.
         ValueError: If the activation is unknown, or if `virtual_batch_size` is not a positive integer or is combined
             with `synchronized` or `renorm`; all errors of Keras' layer; in a call, if the mask does not fit.
 
@@ -80,6 +83,7 @@ class BatchNormalization(KerasBatchNormalization):
         super().__init__(*args, **kwargs)
         self.synchronized = bool(synchronized)  # Keras' constructor accepts it only on TensorFlow
         self.activation = Activation(activation)
+        self._activation_layer = self.activation.layer  # an attribute that Keras sees
         if virtual_batch_size is not None:
             if not isinstance(virtual_batch_size, Integral) or virtual_batch_size < 1:
                 raise ValueError(f"virtual_batch_size must be a positive integer, got {virtual_batch_size!r}")
@@ -102,6 +106,8 @@ class BatchNormalization(KerasBatchNormalization):
                 "give Input its size, or the layer another axis"
             )
         super().build(input_shape)
+        if self.activation.layer is not None and not self.activation.layer.built:
+            self.activation.layer.build(input_shape)
         self._hold()
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from batchnorm.definition import parse_activation
 from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.linear import linear_parts
 from batchnorm.keras.models import named_layers, to_float64
@@ -183,6 +182,7 @@ def _get(new: Any, layer: Any) -> list[str]:
     """Copy everything from a PyTorch layer to our Keras layer, and return what is written differently."""
     from batchnorm.keras.activations import Activation
     from batchnorm.torch import BatchStatistics, GhostStatistics, RunningStatistics, SyncStatistics
+    from batchnorm.torch.activations import resolve
 
     new.momentum, new.epsilon, new.unbiased = 1.0 - layer.momentum, layer.eps, True
     said = [f"momentum {layer.momentum:g} (weight of the new) is {new.momentum:g} (weight of the old)"]
@@ -203,7 +203,11 @@ def _get(new: Any, layer: Any) -> list[str]:
             raise ValueError(f"Keras has no counterpart of {statistics!r}: port the layer without it")
     if new.unbiased:
         said.append("the moving variance stays the unbiased one")
-    name, parameter = parse_activation(getattr(layer, "activation", None))
+    (name, parameter), then = resolve(getattr(layer, "activation", None))
+    if then is not None:
+        raise ValueError(
+            f"the activation {getattr(then, '__name__', then)} has no counterpart in Keras: port the layer without it"
+        )
     new.activation = Activation((name, parameter) if name in ("leaky_relu", "elu") else name)
     pairs = [("moving_mean", layer.running_mean), ("moving_variance", layer.running_var)]
     if layer.affine:

@@ -136,6 +136,7 @@ def release(layer: Any) -> None:
     for name in ("_before_freeze", "activation", "statistics", "save_memory", *lent, "_lent"):
         if name != "activation" or "activation" not in vars(type(layer)).get("_adapter", PLAIN).then:
             vars(layer).pop(name, None)
+            layer._modules.pop(name, None)  # where it was set to a module, and to None since
     del layer.num_batches_skipped
     layer.__class__ = kind
 

@@ -4,14 +4,13 @@ A `Call` holds the arguments of one normalization, checked once. A source of sta
 computes the call by the plan and returns an `Outcome`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.torch.activations import Activation, resolve
 from batchnorm.torch.sync import Group
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "is_tracing",
 ]
 
-_parse = functools.lru_cache(maxsize=256)(parse_activation)
 _PLAIN = Tensor, torch.nn.Parameter
 
 
@@ -45,6 +43,7 @@ class Call(NamedTuple):
         activation: A name and its parameter.
         is_eager: `is_eager()` when the call was made.
         arithmetic: The type in which the call is computed: the type of `x`, but float32 for half precision.
+        then: What is called with `y`, whichever route has computed it; None for nothing.
     """
 
     x: Tensor
@@ -56,6 +55,7 @@ class Call(NamedTuple):
     activation: tuple[str, float] = ("none", 0.0)
     is_eager: bool = False
     arithmetic: torch.dtype = torch.float32
+    then: Callable[[Tensor], Tensor] | None = None
 
     @staticmethod
     def of(
@@ -65,15 +65,15 @@ class Call(NamedTuple):
         residual: Tensor | None,
         mask: Tensor | None,
         eps: float,
-        activation: ActivationSpec,
+        activation: Activation,
     ) -> "Call":
         """Check the arguments of `batch_norm`, with its errors, and collect them in a call."""
         eager = is_eager()
-        parsed = _parse(activation) if eager else parse_activation(activation)
+        named, then = resolve(activation)
         if eager or not is_tracing():
             _check(x, weight, bias, residual)
         counts = None if mask is None else _expand(mask, x)
-        return Call(x, weight, bias, residual, counts, eps, parsed, eager, arithmetic(x.dtype))
+        return Call(x, weight, bias, residual, counts, eps, named, eager, arithmetic(x.dtype), then)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -3,26 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm.torch.activations import ACTIVATIONS
 from batchnorm.torch.call import Batch, Call, Outcome, Plan
 from batchnorm.torch.layout import memory_format
 
-__all__ = ["ACTIVATIONS", "adjusted", "compute", "forward", "statistics", "together"]
-
-ACTIVATIONS: dict[str, Any] = {
-    "none": lambda z, _: z,
-    "relu": lambda z, _: torch.relu(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "leaky_relu": F.leaky_relu,
-    "silu": lambda z, _: F.silu(z),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "elu": F.elu,
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-    "gelu": lambda z, _: F.gelu(z),
-}
+__all__ = ["adjusted", "compute", "forward", "statistics", "together"]
 
 
 def compute(call: Call, plan: Plan) -> Outcome:

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.weight_norm import WeightNorm
 
 from batchnorm.torch import fuse
+from batchnorm.torch.activations import recognize
 from batchnorm.torch.adapters import adapter, is_batch_norm
 from batchnorm.torch.recipes import close_after, open_before
 from batchnorm.whole.fold import Place, Stays
@@ -293,8 +294,8 @@ class Flow:
     def _is_activation(self, node: fx.Node) -> bool:
         """Whether a node is an activation, which works value by value."""
         if node.op == "call_module":
-            return fuse.recognize(self._module(node)) is not None
-        return node.op[:4] == "call" and fuse.recognize(node.target, node.args[1:], node.kwargs) is not None
+            return recognize(self._module(node)) is not None
+        return node.op[:4] == "call" and recognize(node.target, node.args[1:], node.kwargs) is not None
 
     def _may_write(self, node: fx.Node) -> bool:
         """Whether a node could change a tensor that already exists."""

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from batchnorm.torch import fuse, layers
+from batchnorm.torch.activations import NONE, is_activation, recognize
 from batchnorm.torch.adapters import adapter
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
@@ -156,7 +157,7 @@ def _fused(model: nn.Module, name: str, layer: nn.Module, shared: set[nn.Module]
         followers = [_resolve(site, owner) for site in _sites(owner) if site.layer in keys]
     else:
         following = next(b for a, b in neighbors(sequence) if a is layer)
-        if not fuse.is_activation(following):
+        if not is_activation(following):
             last = f"the last of its {type(sequence).__name__}"
             return "", last if following is None else f"followed by {type(following).__name__}"
         followers = [_Follower(following)]
@@ -205,7 +206,7 @@ class _Follower(NamedTuple):
 
     activation: Any
     args: tuple[Any, ...] = ()
-    kwargs: Any = fuse.NONE
+    kwargs: Any = NONE
     residual: bool = False
     text: str = ""
 
@@ -216,7 +217,7 @@ class _Follower(NamedTuple):
         return f"{_named(self.activation)}: {obstacle}"
 
     def __str__(self) -> str:
-        spec = fuse.recognize(self.activation, self.args, self.kwargs)
+        spec = recognize(self.activation, self.args, self.kwargs)
         name = f"{spec[0]}({spec[1]})" if isinstance(spec, tuple) else spec
         return ", ".join(part for part in ("residual" if self.residual else "", name or self.text) if part)
 

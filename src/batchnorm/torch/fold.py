@@ -18,10 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
-from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch import fuse, recipes
+from batchnorm.torch.activations import Activation, activate, resolve, said
 from batchnorm.torch.adapters import adapter, is_batch_norm, resembles
-from batchnorm.torch.composed import ACTIVATIONS
 from batchnorm.torch.dataflow import Flow, Link, is_watched
 from batchnorm.torch.layers import _Layer
 from batchnorm.torch.linear import read_map, read_normalization, write_map
@@ -97,7 +96,7 @@ class Rest(nn.Module):
     """
 
     axes: int | None
-    activation: ActivationSpec
+    activation: Activation
     then: tuple[str, ...] = ()
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -124,16 +123,16 @@ class Rest(nn.Module):
             if self.axes < 4:
                 input = input.contiguous()  # as the normalization's output was: the next operation may need it
         z = input if residual is None else input + residual
-        name, parameter = parse_activation(None if "activation" in self.then else self.activation)
-        y: Tensor = ACTIVATIONS[name](z, parameter)
+        y = activate(z, None if "activation" in self.then else self.activation)
         for name in self.then:
             y = getattr(self, name)(y)
         return y
 
     def extra_repr(self) -> str:
-        """The attributes that are not None."""
+        """The attributes that are not None, and no modules."""
         names = [name for name in ("axes", "activation") if name not in self.then]
-        parts = (f"{name}={value!r}" for name in names if (value := getattr(self, name)) is not None)
+        values = {name: getattr(self, name) for name in names}
+        parts = (f"{name}={said(value)}" for name, value in values.items() if not isinstance(value, nn.Module | None))
         return ", ".join(parts)
 
 
@@ -218,7 +217,7 @@ class _Network:
             rest = named or self._keeps(name) or link.axes is not None or then
             for held in (layer._parameters, layer._buffers, layer._non_persistent_buffers_set):
                 held.clear()
-            for part in layer._modules.keys() - then:
+            for part in layer._modules.keys() - then - {"activation" if isinstance(activation, nn.Module) else ""}:
                 del layer._modules[part]
             # The object stays and changes its class: something else in the model may hold it too.
             layer.__class__ = Rest if rest else nn.Identity
@@ -247,7 +246,7 @@ class _Network:
         """Whether a normalization does more than normalize."""
         added = any(node.kwargs.get("residual") is not None for node in self._calls(name))
         layer = self.model.get_submodule(name)
-        return added or bool(fuse.steps(layer)) or parse_activation(_activation(layer))[0] != "none"
+        return added or bool(fuse.steps(layer)) or resolve(_activation(layer)) != resolve(None)
 
     def _problem(self, name: str) -> str | None:
         """Why a layer must stay as it is, whatever it computes."""
@@ -270,7 +269,7 @@ class _Network:
         return None
 
 
-def _activation(layer: Any) -> ActivationSpec:
+def _activation(layer: Any) -> Activation:
     return fuse.added_activation(layer) if fuse.is_ours(layer) else None
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.definition import ActivationSpec, Moments
+from batchnorm.definition import Moments
 from batchnorm.torch import composed, cpu, transforms
+from batchnorm.torch.activations import Activation
 from batchnorm.torch.call import Batch, Call, Plan, is_plain, is_tracing
 from batchnorm.torch.recomputation import is_repetition, unseen
 from batchnorm.torch.routes import choose
@@ -30,7 +31,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: ActivationSpec = None,
+    activation: Activation = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     statistics: Statistics | None = None,
@@ -51,7 +52,9 @@ def batch_norm(
         momentum: The weight of the new batch in the running statistics.
         eps: Added to the variance, in the square of the units of `x`.
         activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu
-            (alpha), sigmoid, tanh, gelu.
+            (alpha), sigmoid, tanh, gelu. Or a module or another function of a tensor: PyTorch's own for these, such as
+            `nn.LeakyReLU(0.2)` or `torch.tanh`, are computed as if they were named; any other, and a module with hooks,
+            is called with the normalized values.
         residual: Of the shape of `x`, added before the activation.
         mask: `(N, *spatial)` or its first axes: booleans (which positions count in the statistics) or non-negative
             weights (2 counts a position twice). All positions are normalized. Ignored in evaluation.
@@ -64,7 +67,8 @@ def batch_norm(
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
             per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
             unknown; if `eps` is negative, or 0 in training; if a group of `GhostStatistics` has fewer than two values.
-        TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor; if `x` is missing.
+        TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor; if `x` is missing; if
+            the activation is a class.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
             type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or with
             `Renorm`; if they require a gradient or have a tangent; with `SyncStatistics`, as described there.
@@ -166,7 +170,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     else:
         with unseen():
             _record(running, outcome.batch, plan, is_mapped=transforms.active())
-    return outcome.y, chosen.name
+    return outcome.y if call.then is None else call.then(outcome.y), chosen.name
 
 
 def _record(running: Running, batch: Batch | None, plan: Plan, is_mapped: bool) -> None:

@@ -9,136 +9,37 @@ So no change to a model between two calls can make the result wrong.
 import operator
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
-from numbers import Real
-from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from batchnorm.definition import ActivationSpec
+from batchnorm.torch.activations import NONE, Activation, is_watched, recognize
 from batchnorm.torch.adapters import Adapter, adapter
 from batchnorm.torch.layers import BatchNorm1d, _Layer
 
 __all__ = [
-    "FUNCTIONS",
-    "METHODS",
     "Followed",
     "added_activation",
     "can_wait",
     "follow",
     "follow_right",
-    "is_activation",
     "is_identity",
     "is_ours",
     "obstacle",
     "obstacle_inside",
-    "recognize",
     "sequence",
     "steps",
 ]
 
-NONE: Any = MappingProxyType({})
-
-# --- Activations, as PyTorch spells them ------------------------------------------------------------------------------
-
-MODULES: dict[type[nn.Module], Callable[[Any], ActivationSpec]] = {
-    nn.ReLU: lambda _: "relu",
-    nn.ReLU6: lambda _: "relu6",
-    nn.LeakyReLU: lambda module: ("leaky_relu", module.negative_slope),
-    nn.SiLU: lambda _: "silu",
-    nn.Hardswish: lambda _: "hardswish",
-    nn.ELU: lambda module: ("elu", module.alpha),
-    nn.Sigmoid: lambda _: "sigmoid",
-    nn.Tanh: lambda _: "tanh",
-    nn.GELU: lambda module: "gelu" if module.approximate == "none" else None,
-}
-"""Exactly these types: a subclass may compute something else."""
-
-_COMPUTED: dict[type[nn.Module], tuple[Any, Any, str, Any]] = {
-    kind: (kind.forward, place, name, getattr(place, name))
-    for kind, place, name in (
-        (nn.ReLU, F, "relu"),
-        (nn.ReLU6, F, "hardtanh"),
-        (nn.LeakyReLU, F, "leaky_relu"),
-        (nn.SiLU, F, "silu"),
-        (nn.Hardswish, F, "hardswish"),
-        (nn.ELU, F, "elu"),
-        (nn.Sigmoid, torch, "sigmoid"),
-        (nn.Tanh, torch, "tanh"),
-        (nn.GELU, F, "gelu"),
-    )
-}
-"""By their types: their `forward`, and the function that it calls. Somebody may put others in the place of these."""
-
-FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
-    **{function: (function.__name__, ("inplace",)) for function in (F.relu, F.relu6, F.silu, F.hardswish)},
-    **dict.fromkeys((torch.relu, torch.relu_, F.relu_), ("relu", ())),
-    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid), ("sigmoid", ())),
-    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh), ("tanh", ())),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), ("leaky_relu", ("negative_slope", "inplace"))),
-    **dict.fromkeys((F.elu, F.elu_), ("elu", ("alpha", "inplace"))),
-    F.gelu: ("gelu", ()),
-}
-"""Functions of a tensor: the activation's name, and the names of the function's other arguments in order."""
-
-METHODS = {name + suffix: name for name in ("relu", "sigmoid", "tanh") for suffix in ("", "_")}
-"""Methods of a tensor."""
-
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 """Exactly these types hand on their input in evaluation."""
-_METHODS = {name: getattr(Tensor, name) for name in METHODS}
-_CALL = nn.Module.__call__
-
-
-def recognize(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> ActivationSpec:
-    """The activation that `activation(z, *args, **kwargs)` computes, or `z.<activation>(...)`; None without a kernel.
-
-    Args:
-        activation: A module, a function, or the name of a method of tensors.
-        args: Its arguments after `z`.
-        kwargs: Its named arguments.
-    """
-    if isinstance(activation, nn.Module):
-        module = MODULES.get(type(activation)) if _is_original(type(activation)) else None
-        spec = None if module is None or args or kwargs else module(activation)
-        return spec if not isinstance(spec, tuple) or isinstance(spec[1], Real) else None
-    if isinstance(activation, str):
-        replaced = getattr(Tensor, activation, None) is not _METHODS.get(activation)
-        return None if args or kwargs or replaced else METHODS.get(activation)
-    try:
-        name, parameters = FUNCTIONS[activation]
-    except (KeyError, TypeError):  # a TypeError: it is not hashable
-        return None
-    if not args and not kwargs:
-        return name
-    given = dict(zip(parameters, args, strict=False)) | kwargs
-    given.pop("inplace", None)
-    if len(args) > len(parameters) or given.pop("approximate", "none") != "none":
-        return None
-    value = given.pop(parameters[0], None) if parameters else None
-    if given or not isinstance(value, Real | None):
-        return None
-    return name if value is None else (name, float(value))
-
-
-def _is_original(kind: type[nn.Module]) -> bool:
-    """Whether modules of this type compute what PyTorch's compute: nothing has been put in the place of its code."""
-    forward, place, name, function = _COMPUTED.get(kind, (None, F, "relu", None))
-    return kind.forward is forward and getattr(place, name) is function
-
-
-def is_activation(module: Any) -> bool:
-    """Whether this is one of PyTorch's activation modules, with or without a kernel."""
-    return type(module).__module__ == nn.ReLU.__module__
 
 
 def is_identity(module: Any) -> bool:
     """Whether calling this module returns its input, and nothing else happens."""
     plain = type(module) is nn.Identity or (type(module) in DROPOUTS and not module.training)
-    return plain and not _is_watched(module)
+    return plain and not is_watched(module)
 
 
 def is_ours(layer: Any) -> bool:
@@ -199,30 +100,17 @@ def obstacle(layer: Any, activation: Any, args: tuple[Any, ...] = (), kwargs: An
         return "not a layer of this package"
     if added_activation(layer) is not None or (isinstance(layer, Followed) and steps(layer)):
         return "has an activation of its own"
-    if _is_watched(layer):
+    if is_watched(layer):
         return "has hooks"
     return _obstacle_of_activation(activation, args, kwargs)
 
 
 def _obstacle_of_activation(activation: Any, args: tuple[Any, ...] = (), kwargs: Any = NONE) -> str | None:
-    if isinstance(activation, nn.Module) and _is_watched(activation):
+    if is_watched(activation):
         return "what follows has hooks"
     if activation is not None and recognize(activation, args, kwargs) is None:
         return "what follows has no kernel"
     return None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether calling this module runs more than its class's `forward`."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or type(module).__call__ is not _CALL
-        or _has_any_global_hook()
-    )
 
 
 def _fits(residual: Any, x: Any) -> bool:
@@ -235,7 +123,7 @@ def _fits(residual: Any, x: Any) -> bool:
     )
 
 
-def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: ActivationSpec) -> Tensor:
+def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
     y: Tensor = layer._run(x, residual, None, activation)
     return y
 
@@ -282,10 +170,10 @@ def obstacle_inside(layer: Any) -> str | None:
     )
 
 
-def added_activation(layer: Any) -> ActivationSpec:
+def added_activation(layer: Any) -> Activation:
     """The activation that this package has added to a layer of ours; not one that its class calls itself."""
     taken = isinstance(layer, Followed) and "activation" in type(layer)._adapter.then
-    activation: ActivationSpec = None if taken else layer.activation
+    activation: Activation = None if taken else layer.activation
     return activation
 
 
@@ -307,7 +195,7 @@ def can_wait(layer: Any, producer: Any) -> bool:
     return (
         isinstance(producer, nn.Module)
         and type(producer).forward in _FRESH
-        and not _is_watched(producer)
+        and not is_watched(producer)
         and obstacle(layer, None) is None
     )
 

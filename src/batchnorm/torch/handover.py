@@ -9,6 +9,8 @@ a layer must read its `eps`, and quantization gives every layer a `qconfig`.
 import sys
 from typing import Any
 
+from batchnorm.torch.activations import said
+
 __all__ = ["Eps", "QConfig"]
 
 TOOLS = {
@@ -36,7 +38,11 @@ class Eps:
         if layer is None:
             return self
         own = vars(layer)
-        if own.get("activation") is not None or own.get("statistics") is not None or hasattr(kind, "_adapter"):
+        if (
+            getattr(layer, "activation", None) is not None
+            or own.get("statistics") is not None
+            or hasattr(kind, "_adapter")
+        ):
             _refuse(layer, sys._getframe(1).f_globals.get("__name__", ""))
         try:
             return own["eps"]
@@ -57,7 +63,8 @@ def _refuse(layer: Any, asking: str) -> None:
     tool, instead, trains = TOOLS[asking]
     followed = getattr(type(layer), "_adapter", None)  # of another package's class, which computes more
     lost = list(followed.then) if followed is not None else []
-    lost += [f"activation={layer.activation!r}"] if isinstance(vars(layer).get("activation"), str | tuple) else []
+    if "activation" not in lost and getattr(layer, "activation", None) is not None:
+        lost.append(f"activation={said(layer.activation)}")
     lost += [f"statistics={layer.statistics!r}"] if trains and layer.statistics is not None else []
     if lost:
         raise RuntimeError(
@@ -97,5 +104,5 @@ def unquantized(layer: Any) -> str:
         return f"{said}; call batchnorm.torch.revert(model) first, or set qconfig = None to leave this one in float"
     return (
         f"{said}, which have no activation; call batchnorm.torch.fold(model) first, or let a module of its own compute "
-        f"activation={layer.activation!r}"
+        f"activation={said(layer.activation)}"
     )

@@ -6,6 +6,7 @@ dict and input checks. `SyncBatchNorm` is the exception; its docstring gives the
 
 from collections.abc import Callable
 from copy import deepcopy
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.torch import recipes
+from batchnorm.torch.activations import Activation, resolve, said
 from batchnorm.torch.call import is_tracing
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.handover import Eps, QConfig
@@ -81,6 +82,8 @@ def _scripted(self: Any, input: Tensor, residual: Tensor | None = None) -> Tenso
     )
     if residual is not None:
         z = z + residual
+    if self._script_calls:
+        return self.activation(z)
     return activate(z, self._script_activation, self._script_parameter)
 
 
@@ -92,8 +95,8 @@ class _Layer(_Base):
     Args:
         *args: PyTorch's: `num_features` (not for lazy layers), `eps`, `momentum`, `affine`, `track_running_stats`,
         `device`, `dtype`.
-        activation: The activation after the normalization, computed in the same pass: a name or `(name, parameter)`,
-            as in `batch_norm`.
+        activation: The activation after the normalization, as in `batch_norm`, computed in the same pass where it is
+            known. A module becomes a part of the layer, with its parameters.
         statistics: The source of the statistics in training; the batch if None.
         save_memory: Whether to make `y` again in the backward pass instead of keeping it: see `save_memory`. It takes
             effect in calls of the modules that the layer becomes part of.
@@ -107,7 +110,8 @@ class _Layer(_Base):
             Exported and traced graphs, and the backward pass of a checkpoint, do not count.
 
     Raises:
-        ValueError: If the activation is unknown.
+        ValueError: If the name of the activation is unknown.
+        TypeError: If the activation is a class.
 
     Differs from the class in `torch.nn`:
         1. The constructor takes `activation`, `statistics` and `save_memory`; `forward` takes `residual` and `mask`.
@@ -125,7 +129,7 @@ class _Layer(_Base):
     def __init__(
         self,
         *args: Any,
-        activation: ActivationSpec = None,
+        activation: Activation = None,
         statistics: Statistics | None = None,
         save_memory: bool = False,
         device: Any = None,
@@ -135,7 +139,7 @@ class _Layer(_Base):
             kwargs["device"] = device
         super().__init__(*args, **kwargs)
         expect(statistics)
-        parse_activation(activation)  # an unknown activation fails here, not at the first batch
+        resolve(activation)  # an unknown activation fails here, not at the first batch
         self.activation = activation
         self.statistics = statistics
         if save_memory:
@@ -235,7 +239,7 @@ class _Layer(_Base):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
         return self._run(input, residual, mask, self.activation)
 
-    def _run(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: ActivationSpec) -> Tensor:
+    def _run(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: Activation) -> Tensor:
         """`forward` with some activation; errors name the layer."""
         try:
             return self._normalize(input, residual, mask, activation)
@@ -250,9 +254,7 @@ class _Layer(_Base):
             problem += f" of shape {tuple(x.shape)}; the axes are (N, C, *spatial), one sample is x.unsqueeze(0)"
         return f"{type(self).__name__}({self.num_features}): {problem}"
 
-    def _normalize(
-        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: ActivationSpec
-    ) -> Tensor:
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: Activation) -> Tensor:
         source = self.statistics if self.training else None
         try:
             self._check_input_dim(input)
@@ -287,18 +289,22 @@ class _Layer(_Base):
 
     __constants__ = [  # noqa: RUF012, PyTorch's is a list, too
         *nn.modules.batchnorm._BatchNorm.__constants__,
-        "_script_activation", "_script_parameter", "_script_is_frozen", "_script_trains",
+        "_script_activation", "_script_parameter", "_script_calls", "_script_is_frozen", "_script_trains",
     ]  # fmt: skip
     __jit_ignored_attributes__ = ("num_batches_skipped",)  # a script would save it in its state dict
-    __jit_unused_properties__ = ("_script_activation", "_script_parameter", "_script_is_frozen", "_script_trains")
+    __jit_unused_properties__ = tuple(name for name in __constants__ if name.startswith("_script"))
 
     @property
     def _script_activation(self) -> str:
-        return parse_activation(self.activation)[0]
+        return resolve(self.activation)[0][0]
 
     @property
     def _script_parameter(self) -> float:
-        return parse_activation(self.activation)[1]
+        return resolve(self.activation)[0][1]
+
+    @property
+    def _script_calls(self) -> bool:
+        return resolve(self.activation)[1] is not None
 
     @property
     def _script_is_frozen(self) -> bool:
@@ -313,14 +319,23 @@ class _Layer(_Base):
         """The layer, as `torch.jit.script` asks for it.
 
         Raises:
-            RuntimeError: If the layer is in training, by statistics that cannot be compiled, or saves memory, which
-                needs hooks in Python.
+            RuntimeError: If the layer saves memory, which needs hooks in Python; if it is in training, by statistics
+                that cannot be compiled; if its activation cannot.
         """
         if self.save_memory:
             raise RuntimeError(
                 f"{type(self).__name__}({self.num_features}): torch.jit.script cannot compile save_memory=True; "
                 "call batchnorm.torch.save_memory(model, False) first"
             )
+        then = resolve(self.activation)[1]
+        if then is not None and not isinstance(then, nn.Module | BuiltinFunctionType):
+            try:
+                torch.jit.script(then if isinstance(then, FunctionType) else None)
+            except Exception as error:
+                raise RuntimeError(
+                    f"{type(self).__name__}({self.num_features}): torch.jit.script cannot compile "
+                    f"activation={said(then)}; write it as a function with types, or as a module"
+                ) from error
         if self.training and not self._script_trains:
             raise RuntimeError(
                 f"{type(self).__name__}({self.num_features}): torch.jit.script cannot compile the training of "
@@ -331,8 +346,8 @@ class _Layer(_Base):
     def extra_repr(self) -> str:
         """PyTorch's text, with the activation and the statistics if they are set."""
         text: str = super().extra_repr()
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
+        if not isinstance(self.activation, nn.Module | None):  # PyTorch's text has the modules inside
+            text += f", activation={said(self.activation)}"
         if self.statistics is not None:
             text += f", statistics={self.statistics!r}"
         if self.save_memory:
@@ -394,7 +409,7 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
         dtype: Any = None,
         *,
         bias: bool = True,
-        activation: ActivationSpec = None,
+        activation: Activation = None,
         statistics: Statistics | None = None,
         save_memory: bool = False,
     ) -> None:

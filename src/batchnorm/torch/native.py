@@ -5,7 +5,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from batchnorm.torch import composed, recipes
+from batchnorm.torch import recipes
+from batchnorm.torch.activations import ACTIVATIONS
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running, is_finite
@@ -116,7 +117,7 @@ def _follow(call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None
         z = z if call.residual is None else z.add_(call.residual)
         if name == "relu":
             return torch.relu_(z)
-    y: Tensor = composed.ACTIVATIONS[name](z, parameter)
+    y: Tensor = ACTIVATIONS[name](z, parameter)
     return y
 
 
@@ -132,7 +133,7 @@ def _follow_and_note(
         return _batch_norm(bare._replace(x=x), *constants, constants[0] is None, 0.0)
 
     def activate(z: Tensor) -> Tensor:
-        y: Tensor = composed.ACTIVATIONS[name](z, parameter)
+        y: Tensor = ACTIVATIONS[name](z, parameter)
         return y
 
     noted = found.note(z, normalize, call.x)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.definition import Moments
-from batchnorm.torch import fuse, recomputation
+from batchnorm.torch import recomputation
+from batchnorm.torch.activations import recognize, resolve
 from batchnorm.torch.call import Call
 from batchnorm.torch.dataflow import is_linear_map
 from batchnorm.whole.evidence import Batch
@@ -137,7 +138,7 @@ class Surroundings(TorchFunctionMode):
             del self._made[id(value)]
         normalized = self._normalized.get(id(value))
         if normalized is not None and normalized[0]() is value:
-            activation = fuse.recognize(func) or fuse.recognize(name)
+            activation = recognize(func) or recognize(name)
             if (activation if isinstance(activation, str) else "") in CUT:
                 self.rectified.add(normalized[1])
 
@@ -171,5 +172,5 @@ class Surroundings(TorchFunctionMode):
         if isinstance(y, Tensor):
             self._normalized[id(y)] = weakref.ref(y), name
         activation = getattr(self.layers[name], "activation", None)
-        if activation in CUT:
+        if resolve(activation)[0][0] in CUT:
             self.rectified.add(name)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.torch import fuse
+from batchnorm.torch.activations import is_activation, recognize
 from batchnorm.torch.scripted import compiled_as
 from batchnorm.torch.source import FUSE, Names, Site, Source
 
@@ -110,9 +111,9 @@ def _names(module: nn.Module, shared: Container[nn.Module]) -> Names:
         for key, modules in ((name, [child]), (f"{name}[]", inside)):
             if any(fuse.is_ours(member) and member not in shared for member in modules if member is not None):
                 layers.add(key)
-            if any(map(fuse.is_activation, modules)):
+            if any(map(is_activation, modules)):
                 activations.add(key)
-    activations |= {name for name, value in vars(module).items() if callable(value) and fuse.recognize(value)}
+    activations |= {name for name, value in vars(module).items() if callable(value) and recognize(value)}
     if any(name.endswith("[]") for name in layers):
         layers.add("[]")
     return Names(frozenset(layers), frozenset(activations))
@@ -127,7 +128,7 @@ def at_several_places(model: nn.Module) -> set[nn.Module]:
 def _has_pair(module: nn.Module) -> bool:
     if original_class(module).forward is not nn.Sequential.forward:
         return False
-    return any(fuse.is_ours(a) and fuse.recognize(b) is not None for a, b in neighbors(module))
+    return any(fuse.is_ours(a) and recognize(b) is not None for a, b in neighbors(module))
 
 
 def neighbors(modules: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module | None]]:

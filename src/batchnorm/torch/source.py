@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from batchnorm.torch import fuse
+from batchnorm.torch.activations import FUNCTIONS, METHODS
 
 __all__ = ["FUSE", "Names", "Site", "Source"]
 
@@ -236,7 +236,7 @@ class Source(ast.NodeTransformer):
         args: list[ast.expr] = []
         kwargs: list[ast.keyword] = []
         match node:
-            case ast.Call(func=ast.Attribute(value=z, attr=method), args=[], keywords=[]) if method in fuse.METHODS:
+            case ast.Call(func=ast.Attribute(value=z, attr=method), args=[], keywords=[]) if method in METHODS:
                 activation = ast.Constant(method)
             case ast.Call(func=activation, args=[z, *args], keywords=kwargs) if self._is_activation(activation):
                 pass
@@ -491,7 +491,7 @@ _QUIET = (
 )  # fmt: skip
 """What may stand between a layer and its residual: conditions and assignments, but no loops, jumps or definitions."""
 
-_FUNCTIONS = {function.__name__ for function in fuse.FUNCTIONS}
+_FUNCTIONS = {function.__name__ for function in FUNCTIONS}
 
 
 def _call(function: str, *args: ast.expr) -> ast.Call:
