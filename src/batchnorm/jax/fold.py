@@ -2,11 +2,11 @@
 
 ```
 result = fold(model, example_inputs)
-print(result)    # what went where, what stays and why, and how far the outputs differ
+print(result)    # what was folded where, what was not and why, and how far the outputs differ
 ```
 
-What is decided, in which order and why not, is in `batchnorm.whole.fold`. The graph is a jaxpr: the model is traced
-with one equation for each call of a normalization or a linear map, so that every use of a value between them is seen.
+`batchnorm.whole.fold` decides what is folded. The graph is a jaxpr: the model is traced with one equation for each call
+of a normalization or a linear map, so that every use of a value between them is visible.
 """
 
 import math
@@ -33,11 +33,11 @@ __all__ = ["Rest", "fold"]
 M = TypeVar("M")
 
 LINEAR = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-"""Exactly these classes: a subclass may compute something else. Their channels are the last axis."""
+"""The linear maps, without subclasses, which may compute something else. Their channels are the last axis."""
 
 
 class Rest(nnx.Module):  # type: ignore[misc, unused-ignore]
-    """What is left of a normalization that has been folded: its activation.
+    """What remains of a folded normalization: its activation.
 
     Attributes:
         activation: A name and its parameter.
@@ -46,7 +46,7 @@ class Rest(nnx.Module):  # type: ignore[misc, unused-ignore]
     activation: tuple[str, float]
 
     def __call__(self, x: Any, *_: Any, **__: Any) -> Any:
-        """`act(x)`, computed in float32 where `x` is of half precision."""
+        """`act(x)`, computed in float32 if `x` has half precision."""
         name, parameter = self.activation
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return ACTIVATIONS[name](wide, parameter).astype(x.dtype)
@@ -59,21 +59,21 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
     `t = bias - mean*s`. With a linear map `A v + b` before it, that is `(s*A) v + (s*b + t)`, and with one after it
     `(A*s) x + (b + A t)`. Weights are computed in float64 and rounded once.
 
-    A normalization is folded only where the model's graph proves it right: nothing else uses the value between the two
-    layers, each is called once, and nothing else reads their variables. It goes into the layer before it if it can
-    (Linear, Conv, ConvTranspose), otherwise into the layer after it (Linear, also behind a flattening; Conv without
-    padding). All others stay, and the result says why.
+    A normalization is folded only if the model's graph proves that this is correct: nothing else uses the value between
+    the two layers, each is called once, and nothing else reads their variables. It goes into the layer before it if
+    possible (Linear, Conv, ConvTranspose), otherwise into the layer after it (Linear, even after a flattening; Conv
+    without padding). All others stay, and the result gives the reason.
 
     Args:
-        model: A module; it is left as it is.
-        example_inputs: What the model is called with: an array, or a tuple of arguments.
+        model: A module, which does not change.
+        example_inputs: The arguments of a call of the model: an array, or a tuple of arguments.
 
     Returns:
-        The new model, in evaluation, a `Rest` in the place of each normalization; the layer that each went into, and
-        the reason why others did not.
+        The new model in evaluation, with a `Rest` in the place of each folded normalization; the layer into which each
+        was folded; and the reason why others were not.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is not a module.
         OutputsDiffer: If the outputs on the example inputs differ by more than rounding explains.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -87,12 +87,12 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
 # --- The graph --------------------------------------------------------------------------------------------------------
 
 CALL = Primitive("batchnorm_layer_call")
-"""A call of a layer, in a jaxpr that is only read."""
+"""A call of a layer in a jaxpr that is only read, never run."""
 CALL.def_abstract_eval(lambda x, *, name, shape, dtype: x.update(shape=shape, dtype=dtype, weak_type=False))
 
 
 class _Graph:
-    """The equations of a model, and who makes and uses each value."""
+    """The equations of a model, and which of them compute and use each value."""
 
     def __init__(self, model: Any, inputs: tuple[Any, ...], layers: Mapping[str, Any]) -> None:
         self.unusual: dict[str, str] = {}
@@ -124,24 +124,24 @@ class _Graph:
                 self.users.setdefault(value, []).append(None)
 
     def before(self, eqn: Any) -> Any:
-        """What makes the value that this call takes; None for an input."""
+        """The equation that computes the input of this call; None if that is an input of the model."""
         (value,) = eqn.invars
         if len(self.users.get(value, ())) != 1:
             raise Stays("what comes before it is also used elsewhere")
         return self.makers.get(value)
 
     def after(self, eqn: Any) -> Any:
-        """The only equation that takes what this one makes."""
+        """The only equation that uses the output of this one."""
         users = self.users.get(eqn.outvars[0], [])
         if len(users) != 1 or users[0] is None:
             raise Stays("its output is used in several places, or by the caller")
         if len([v for v in users[0].invars if isinstance(v, Var)]) != 1:
-            raise Stays("what comes after it takes more than one array")
+            raise Stays("what comes after it uses more than one array")
         return users[0]
 
 
 def _names(jaxpr: Any) -> list[str]:
-    """The layers that are called, also inside functions that are compiled on their own."""
+    """The layers that are called, including calls inside functions that are compiled on their own."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive is CALL:
@@ -152,11 +152,11 @@ def _names(jaxpr: Any) -> list[str]:
     return found
 
 
-# --- What folding needs to know ---------------------------------------------------------------------------------------
+# --- The adapter ------------------------------------------------------------------------------------------------------
 
 
 class _Network:
-    """A copy of a model, for `fold_network`."""
+    """A copy of a model, as `fold_network` sees it."""
 
     constants = ("mean", "var", "scale", "bias", "epsilon")
 
@@ -289,7 +289,7 @@ def _is_valid(padding: Any) -> bool:
 
 
 def _retire(layer: Any) -> None:
-    """Turn a normalization into its activation. The object stays: others hold it."""
+    """Turn a normalization into its activation, in place, because other modules may refer to the object."""
     activation = _activation(layer)
     for name in [name for name in vars(layer) if not name.startswith("_pytree__")]:
         delattr(layer, name)

@@ -1,10 +1,10 @@
-"""Batch normalization as primitives of JAX's, which a CPU computes by our kernels.
+"""Batch normalization as JAX primitives, which our kernels compute on a CPU.
 
-`forward` is `y` and the statistics of the batch, `tangent` its derivative along a direction, and `backward` the
-transpose of that. Between forward and backward only `x`, the statistics and the small arguments are kept. A higher
-derivative, and `vmap`, are those of the formula. Programs for other devices, or for several, are made from the formula.
+`forward` gives `y` and the statistics of the batch, `tangent` its derivative along a direction, and `backward` is the
+transpose of `tangent`. Between forward and backward only the arguments and the statistics are kept. Higher derivatives
+and `vmap` are those of the formula. Programs for other devices, or for several, use the formula.
 
-The statistics are for keeping: derivatives with respect to them are taken to be zero.
+The statistics have no derivative: they are returned to be kept, not to be differentiated.
 """
 
 import functools
@@ -24,7 +24,7 @@ __all__ = ["batch_norm"]
 
 def batch_norm(x: Any, arrays: Sequence[Any], how: How) -> tuple[Any, Any, Any, Any]:
     """`y`, and mean, low and var of the batch: `formula.forward`."""
-    if how.counts:  # in full, as the kernels take them
+    if how.counts:  # the kernels need one count for every position
         shape = list(x.shape)
         shape[how.axis] = 1
         arrays = [*arrays[:-1], jnp.broadcast_to(arrays[-1], shape)]
@@ -32,7 +32,7 @@ def batch_norm(x: Any, arrays: Sequence[Any], how: How) -> tuple[Any, Any, Any, 
 
 
 # --- What each primitive computes -------------------------------------------------------------------------------------
-# `primals` are x and those of weight, bias, residual and counts that there are; the counts have no derivative.
+# `primals` are x and the weight, bias, residual and counts that are present; the counts have no derivative.
 
 
 def _learnable(how: How) -> int:
@@ -47,14 +47,14 @@ def _y(primals: Sequence[Any], how: How) -> Callable[..., Any]:
 
 
 def _tangent(*operands: Any, how: How) -> tuple[Any]:
-    """The derivative of `y`: of the statistics, the primals, and the tangents of those that have one."""
+    """The derivative of `y`. The operands are the statistics, the primals, and the tangents of differentiable ones."""
     size = _learnable(how)
     primals, tangents = operands[3:-size], operands[-size:]
     return (jax.jvp(_y(primals, how), primals[:size], tangents)[1],)
 
 
 def _backward(dy: Any, mean: Any, low: Any, var: Any, *primals: Any, how: How) -> tuple[Any, ...]:
-    """The gradients by reverse differentiation of the formula, itself differentiable."""
+    """The gradients, by differentiable reverse differentiation of the formula."""
     return tuple(jax.vjp(_y(primals, how), *primals[: _learnable(how)])[1](dy))
 
 
@@ -66,9 +66,9 @@ def _primitive(name: str, shapes: Callable[..., list[Any]], compute: Callable[..
 
     Args:
         name: Its name.
-        shapes: The abstract results.
-        compute: What it computes, for programs.
-        differentiable: The same, where another derivative or `vmap` looks into it.
+        shapes: Computes the abstract results.
+        compute: Computes the results in compiled programs.
+        differentiable: Computes the same under another derivative or `vmap`.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -131,7 +131,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> l
 
 
 def _differentiated(compute: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """The derivative of a derivative: that of the formula, in which the statistics are functions of `x`."""
+    """The derivative of a derivative, from the formula, in which the statistics are functions of `x`."""
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], how: How) -> tuple[Any, Any]:
         given = [ad.instantiate_zeros(t) for t in tangents]

@@ -1,6 +1,6 @@
-"""The lines of code that mend what `diagnose` finds, for each framework.
+"""The lines of code that fix what `diagnose` finds, for each framework.
 
-A line works when it is pasted: `model`, `data` and `optimizer` are what `diagnose` was called with.
+A line can be pasted as it is: `model`, `data` and `optimizer` are the arguments of `diagnose`.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ __all__ = ["Data", "Keras", "PyTorch", "Remedies"]
 
 @dataclass(frozen=True)
 class Data:
-    """What is known of how the data are stored, for a line that shuffles or joins batches.
+    """How the data are stored, for a line that shuffles or joins batches.
 
     Attributes:
-        kind: "loader" (of PyTorch), "dataset" (of TensorFlow), "arrays" (a list of batches), "pairs" (a list of tuples
-            of them), or "" for anything else.
+        kind: "loader" (PyTorch's DataLoader), "dataset" (TensorFlow's), "arrays" or "tensors" (a list of batches),
+            "pairs" or "tensor pairs" (a list of tuples of them), or "" for anything else.
     """
 
     kind: str = ""
 
 
 class Remedies:
-    """What the frameworks have in common, and the names in which they differ.
+    """The remedies that the frameworks share, and the names in which they differ.
 
     Args:
         data: How the data are stored.
@@ -44,7 +44,7 @@ class Remedies:
         return self._import("calibrate") + "calibrate(model, data)"
 
     def freeze(self, state: State) -> str:
-        """Normalize by the running statistics, and let neither them nor gamma and beta change."""
+        """Normalize by the running statistics, and fix them as well as gamma and beta."""
         return self._import("freeze") + f"freeze({state.at}, affine=True)"
 
     def freeze_statistics(self, state: State) -> str:
@@ -68,19 +68,19 @@ class Remedies:
         raise TypeError(f"{type(self).__name__} does not say how to set a weight")
 
     def redraw(self, layer: Layer, channels: Sequence[int]) -> str:
-        """Draw the weights again that give some channels, and calibrate."""
+        """Draw new weights for some channels of the layer before, and calibrate."""
         raise TypeError(f"{type(self).__name__} does not say how to set a weight")
 
     def drop_bias(self, state: State, producer: Producer) -> str:
-        """Remove a bias, and change the running mean so that evaluation stays as it is."""
+        """Remove a bias, and change the running mean so that evaluation stays the same."""
         raise TypeError(f"{type(self).__name__} does not say how to drop a bias")
 
     def split_decay(self) -> str:
-        """Take gamma and beta out of the weight decay."""
+        """Exempt gamma and beta from weight decay."""
         raise TypeError(f"{type(self).__name__} does not say how to split an optimizer's parameters")
 
     def renormalize(self) -> str:
-        """Make small or dependent batches harmless."""
+        """Make training independent of small or related batches."""
         raise TypeError(f"{type(self).__name__} does not say what to do about small batches")
 
     def shuffle(self) -> str:
@@ -92,7 +92,7 @@ class Remedies:
         raise TypeError(f"{type(self).__name__} does not say how to pool statistics")
 
     def convert(self) -> str:
-        """Make the layers ours."""
+        """Replace the layers by ours."""
         return self._import("convert") + "convert(model)"
 
     def remove(self, state: State) -> str:
@@ -125,7 +125,7 @@ SHUFFLE = {
 
 
 class PyTorch(Remedies):
-    """PyTorch's words."""
+    """Remedies for PyTorch."""
 
     package = "torch"
     eps, momentum, gamma, beta = "eps", "momentum", "weight", "bias"
@@ -135,7 +135,7 @@ class PyTorch(Remedies):
         return f"{state.at}.momentum = {update_rate:g}"
 
     def revive(self, state: State, channels: Sequence[int]) -> str:
-        """Through `data`, so that autograd does not mind."""
+        """Through `data`, so that autograd allows it."""
         return f"{state.at}.weight.data[{list(channels)}] = 1.0"
 
     def turn_on(self, state: State, channels: Sequence[int]) -> str:
@@ -156,7 +156,7 @@ class PyTorch(Remedies):
         return f"{state.at}.running_mean -= {producer.at}.bias.detach(); {producer.at}.bias = None"
 
     def split_decay(self) -> str:
-        """In place: learning rates and the optimizer's state stay."""
+        """In place, so that learning rates and the optimizer's state are kept."""
         return self._import("parameter_groups") + (
             "optimizer.param_groups[:] = parameter_groups(model, optimizer=optimizer)"
         )
@@ -174,13 +174,13 @@ class PyTorch(Remedies):
         return self._import("convert") + "model = convert(model)"
 
     def remove(self, state: State) -> str:
-        """An identity stands in, so that containers keep their numbering."""
+        """An identity takes its place, so that containers keep their numbering."""
         parent, _, name = state.name.rpartition(".")
         where = f"model.get_submodule({parent!r})" if parent else "model"
         return f"import torch; setattr({where}, {name!r}, torch.nn.Identity())"
 
     def finite(self) -> str:
-        """Of batches that are tensors, or tuples of them."""
+        """For batches that are tensors, or tuples of them."""
         return (
             "import torch; data = [batch for batch in data if all(torch.isfinite(t).all() "
             "for t in (batch if isinstance(batch, tuple | list) else [batch]))]"
@@ -192,7 +192,7 @@ class PyTorch(Remedies):
 
 
 class Keras(Remedies):
-    """Keras' words."""
+    """Remedies for Keras."""
 
     package = "keras"
     eps, momentum, gamma, beta = "epsilon", "momentum", "gamma", "beta"
@@ -224,21 +224,21 @@ class Keras(Remedies):
         )
 
     def drop_bias(self, state: State, producer: Producer) -> str:
-        """Keras has no way to remove a weight from a layer that is built: it becomes 0 and stops learning."""
+        """Keras cannot remove a weight from a built layer, so the bias becomes 0 and stops learning."""
         return (
             f"{state.at}.moving_mean.assign({state.at}.moving_mean - {producer.at}.bias); "
             f"{producer.at}.bias.assign(0 * {producer.at}.bias); {producer.at}.bias.trainable = False"
         )
 
     def split_decay(self) -> str:
-        """A new optimizer, because one that is built refuses; compile the model with it."""
+        """In a new optimizer, because one that is built refuses; compile the model with it."""
         return (
             "optimizer = type(optimizer).from_config(optimizer.get_config()); "
             "optimizer.exclude_from_weight_decay(var_names=['gamma', 'beta'])"
         )
 
     def renormalize(self) -> str:
-        """Larger batches, or if nothing is known of the data, none."""
+        """Larger batches, or frozen statistics if nothing is known about the data."""
         if self.data.kind == "dataset":
             return "data = data.unbatch().batch(32)"
         if self.data.kind == "arrays":
@@ -255,12 +255,12 @@ class Keras(Remedies):
         return self._import("convert") + "convert(model, synchronized=True)"
 
     def finite(self) -> str:
-        """Of batches that are arrays, or tuples of them."""
+        """For batches that are arrays, or tuples of them."""
         return (
             "import numpy as np; data = [batch for batch in data if all(np.isfinite(t).all() "
             "for t in (batch if isinstance(batch, tuple | list) else [batch]))]"
         )
 
     def remove(self, state: State) -> str:
-        """A layer of Keras that nothing calls is not saved if it is not tracked; there is no line for it."""
+        """No line removes a layer from a Keras model; this one keeps it out of the optimizer."""
         return f"{state.at}.trainable = False"
