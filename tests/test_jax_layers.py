@@ -222,7 +222,7 @@ def test_standardize() -> None:
     np.testing.assert_allclose(layer(jnp.concatenate(data)), np.moveaxis(definition.forward(values, eps=0.0)[0], 1, -1),
                                rtol=1e-5, atol=1e-5)  # fmt: skip
     np.testing.assert_allclose(layer.inverse(layer(data[1])), data[1], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="takes 3 channels in axis -1, got shape"):
+    with pytest.raises(ValueError, match="needs 3 channels in axis -1, got shape"):
         layer.fit(np.ones((4, 2)))
 
 

@@ -421,7 +421,7 @@ def test_structures(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [{"label": LABEL, "picture": X}, (X,), X, "x", [], 3])
 def test_structures_that_are_not_clear(batch: Any) -> None:
-    with pytest.raises(TypeError, match=r"it is not clear how to call Two\.forward\(image.*say it with forward="):
+    with pytest.raises(TypeError, match=r"it is not clear how to call Two\.forward\(image.*pass forward="):
         calibrate(Two(), [batch])
     model = Two()
     done = calibrate(model, [batch], forward=lambda model, _: model(X, SCALE))
@@ -490,14 +490,14 @@ def test_samples_are_counted(name: str, one_by_one: bool) -> None:
 
 @pytest.mark.parametrize("name", ["images and boxes", "one image and its boxes", "images and tensors of labels"])
 def test_lists_of_samples_are_not_taken_apart(name: str) -> None:
-    with pytest.raises(TypeError, match=r"not clear how to call Detector\.forward\(images.*say it with forward="):
+    with pytest.raises(TypeError, match=r"not clear how to call Detector\.forward\(images.*pass forward="):
         calibrate(Detector(), [COUNTED[name][1]])
 
     class Both(Detector):
         def forward(self, images: Any, targets: Any) -> Any:  # type: ignore[override]
             return super().forward(images)
 
-    with pytest.raises(TypeError, match=r"not clear how to call Both\.forward\(images.*say it with forward="):
+    with pytest.raises(TypeError, match=r"not clear how to call Both\.forward\(images.*pass forward="):
         calibrate(Both(), [(images(2), (BOXES, BOXES))])
 
 
@@ -707,5 +707,5 @@ def failing_share(rank: int) -> str:
 
 
 def test_a_process_that_fails_makes_the_others_fail(tmp_path: Path) -> None:
-    others = "process 1 of the group failed; here nothing has been changed"
+    others = "process 1 of the group failed; nothing was changed here"
     assert in_processes(3, failing_share, tmp_path) == [others, "disk", others]

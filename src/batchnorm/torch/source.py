@@ -1,4 +1,4 @@
-"""Find where a method's source calls a layer and then its activation, and write it as one call.
+"""Find where a method's source calls a layer and then an activation, and rewrite the two as one call.
 
 `self.relu(self.bn(x))` becomes `follow(self.bn, x, None, None, self.relu)`, and so do
 
@@ -11,9 +11,9 @@ x = F.relu(x)                 if self.downsample is not None:
 ```
 
 The value between the calls may be left out only if nothing else can see it. The source shows this: the value has no
-name, or the statement that uses it reassigns its name, or its name is used nowhere else. Where the layer must wait for
-its residual, as on the right, nothing may change its input in the meantime. That depends on the modules, so both
-versions are written, and each call chooses between them.
+name, or the statement that uses it reassigns its name, or its name is used nowhere else. If the layer must wait for its
+residual, as on the right, nothing may change its input in the meantime. That depends on the modules, so both versions
+are written, and each call chooses between them.
 """
 
 import ast
@@ -49,7 +49,7 @@ class Site(NamedTuple):
     """A place where a layer and what follows it are now called together.
 
     Attributes:
-        layer: The layer, as in `Names`; `"bns[]()"` where all of `self.bns` are called one after the other.
+        layer: The layer, as in `Names`; `"bns[]()"` if all of `self.bns` are called one after the other.
         activation: The source of the activation: a callable, or the name of a method; None if nothing follows.
         args, kwargs: Its other arguments.
         residual: Whether a residual is added.
@@ -78,7 +78,7 @@ class Source(ast.NodeTransformer):
         self.variables = _Variables(tree, method, self.self)
         self.loop: ast.stmt | None = None  # the outermost enclosing loop
         self.group = _Group([], None)  # the statements that are being rewritten
-        self.waits: list[ast.expr] = []  # the conditions under which that is right
+        self.waits: list[ast.expr] = []  # the conditions under which the rewritten statements are correct
         self.sites: list[Site] = []
 
     def rewrite(self) -> bool:
@@ -108,7 +108,7 @@ class Source(ast.NodeTransformer):
             return self._write_group(_Group([statement], before, deepcopy(statement))) or [statement]
         if isinstance(statement, ast.For) and (chain := self._chain(statement)) is not None:
             return [chain]
-        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # `try` could see what is left out
+        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # not `try`, which could see a missing value
             outer = self.loop
             if isinstance(statement, ast.For | ast.While):
                 self.loop = outer or statement
@@ -139,7 +139,7 @@ class Source(ast.NodeTransformer):
     def _find_group(self, statements: list[ast.stmt], before: ast.stmt | None) -> "_Group | None":
         """The first statements that call a layer, add a residual and apply an activation.
 
-        Statements between the layer and its residual move in front of both; then the layer has to wait.
+        Statements between the layer and its residual move before both, so that the layer has to wait.
         """
         match statements[0]:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in self.variables.own:
@@ -187,7 +187,7 @@ class Source(ast.NodeTransformer):
         return None
 
     def _use(self, statements: list[ast.stmt], name: str) -> ast.Name | None:
-        """Where the first statement uses the value of a name, if the value is not needed afterwards."""
+        """The place where the first statement uses the value of a name, if the value is not needed afterwards."""
         if not statements or not self.variables.are_used_up(name, statements[0]):
             return None
         value = statements[0].value if isinstance(statements[0], _SIMPLE) else None
@@ -197,7 +197,7 @@ class Source(ast.NodeTransformer):
         """The rewritten statements of the group; None if there is nothing to rewrite."""
         self.group, self.waits, sites = group, [], len(self.sites)
         last = self.visit(group.last)
-        if any(node is group.call for node in ast.walk(last)):  # nothing was found for it
+        if any(node is group.call for node in ast.walk(last)):  # the call has not been replaced
             del self.sites[sites:]
             return None
         new = [self.visit(statement) for statement in group.front]
@@ -401,7 +401,7 @@ class _Group:
 
     Attributes:
         old: All of them.
-        before: The statement in front of `call`.
+        before: The statement before `call`.
         last: The last statement, with the value of `call` in place of its name.
         call: `layer(x)`, if its value had a name.
         sums: Sums that were separate statements, and how they added, as in `fuse.ADD`.
@@ -418,7 +418,7 @@ class _Group:
     between: list[ast.stmt] = field(default_factory=list)
 
 
-# --- Who uses a value, and when ---------------------------------------------------------------------------------------
+# --- The uses of a value ----------------------------------------------------------------------------------------------
 
 
 class _Variables:
@@ -489,7 +489,7 @@ _QUIET = (
     ast.Slice, ast.Tuple, ast.List, ast.IfExp, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.expr_context,
     ast.cmpop, ast.boolop, ast.unaryop, ast.operator,
 )  # fmt: skip
-"""What may stand between a layer and its residual: conditions and assignments, but no loops, jumps or definitions."""
+"""The nodes allowed between a layer and its residual: conditions and assignments, no loops, jumps or definitions."""
 
 _FUNCTIONS = {function.__name__ for function in fuse.FUNCTIONS}
 
@@ -522,7 +522,7 @@ def _addends(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
 
 
 def _first_use(node: ast.AST, name: str) -> ast.Name | None:
-    """Where the value of a name is used, if nothing is called before; a conditional might not use it at all."""
+    """The first use of a name's value, if nothing is called before it and the use is not conditional."""
     if isinstance(node, ast.Name):
         return node if node.id == name else None
     if isinstance(node, ast.Call | ast.BinOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.keyword):
