@@ -156,7 +156,7 @@ def test_fold(kind: Any, activation: Any) -> None:
     result = fold(net, x)
     assert result.folded == {"first": "conv", "before": "dense"}
     assert result.skipped == {
-        "stays": "what comes before it is also used elsewhere, and what comes after it takes more than one array"
+        "stays": "what comes before it is also used elsewhere, and what comes after it uses more than one array"
     }
     assert result.max_error is not None
     assert result.max_error < 1e-5

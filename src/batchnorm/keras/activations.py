@@ -47,7 +47,7 @@ class Activation:
 
     Attributes:
         config: The entry in a saved config.
-        fused: The activation as the kernels take it; None for the identity, and where they cannot compute it.
+        fused: The activation in the form of the kernels; None for the identity, or if they cannot compute it.
         is_fused: Whether the kernels compute it.
 
     Raises:

@@ -21,7 +21,7 @@ class Trained(NamedTuple):
 
 
 def takes(x: Tensor, counts: Tensor | None, axis: int, size: int | None, synchronized: bool) -> bool:
-    """Whether `batch_norm` can compute this as Keras does: unlike Keras, it rejects fewer than two values per channel.
+    """Whether `batch_norm` can compute this call as Keras does; unlike Keras, it needs two values per channel.
 
     Args:
         x, counts, axis: As in `functional.moments`.
@@ -61,7 +61,7 @@ def train(
 
     Args:
         x, counts, axis: As in `functional.moments`; the counts are the same for all channels.
-        moving_mean, moving_var: The moving statistics before the batch; they are not changed.
+        moving_mean, moving_var: The moving statistics before the batch, which do not change.
         gamma, beta, epsilon, activation: As in `functional.normalize`.
         momentum: The weight of the old value.
         size: The smallest number of samples per group, or None.
@@ -110,7 +110,7 @@ def _positions(x: Tensor, axis: int) -> tuple[int, ...]:
 
 
 def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
-    """`x` with the channels in axis 1, without a copy: a matrix where they are last."""
+    """`x` with the channels in axis 1, without a copy: a matrix if they were last."""
     axis %= x.dim()
     if axis == 1:
         return x
@@ -120,7 +120,7 @@ def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
 
 
 def _restored(y: Tensor, x: Tensor, axis: int) -> Tensor:
-    axis %= x.dim()  # PyTorch's exporter to ONNX writes a negative one into the file as it is
+    axis %= x.dim()  # PyTorch's ONNX exporter would write a negative axis into the file
     if y.dim() != x.dim():
         return y.reshape(x.shape)
     return y if axis == 1 else y.movedim(1, axis)
