@@ -272,7 +272,8 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(missing: str, tmp_pat
 def test_a_package_that_the_benchmark_misses() -> None:
     code = "import sys; sys.modules['torch'] = None; from batchnorm.cli import main; main()"
     result = python(code, "bench")
-    said = 'batchnorm: the benchmark needs torch, which is not installed; pip install "batchnorm[bench]" brings it.\n'
+    said = "batchnorm: the benchmark needs torch, which is not installed; install it with pip install "
+    said += '"batchnorm[bench]".\n'
     assert (result.returncode, result.stderr, result.stdout) == (2, said, "")
 
 

@@ -217,8 +217,8 @@ def test_empty_inputs_say_nothing() -> None:
         model, x = Gated(), branched()[0][0]
         done = calibrate(model, [x, x[:3]], method=method)  # type: ignore[arg-type]
         assert done.layers == ("b",)
-        assert done.skipped["a"] == "no sample came in through a call of this layer"
-        assert done.skipped["c"] == "only one value came in, which has no variance"
+        assert done.skipped["a"] == "no call of this layer had any samples"
+        assert done.skipped["c"] == "its input had only one value, which has no variance"
         assert_moments(model.b, torch.cat([x, x[:3]]))
         for layer in (model.a, model.c):
             torch.testing.assert_close(layer.running_mean, torch.zeros(3).double())
@@ -570,8 +570,8 @@ def test_layers_that_are_never_reached() -> None:
     model.unused = nn.BatchNorm1d(2)
     for method in METHODS:
         done = calibrate(model, [(X, SCALE)], method=method)  # type: ignore[arg-type]
-        assert done.skipped == {"unused": "no sample came in through a call of this layer"}
-        assert "unused is as it was: no sample came in" in str(done)
+        assert done.skipped == {"unused": "no call of this layer had any samples"}
+        assert "unused is unchanged: no call of this layer" in str(done)
 
 
 def test_max_samples() -> None:
@@ -584,7 +584,7 @@ def test_wrong_arguments() -> None:
     model = network()
     before = statistics(model)
     for empty in ([], iter([])):
-        with pytest.raises(ValueError, match="the data gave no samples"):
+        with pytest.raises(ValueError, match="the data have no samples"):
             calibrate(model, empty)
     with pytest.raises(ValueError, match="can be read only once: pass a data loader or a list"):
         calibrate(model, iter(data().split(5)), method="sequential")

@@ -1,4 +1,4 @@
-"""What onnxruntime computes from a model."""
+"""The outputs that onnxruntime computes from a model."""
 
 import zipfile
 import zlib
@@ -18,7 +18,7 @@ __all__ = ["UNCHECKED", "DoesNotRun", "can_run", "dtypes", "random_inputs", "rea
 
 Inputs = Mapping[str, NDArray[Any]]
 
-UNCHECKED = 'the outputs were not compared: that needs onnxruntime; pip install "batchnorm[onnx]" brings it.'
+UNCHECKED = 'the outputs were not compared, which needs onnxruntime; install it with pip install "batchnorm[onnx]".'
 
 BATCH = 2
 SIZES = (8, 64, 256)
@@ -31,7 +31,7 @@ def can_run() -> bool:
 
 
 class DoesNotRun(InputError):
-    """onnxruntime does not run a model on inputs. The message says why."""
+    """onnxruntime cannot run a model on these inputs. The message gives the reason."""
 
 
 def run(model: ModelProto, inputs: Inputs, *, times: int = 1, optimized: bool = False) -> list[dict[str, NDArray[Any]]]:
