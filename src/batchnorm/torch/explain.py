@@ -28,8 +28,8 @@ from batchnorm.torch import fuse, layers
 from batchnorm.torch.adapters import adapter
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
-from batchnorm.torch.source import Site
 from batchnorm.torch.survey import expect_module, is_unsized, survey
+from batchnorm.torch.syntax import Site
 
 __all__ = ["Report", "Row", "explain"]
 

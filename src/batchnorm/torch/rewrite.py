@@ -1,6 +1,6 @@
 """Rewrite a module's class to call its layers together with what follows them.
 
-The methods are parsed, changed by `source`, and compiled again on the same lines of the same file, so that errors and
+The methods are parsed, changed by `syntax`, and compiled again on the same lines of the same file, so that errors and
 breakpoints appear where one expects them. Nothing is traced or specialized: branches, loops and flags remain.
 
 The new class is a subclass of the original with the same name. A module gets it by assignment to `__class__`, and keeps
@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from batchnorm.torch import fuse
 from batchnorm.torch.scripted import compiled_as
-from batchnorm.torch.source import FUSE, Names, Site, Source
+from batchnorm.torch.syntax import FUSE, Names, Site, Source
 
 __all__ = ["NotRewritten", "at_several_places", "forward_sequence", "neighbors", "origin", "original_class", "rewrite"]
 

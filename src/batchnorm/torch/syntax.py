@@ -25,6 +25,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from batchnorm.torch import fuse
+from batchnorm.torch.usage import Variables, first_use, has_call, identifiers, is_plain
 
 __all__ = ["FUSE", "Names", "Site", "Source"]
 
@@ -75,7 +76,7 @@ class Source(ast.NodeTransformer):
         self.names = names
         self.self = tree.args.args[0].arg
         self.globals: dict[str, Any] = method.__globals__
-        self.variables = _Variables(tree, method, self.self)
+        self.variables = Variables(tree, method, self.self)
         self.loop: ast.stmt | None = None  # the outermost enclosing loop
         self.group = _Group([], None)  # the statements that are being rewritten
         self.waits: list[ast.expr] = []  # the conditions under which the rewritten statements are correct
@@ -171,7 +172,7 @@ class Source(ast.NodeTransformer):
 
     def _sum(self, statements: list[ast.stmt], name: str) -> tuple[ast.expr, str, str] | None:
         """The residual that the first statement adds to the value of a name, how, and the name of the sum."""
-        if not statements or not self.variables.are_used_up(name, statements[0]):
+        if not statements or not self.variables.is_used_up(name, statements[0]):
             return None
         match statements[0]:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=residual) if target == name:
@@ -188,10 +189,10 @@ class Source(ast.NodeTransformer):
 
     def _use(self, statements: list[ast.stmt], name: str) -> ast.Name | None:
         """The place where the first statement uses the value of a name, if the value is not needed afterwards."""
-        if not statements or not self.variables.are_used_up(name, statements[0]):
+        if not statements or not self.variables.is_used_up(name, statements[0]):
             return None
         value = statements[0].value if isinstance(statements[0], _SIMPLE) else None
-        return None if value is None else _first_use(value, name)
+        return None if value is None else first_use(value, name)
 
     def _write_group(self, group: "_Group") -> list[ast.stmt] | None:
         """The rewritten statements of the group; None if there is nothing to rewrite."""
@@ -242,7 +243,7 @@ class Source(ast.NodeTransformer):
                 pass
             case _:
                 return None
-        if not all(map(_is_plain, (*args, *(keyword.value for keyword in kwargs)))):
+        if not all(map(is_plain, (*args, *(keyword.value for keyword in kwargs)))):
             return None
         fusion = self._pending(z)
         return fusion and replace(fusion, activation=activation, args=args, kwargs=kwargs)
@@ -288,7 +289,7 @@ class Source(ast.NodeTransformer):
         match node:
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == self.self:
                 return name
-            case ast.Subscript(value=modules, slice=index) if not _calls(index):
+            case ast.Subscript(value=modules, slice=index) if not has_call(index):
                 return f"{self._name(modules)}[]"
             case ast.Name(id=name) if name in self.variables.own:
                 return "[]"
@@ -298,8 +299,8 @@ class Source(ast.NodeTransformer):
         match node:
             case ast.Name(id=name):
                 return name in _FUNCTIONS
-            case ast.Attribute(value=owner, attr=name) if self.self not in _identifiers(owner):
-                return name in _FUNCTIONS and not _calls(owner)
+            case ast.Attribute(value=owner, attr=name) if self.self not in identifiers(owner):
+                return name in _FUNCTIONS and not has_call(owner)
         return self._name(node) in self.names.activations
 
     # --- What is allowed ---
@@ -307,7 +308,7 @@ class Source(ast.NodeTransformer):
     def _allows(self, fusion: "_Fusion") -> bool:
         """Whether the fused call does the same as the source."""
         residual = fusion.residual
-        late = fusion.late and residual is not None and _calls(residual)
+        late = fusion.late and residual is not None and has_call(residual)
         if residual is None:
             allowed = fusion.activation is not None
         else:
@@ -346,7 +347,7 @@ class Source(ast.NodeTransformer):
         attributes: list[str] = []
         for child in ast.walk(node):
             match child:
-                case ast.Name(id=name, ctx=ast.Store()) if name in hidden_names | _identifiers(call):
+                case ast.Name(id=name, ctx=ast.Store()) if name in hidden_names | identifiers(call):
                     return False
                 case ast.Name(id=name, ctx=ast.Load()) if name in hidden_names:
                     return False
@@ -369,9 +370,9 @@ class Source(ast.NodeTransformer):
         """
         called = [child.func for child in ast.walk(residual) if isinstance(child, ast.Call)]
         own = [child for child in ast.walk(residual) if isinstance(child, ast.Attribute) and child not in called]
-        if any(self.self in _identifiers(attribute) for attribute in own):
+        if any(self.self in identifiers(attribute) for attribute in own):
             return False
-        return self.variables.are_left_alone(_identifiers(residual), self.group.old, self.loop)
+        return self.variables.are_left_alone(identifiers(residual), self.group.old, self.loop)
 
 
 @dataclass(frozen=True)
@@ -418,68 +419,6 @@ class _Group:
     between: list[ast.stmt] = field(default_factory=list)
 
 
-# --- The uses of a value ----------------------------------------------------------------------------------------------
-
-
-class _Variables:
-    """The names in a method; `own` are the names that only its own statements can see."""
-
-    def __init__(self, tree: ast.FunctionDef, method: FunctionType, me: str) -> None:
-        nodes = list(ast.walk(tree))
-        self.reads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-        self.reads += [n.target for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)]
-        self.assignments = [node for node in nodes if isinstance(node, ast.Assign)]
-        deleted = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Del)}
-        self.all = {*method.__code__.co_varnames, *method.__code__.co_freevars} - {me}
-        self.own = self.all - {*method.__code__.co_cellvars, *method.__code__.co_freevars} - deleted
-
-    def times_read(self, name: str, within: ast.stmt | None = None) -> int:
-        return sum(read.id == name and (within is None or _is_in(read, [within])) for read in self.reads)
-
-    def is_secret(self, name: str, statement: ast.stmt) -> bool:
-        """Whether only this method can see the value, and the statement uses it once."""
-        return name in self.own and self.times_read(name, statement) == 1
-
-    def are_used_up(self, name: str, statement: ast.stmt) -> bool:
-        """Whether the statement uses the value of a name once, and nothing can use it afterwards."""
-        if self.times_read(name, statement) != 1:
-            return False
-        match statement:
-            case ast.Return():
-                return True
-            case ast.Assign(targets=[ast.Name(id=target)]) | ast.AugAssign(target=ast.Name(id=target)):
-                return target == name or self.times_read(name) == 1
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=target), attr="add_"))):
-                return target == name
-        return self.times_read(name) == 1
-
-    def are_left_alone(self, names: set[str], old: list[ast.stmt], loop: ast.stmt | None) -> bool:
-        """Whether nothing uses the values of these names, or of names that may share them, after `old`."""
-        last = old[-1]
-        if isinstance(last, ast.Return):
-            return True
-
-        def again(node: ast.Name | ast.stmt, later: bool) -> bool:
-            in_order = (_place(node) > _place(last)) == later
-            return not _is_in(node, old) and (in_order or (loop is not None and _is_in(node, [loop])))
-
-        names = names & self.all
-        earlier = [_identifiers(assign) & self.all for assign in self.assignments if again(assign, later=False)]
-        for _ in earlier:
-            names = names.union(*(held for held in earlier if held & names))
-        if isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name):
-            names = names - {last.targets[0].id}
-        return not any(read.id in names and again(read, later=True) for read in self.reads)
-
-
-def _place(node: ast.expr | ast.stmt) -> tuple[int, int]:
-    return node.lineno, node.col_offset
-
-
-def _is_in(node: ast.expr | ast.stmt, statements: list[ast.stmt]) -> bool:
-    return any(_place(s) <= _place(node) < (s.end_lineno or 0, s.end_col_offset or 0) for s in statements)
-
-
 # --- Pieces of source -------------------------------------------------------------------------------------------------
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
@@ -498,37 +437,10 @@ def _call(function: str, *args: ast.expr) -> ast.Call:
     return ast.Call(ast.Attribute(ast.Name(FUSE, ast.Load()), function, ast.Load()), list(args), [])
 
 
-def _identifiers(node: ast.AST) -> set[str]:
-    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
-
-
-def _calls(node: ast.AST) -> bool:
-    return any(isinstance(child, ast.Call | ast.Await | ast.Yield | ast.YieldFrom) for child in ast.walk(node))
-
-
-def _is_plain(node: ast.expr) -> bool:
-    """Whether this is a constant or a name, so that it may be evaluated at any time."""
-    plain = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.expr_context, ast.unaryop)
-    return all(isinstance(child, plain) for child in ast.walk(node))
-
-
 def _addends(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return left, right
         case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="add"), args=[left, right], keywords=[]):
             return left, right
-    return None
-
-
-def _first_use(node: ast.AST, name: str) -> ast.Name | None:
-    """The first use of a name's value, if nothing is called before it and the use is not conditional."""
-    if isinstance(node, ast.Name):
-        return node if node.id == name else None
-    if isinstance(node, ast.Call | ast.BinOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.keyword):
-        for child in ast.iter_child_nodes(node):  # for these nodes, in the order of evaluation
-            if name in _identifiers(child):
-                return _first_use(child, name)
-            if _calls(child):
-                return None
     return None
