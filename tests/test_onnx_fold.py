@@ -1160,7 +1160,7 @@ def test_distance(expected: list[Any], found: list[Any], distance: float) -> Non
 def test_inputs_that_do_not_fit(rng: np.random.Generator) -> None:
     model = build(FROM_CONV, {"w": conv(rng), **statistics(rng)}, ("n", 4, 5, 5))
     for inputs in ({}, {"x": np.ones((2, 3, 5, 5), np.float32)}, {"x": np.ones((2, 4, 5, 5))}):
-        with pytest.raises(InputError, match=r"^onnxruntime does not run the model, to compare its outputs \(.*\)\.$"):
+        with pytest.raises(InputError, match=r"^onnxruntime cannot run the model to compare its outputs \(.*\)\.$"):
             fold(model, inputs)
 
 
@@ -1399,7 +1399,7 @@ def test_a_model_that_onnxruntime_does_not_run(folder: Path, rng: np.random.Gene
     nodes = [*FROM_CONV[:1], normalization("h", "g"), node("Unheard", "g", domain="other")]
     onnx.save_model(build(nodes, {"w": conv(rng), **statistics(rng)}, ("n", 4, 5, 5)), "odd.onnx")
     said = refused(folder, "odd.onnx", "out.onnx")
-    assert "onnxruntime does not run the model, to compare its outputs (" in said
+    assert "onnxruntime cannot run the model to compare its outputs (" in said
     assert said.endswith(f"{WAYS_OUT}\n")
     assert command("odd.onnx", "out.onnx", "--no-check").exit_code == 0
 
@@ -1410,7 +1410,7 @@ def test_an_input_that_cannot_be_made_up(folder: Path, rng: np.random.Generator)
     sequence = helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, ("n", 4, 5, 5))
     model.graph.input[0].CopyFrom(sequence)
     onnx.save_model(model, "odd.onnx")
-    assert f"the axes of input 's' are not known{WAYS_OUT}" in refused(folder, "odd.onnx", "out.onnx")
+    assert f"the axes of input 's' are unknown{WAYS_OUT}" in refused(folder, "odd.onnx", "out.onnx")
 
 
 def test_one_array_for_one_input(folder: Path, rng: np.random.Generator) -> None:
@@ -1448,11 +1448,11 @@ def test_inputs_that_are_of_no_use(folder: Path) -> None:
     np.savez("other.npz", x=np.ones((1, 4, 7, 5), np.float32), w=np.ones(1))
     np.savez("objects.npz", x=np.array([{}]), v=np.ones(1))
     np.save("one.npy", np.ones(1))
-    unsound = "is no sound .npz or .npy file of plain arrays; save it with numpy.savez."
+    unsound = "is not a valid .npz or .npy file of plain arrays; save it with numpy.savez."
     assert "nowhere.npz cannot be read (No such file or directory)." in said("--inputs", "nowhere.npz")
     assert f"text.npz {unsound}" in said("--inputs", "text.npz")
     assert f"objects.npz {unsound}" in said("--inputs", "objects.npz")
-    assert "other.npz holds the inputs x, w; the model takes x, v." in said("--inputs", "other.npz")
+    assert "other.npz contains the inputs x, w; the model needs x, v." in said("--inputs", "other.npz")
     assert "one.npy holds the inputs none; the model takes x, v." in said("--inputs", "one.npy")
     assert "exclude each other; give at most one" in said("--inputs", "fit.npz", "--no-check")
 

@@ -735,7 +735,7 @@ class ManyArguments(Branching):
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(AnyArguments(), "it takes any keyword arguments"), (ManyArguments(), "it can be called in too many ways")],
+    [(AnyArguments(), "it accepts any keyword argument"), (ManyArguments(), "it can be called in too many ways")],
 )
 def test_too_many_arguments(model: nn.Module, reason: str) -> None:
     result = assert_folds(model, x(*IMAGES))

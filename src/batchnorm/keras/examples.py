@@ -11,13 +11,9 @@ from numpy.typing import NDArray
 
 from batchnorm.keras.copying import duplicate, kept_state
 from batchnorm.keras.models import to_float64
-from batchnorm.whole.comparison import ROUNDING, Outputs, difference, is_noise, rounding
+from batchnorm.whole.comparison import BATCH, ROUNDING, SIZES, Outputs, difference, is_noise, rounding
 
 __all__ = ["Examples"]
-
-BATCH = 2
-SIZES = (8, 64, 256)
-"""Sizes to try, in turn, for axes without a fixed size: a network may need more than a few pixels."""
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 

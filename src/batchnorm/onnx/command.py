@@ -6,7 +6,8 @@ from pathlib import Path
 from batchnorm.errors import InputError
 from batchnorm.onnx.files import read, replace_file
 from batchnorm.onnx.fold import fold_on
-from batchnorm.onnx.outputs import SIZES, UNCHECKED, DoesNotRun, can_run, random_inputs, read_inputs
+from batchnorm.onnx.outputs import UNCHECKED, DoesNotRun, can_run, random_inputs, read_inputs
+from batchnorm.whole.comparison import SIZES
 
 __all__ = ["fold_file"]
 

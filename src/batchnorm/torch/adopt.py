@@ -45,7 +45,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 ATTRIBUTES = ("activation", "statistics", "save_memory", "num_batches_skipped", "_before_freeze", "_lent")
-"""What our layers have and PyTorch's do not."""
+"""The attributes that our layers have and PyTorch's lack."""
 
 LENT: dict[str, Callable[[Any, Adapter], Any]] = {
     "num_features": lambda layer, _: len(layer.running_mean),
@@ -55,14 +55,14 @@ LENT: dict[str, Callable[[Any, Adapter], Any]] = {
     "track_running_stats": lambda *_: True,
     "num_batches_tracked": lambda *_: None,
 }
-"""What our layers need and some classes lack; they have it only while they are ours."""
+"""The attributes that our layers need and some classes lack; such layers have them only while they are ours."""
 
 
 # --- Into ours and back -----------------------------------------------------------------------------------------------
 
 
 def hindrance(layer: nn.Module) -> str:
-    """Why a batch normalization of a known class cannot become ours, to be read after its name; empty if it can."""
+    """Why a batch normalization of a known class cannot become ours, as a phrase after its name; empty if it can."""
     kind, known = type(layer), adapter(type(layer))
     if kind in OURS:
         return ""

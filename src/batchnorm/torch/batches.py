@@ -1,4 +1,4 @@
-"""Batches of any structure, as data loaders give them: count their samples, move them, call a model with them."""
+"""Batches of any structure that data loaders produce: count their samples, move them, call a model with them."""
 
 import copy
 import dataclasses

@@ -137,9 +137,9 @@ class Group:
             collective(*tensors, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"synchronized batch normalization: process {self.rank} of {self.size} waited for the others in vain. "
-                "One of them has ended, or the processes called different numbers of synchronized layers or of their "
-                f"backward passes. ({error})"
+                f"synchronized batch normalization: process {self.rank} of {self.size} waited for the others in vain: "
+                "one of them has ended, or the processes called different numbers of synchronized layers or of their "
+                f"backward passes ({error})"
             ) from error
 
 

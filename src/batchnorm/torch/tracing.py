@@ -116,7 +116,7 @@ def _normalizations(module: nn.Module) -> list[str]:
 
 def _trace(model: nn.Module, path: str, given: dict[str, Any]) -> Flow:
     """The values in one module of a model, called with the given arguments; all others are unknown."""
-    root = duplicate(model.get_submodule(path))  # its code may write to it
+    root = duplicate(model.get_submodule(path))  # its code may change it
     owners = {id(tensor): name for name, inner in root.named_modules() for _, tensor in leaves(vars(inner), Tensor)}
     tracer = _Tracer()
     graph = tracer.trace(root, given or None)
@@ -141,7 +141,7 @@ def _trace_every_way(model: nn.Module, path: str) -> tuple[Flow, ...]:
         raise TraceError("it has been replaced")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise TraceError("it takes any keyword arguments")
+        raise TraceError("it accepts any keyword argument")
     choices = [
         [{}, {parameter.name: None}] if parameter.default is None else [{parameter.name: False}, {parameter.name: True}]
         for parameter in parameters

@@ -1,8 +1,8 @@
 """Batch normalization inside `torch.func`: an ensemble under `vmap` is one batch normalization with more channels.
 
 `grad`, `vjp` and `vmap`, nested in any order, reach the kernels; `jvp` and `functionalize` need elementary operations.
-Running statistics move as they would without a transform. If `vmap` maps over them, each moves by its own batch; if it
-does not, they move by all the batches together, as if these were one batch.
+Running statistics move as they would without a transform. If `vmap` maps over them, each moves by its own batch;
+otherwise they move by all batches together, as if these were one batch.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def active() -> bool:
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether the operators can compute this, and the active transforms end in plain tensors."""
+    """Whether the operators can compute this call, and there are plain tensors inside all active transforms."""
     known = _functorch.TransformType.Vmap, _functorch.TransformType.Grad
     return (
         active()
@@ -42,7 +42,7 @@ def compute(call: Call, plan: Plan) -> Outcome:
     return operators.compute(call, plan, forward=_Forward.apply)
 
 
-# --- The operators, folded -------------------------------------------------------------------------------------------
+# --- The operators under vmap ----------------------------------------------------------------------------------------
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:

@@ -6,10 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ROUNDING", "Outputs", "OutputsDiffer", "compare", "difference", "is_noise", "rounding"]
+__all__ = ["BATCH", "ROUNDING", "SIZES", "Outputs", "OutputsDiffer", "compare", "difference", "is_noise", "rounding"]
 
 ROUNDING = {"float64": 1e-10, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
 """The largest difference, relative to the largest output, that rounding explains in each type."""
+
+
+BATCH = 2
+"""The number of samples in random inputs."""
+
+SIZES = (8, 64, 256)
+"""Sizes to try, in turn, for the other axes of random inputs: a network may need more than a few pixels."""
 
 
 class OutputsDiffer(RuntimeError):
