@@ -857,13 +857,13 @@ def test_why_it_does_not_go_back(
     ("said", "nodes", "shape", "constants", "options"),
     [
         (
-            "several nodes take its output",
+            "several nodes use its output",
             [normalization("x", "h"), node("Relu", "h"), node("Relu", "h", "z", "r")],
             (CHANNELS,),
             {},
             {"outputs": ("y", "z")},
         ),
-        ("nothing takes its output", [normalization("x", "h"), node("Relu", "x")], (CHANNELS,), {}, {}),
+        ("nothing uses its output", [normalization("x", "h"), node("Relu", "x")], (CHANNELS,), {}, {}),
         (
             "Relu 'relu' after it is none of Conv, Gemm, MatMul",
             [normalization("x", "h"), node("Relu", "h")],
@@ -1453,7 +1453,7 @@ def test_inputs_that_are_of_no_use(folder: Path) -> None:
     assert f"text.npz {unsound}" in said("--inputs", "text.npz")
     assert f"objects.npz {unsound}" in said("--inputs", "objects.npz")
     assert "other.npz contains the inputs x, w; the model needs x, v." in said("--inputs", "other.npz")
-    assert "one.npy holds the inputs none; the model takes x, v." in said("--inputs", "one.npy")
+    assert "one.npy contains the inputs none; the model needs x, v." in said("--inputs", "one.npy")
     assert "exclude each other; give at most one" in said("--inputs", "fit.npz", "--no-check")
 
 

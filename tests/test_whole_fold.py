@@ -280,7 +280,10 @@ def test_constants_that_make_no_linear_map(rng: np.random.Generator, change: Any
     [
         (lambda rng: {"a": dense(rng, 3, 5), "n": norm(rng, 4)}, "Dense before it has 5 channels, not 4, and nothing"),
         (lambda rng: {"n": norm(rng, 4), "a": dense(rng, 3, 5)}, "and Dense after it has 3 input channels, not 4"),
-        (lambda rng: {"n": norm(rng, 4), "f": Flat(), "a": dense(rng, 10, 5)}, "and Dense after it takes 10 channels"),
+        (
+            lambda rng: {"n": norm(rng, 4), "f": Flat(), "a": dense(rng, 10, 5)},
+            "and Dense after it has 10 input channels",
+        ),
     ],
 )
 def test_channels_that_do_not_fit(rng: np.random.Generator, layers: Callable[..., Layers], reason: str) -> None:
