@@ -823,7 +823,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outputs_of_other_shapes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(nn.Sequential(nn.Conv2d(4, 5, 3), BatchNorm2d(5, activation="relu")))
     monkeypatch.setattr(Rest, "forward", lambda self, input: input[:1])
-    with pytest.raises(RuntimeError, match="not of the same shapes"):
+    with pytest.raises(RuntimeError, match="do not have the same shapes"):
         fold(model, x(*IMAGES))
 
 

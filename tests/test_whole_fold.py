@@ -391,14 +391,14 @@ def test_the_coarsest_type_decides() -> None:
     assert compare(Outputs(y, near, ["float32", "float16", "int64"])) == pytest.approx(1e-3)
     with pytest.raises(OutputsDiffer, match=r"differ by 1\.0e-03 of the largest, but rounding explains only 1\.0e-04"):
         compare(Outputs(y, near, ["float32"]))
-    with pytest.raises(OutputsDiffer, match=r"rounding explains 1\.0e-10"):
+    with pytest.raises(OutputsDiffer, match=r"rounding explains only 1\.0e-10"):
         compare(Outputs(y, near, ["int64"]))
     assert compare(Outputs({}, {}, ["float32"])) is None
 
 
 @pytest.mark.parametrize("found", [{}, {"z": np.ones(2)}, {"y": np.ones(3)}, {"y": np.ones(2), "z": np.ones(1)}])
 def test_other_outputs(found: dict[str, Array]) -> None:
-    with pytest.raises(OutputsDiffer, match="not of the same shapes"):
+    with pytest.raises(OutputsDiffer, match="do not have the same shapes"):
         compare(Outputs({"y": np.ones(2)}, found, ["float16"]))
 
 
