@@ -98,12 +98,12 @@ def test_other_images(tmp_path: Path) -> None:
         (("--quick", "--full"), "--quick and --full exclude each other; give at most one of them."),
         (("--claims", "a,rates"), "there is no claim a; choose of faster-at-same-rate"),
         (("--model", "unknown"), "there is no network 'unknown'; choose mlp, cnn, resnet"),
-        (("--model", "os:getcwd"), "os:getcwd gives a str and not a torch.nn.Module."),
+        (("--model", "os:getcwd"), "os:getcwd must return a torch.nn.Module, but returns a str."),
         (("--target", 95), "target must be an accuracy between 0 and 1, got 95.0."),
         (("--data", "nowhere"), "nowhere cannot be read (No such file or directory)"),
-        (("--data", "empty"), "empty holds no images; looked for train-images-idx3-ubyte[.gz]"),
-        (("--data", "bad.npz"), "bad.npz is not a sound .npz file"),
-        (("--out", "bad.npz"), "bad.npz is a file, and the study writes a folder"),
+        (("--data", "empty"), "empty contains no images; it should contain train-images-idx3-ubyte[.gz]"),
+        (("--data", "bad.npz"), "bad.npz is not a valid .npz file"),
+        (("--out", "bad.npz"), "bad.npz is a file, but the study writes a folder"),
         (("--out", "bad.npz/below"), "bad.npz/below cannot be written"),
     ],
 )
@@ -205,8 +205,8 @@ def test_an_earlier_study_is_not_thrown_away(studied: tuple[Any, Path]) -> None:
     result = run("study", *SMALL, "--out", folder)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"batchnorm: {folder} holds an earlier study (results.json, report.html, report.md, runs.csv, runs.jsonl); "
-        "--resume keeps its runs and does the rest, and to begin anew, choose another folder with --out or remove this "
+        f"batchnorm: {folder} contains an earlier study (results.json, report.html, report.md, runs.csv, runs.jsonl); "
+        "keep its runs and train the rest with --resume, or begin anew in another folder with --out, or remove this "
         "one.\n"
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -216,7 +216,7 @@ def test_an_earlier_study_is_not_thrown_away(studied: tuple[Any, Path]) -> None:
 def test_what_is_worth_keeping(tmp_path: Path, name: str, text: str, lost: bool) -> None:
     (tmp_path / name).write_text(text)
     if lost:
-        with pytest.raises(InputError, match=r"holds an earlier study \(results.json\); --resume keeps"):
+        with pytest.raises(InputError, match=r"contains an earlier study \(results.json\); keep its runs"):
             output.check_nothing_lost(tmp_path, ("results.json", "runs.jsonl"), "runs.jsonl")
     else:
         output.check_nothing_lost(tmp_path, ("results.json", "runs.jsonl"), "runs.jsonl")
@@ -225,9 +225,9 @@ def test_what_is_worth_keeping(tmp_path: Path, name: str, text: str, lost: bool)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds runs of another study (other batchnorm, torch, network, code, data, fingerprint, together)"),
-        ('{"batchnorm": "0.0.1"}\n', "holds runs of another study"),
-        ("not JSON\n", "holds runs of another study"),
+        ("", "contains runs of another study (other batchnorm, torch, network, code, data, fingerprint, together)"),
+        ('{"batchnorm": "0.0.1"}\n', "contains runs of another study"),
+        ("not JSON\n", "contains runs of another study"),
     ],
 )
 def test_runs_of_another_study_are_not_mixed_with_these(tmp_path: Path, text: str, said: str) -> None:
@@ -272,7 +272,8 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(missing: str, tmp_pat
 def test_a_package_that_the_benchmark_misses() -> None:
     code = "import sys; sys.modules['torch'] = None; from batchnorm.cli import main; main()"
     result = python(code, "bench")
-    said = 'batchnorm: the benchmark needs torch, which is not installed; pip install "batchnorm[bench]" brings it.\n'
+    said = "batchnorm: the benchmark needs torch, which is not installed; install it with pip install "
+    said += '"batchnorm[bench]".\n'
     assert (result.returncode, result.stderr, result.stdout) == (2, said, "")
 
 

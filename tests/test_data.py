@@ -188,7 +188,7 @@ def test_several_data_sets_below_one_folder(tmp_path: Path) -> None:
         write_pair(tmp_path / place, "train", IMAGES, LABELS)
     with pytest.raises(InputError) as error:
         load(tmp_path)
-    assert_one_sentence(error, "holds MNIST and FashionMNIST; name the folder of one of them")
+    assert_one_sentence(error, "contains MNIST and FashionMNIST; name the folder of one of them")
 
 
 @pytest.mark.parametrize("validation", [False, True])
@@ -584,7 +584,7 @@ def test_npz_without_the_keys(tmp_path: Path) -> None:
 
 def test_npz_with_pickled_objects_is_not_unpickled(tmp_path: Path) -> None:
     error = npz_error(tmp_path, x=np.array([{}], dtype=object), y=np.zeros(1, int))
-    assert_one_sentence(error, "not a sound .npz file")
+    assert_one_sentence(error, "not a valid .npz file")
 
 
 @pytest.mark.parametrize("kind", ["text", "npy", "cut short", "empty", "member damaged"])
@@ -602,7 +602,7 @@ def test_what_is_no_npz(tmp_path: Path, kind: str) -> None:
     )
     with pytest.raises(InputError) as error:
         load(path)
-    assert_one_sentence(error, "not a sound .npz file")
+    assert_one_sentence(error, "not a valid .npz file")
 
 
 REJECTED: dict[str, tuple[Any, Any, tuple[str, ...]]] = {

@@ -639,7 +639,7 @@ def test_processes_that_pool_are_healthy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "data", "error", "words"),
     [
-        (nn.Linear(2, 2), None, ValueError, "there is no batch normalization in this model"),
+        (nn.Linear(2, 2), None, ValueError, "model has no batch normalization"),
         (nn.BatchNorm1d(2), [], ValueError, "the data gave no batches"),
         (nn.BatchNorm1d(2), torch.ones(4, 2), TypeError, r"got a Tensor: pass \[data\]"),
         (nn.BatchNorm1d(2), {"x": 1}, TypeError, r"got a dict: pass \[data\]"),

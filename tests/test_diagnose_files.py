@@ -139,9 +139,9 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
     good = (tmp_path / "good.safetensors").read_bytes()
     cases = [
         (tmp_path / "missing.pt", "cannot be read (No such file or directory)"),
-        (tmp_path, "is not a file of weights that can be read"),
-        (file("notes.txt", b"hello"), "is not a file of weights that can be read"),
-        (file("empty.pt", b""), "is not a sound checkpoint of PyTorch"),
+        (tmp_path, "is not a known file of weights"),
+        (file("notes.txt", b"hello"), "is not a known file of weights"),
+        (file("empty.pt", b""), "is not a valid checkpoint of PyTorch"),
         (file("text.pt", b"hello, world"), "checkpoint of PyTorch"),
         (tmp_path / "whole.pt", "neither tensors nor plain values"),
         (file("evil.pth", pickle.dumps({"a": Evil()}, protocol=2)), "neither tensors nor plain values"),
@@ -149,8 +149,8 @@ def test_bad_files_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtur
         (file("empty.safetensors", b""), "its header is longer than the file"),
         (file("text.safetensors", b"\x05" + b"\0" * 7 + b"hello"), "its header is not readable"),
         (file("short.safetensors", good[:-40]), "is not where the header says"),
-        (file("text.keras", b"hello"), "is not a sound .keras file"),
-        (file("text.weights.h5", b"hello"), "is not a sound file of Keras' weights"),
+        (file("text.keras", b"hello"), "is not a valid .keras file"),
+        (file("text.weights.h5", b"hello"), "is not a valid file of Keras' weights"),
     ]
     for path, words in cases:
         result = run(path)

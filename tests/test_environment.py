@@ -85,13 +85,13 @@ def test_without_pytorch() -> None:
 
 
 @pytest.mark.parametrize("part", ["torch", "keras", "onnx", "study", "bench"])
-def test_a_part_says_which_extra_brings_what_it_needs(part: str) -> None:
+def test_a_part_says_which_extra_installs_what_it_needs(part: str) -> None:
     for package in EXTRAS[part]:
         code = f"import sys; sys.modules[{package!r}] = None; import batchnorm.{part}"
         done = in_new_process(code)
         assert done.stderr.splitlines()[-1] == (
             f"ModuleNotFoundError: batchnorm.{part} needs {package}, which is not installed; "
-            f'pip install "batchnorm[{part}]" brings it.'
+            f'install it with pip install "batchnorm[{part}]".'
         )
 
 

@@ -327,7 +327,7 @@ def test_four_devices_with_uneven_masks_are_one_device() -> None:
         ({"mask": np.full(4, -1.0)}, ValueError, "finite and not negative"),
         ({"activation": "rellu"}, ValueError, "did you mean 'relu'?"),
         ({"eps": -1.0}, ValueError, "eps must not be negative"),
-        ({"running_mean": np.zeros(3)}, ValueError, "come together"),
+        ({"running_mean": np.zeros(3)}, ValueError, "must be given together"),
         ({"training": False}, ValueError, "running_mean and running_var are needed"),
         ({"statistics": BatchStatistics}, TypeError, "must be a source such as BatchStatistics()"),
         ({"statistics": GhostStatistics(1)}, ValueError, "x of shape (4, 3) in groups of 1"),

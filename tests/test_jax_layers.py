@@ -157,7 +157,7 @@ def test_fold(kind: Any, activation: Any) -> None:
     result = fold(net, x)
     assert result.folded == {"first": "conv", "before": "dense"}
     assert result.skipped == {
-        "stays": "what comes before it is also used elsewhere, and what comes after it takes more than one array"
+        "stays": "what comes before it is also used elsewhere, and what comes after it uses more than one array"
     }
     assert result.max_error is not None
     assert result.max_error < 1e-5
@@ -223,7 +223,7 @@ def test_standardize() -> None:
     np.testing.assert_allclose(layer(jnp.concatenate(data)), np.moveaxis(definition.forward(values, eps=0.0)[0], 1, -1),
                                rtol=1e-5, atol=1e-5)  # fmt: skip
     np.testing.assert_allclose(layer.inverse(layer(data[1])), data[1], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="takes 3 channels in axis -1, got shape"):
+    with pytest.raises(ValueError, match="needs 3 channels in axis -1, got shape"):
         layer.fit(np.ones((4, 2)))
 
 

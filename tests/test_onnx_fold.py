@@ -704,13 +704,13 @@ def ones(*shape: int) -> Array:
             {},
         ),
         (
-            "the output of Conv 'conv' is used elsewhere too",
+            "the output of Conv 'conv' is also used elsewhere",
             [*FROM_CONV, node("Relu", "h", "z")],
             (4, 5, 5),
             {},
             {"outputs": ("y", "z")},
         ),
-        ("the output of Conv 'conv' is an output of the graph too", FROM_CONV, (4, 5, 5), {}, {"outputs": ("y", "h")}),
+        ("the output of Conv 'conv' is also an output of the graph", FROM_CONV, (4, 5, 5), {}, {"outputs": ("y", "h")}),
         (
             "Relu 'relu' before it is none of Conv, ConvTranspose, Gemm, MatMul, Add",
             [node("Relu", "x", "h"), normalization("h")],
@@ -857,13 +857,13 @@ def test_why_it_does_not_go_back(
     ("said", "nodes", "shape", "constants", "options"),
     [
         (
-            "several nodes take its output",
+            "several nodes use its output",
             [normalization("x", "h"), node("Relu", "h"), node("Relu", "h", "z", "r")],
             (CHANNELS,),
             {},
             {"outputs": ("y", "z")},
         ),
-        ("nothing takes its output", [normalization("x", "h"), node("Relu", "x")], (CHANNELS,), {}, {}),
+        ("nothing uses its output", [normalization("x", "h"), node("Relu", "x")], (CHANNELS,), {}, {}),
         (
             "Relu 'relu' after it is none of Conv, Gemm, MatMul",
             [normalization("x", "h"), node("Relu", "h")],
@@ -896,7 +896,7 @@ def test_why_it_does_not_go_back(
             {},
         ),
         (
-            "Conv 'conv' after it takes 3 channels, not 6",
+            "Conv 'conv' after it has 3 input channels, not 6",
             TO_CONV,
             (CHANNELS, 5, 5),
             {"w": ones(2, 3, 3, 3)},
@@ -975,7 +975,7 @@ def test_subgraphs(rng: np.random.Generator) -> None:
     result = fold(model, {"x": x})
     assert result.folded == {}
     assert result.skipped == {
-        "bn": "the output of Conv 'conv' is used elsewhere too, and Add 'add' after it is none of Conv, Gemm, MatMul",
+        "bn": "the output of Conv 'conv' is also used elsewhere, and Add 'add' after it is none of Conv, Gemm, MatMul",
         "if/then/inner": "it is in a subgraph of If",
     }
     assert result.model == model
@@ -1018,7 +1018,9 @@ def test_an_error_is_caught(rng: np.random.Generator, monkeypatch: pytest.Monkey
     x = rng.normal(size=(2, 4, 5, 5)).astype(np.float32)
     monkeypatch.setattr(linear, "fold_linear", planted)
     assert fold(model).max_error is None
-    with pytest.raises(InputError, match=r"by \d\.\de-0[34] of the largest, where rounding explains 1\.0e-04: .*\.$"):
+    with pytest.raises(
+        InputError, match=r"by \d\.\de-0[34] of the largest, but rounding explains only 1\.0e-04: .*\.$"
+    ):
         fold(model, {"x": x})
 
 
@@ -1097,7 +1099,7 @@ def test_an_error_is_caught_whatever_comes_after_it(
 ) -> None:
     model, inputs = delicate(rng, [LARGE, node(end, "l")])
     monkeypatch.setattr(linear, "fold_linear", planted)
-    with pytest.raises(InputError, match=r"by \d\.\de-0[34] of the largest, where rounding explains"):
+    with pytest.raises(InputError, match=r"by \d\.\de-0[34] of the largest, but rounding explains only"):
         fold(model, inputs)
 
 
@@ -1158,14 +1160,14 @@ def test_distance(expected: list[Any], found: list[Any], distance: float) -> Non
 def test_inputs_that_do_not_fit(rng: np.random.Generator) -> None:
     model = build(FROM_CONV, {"w": conv(rng), **statistics(rng)}, ("n", 4, 5, 5))
     for inputs in ({}, {"x": np.ones((2, 3, 5, 5), np.float32)}, {"x": np.ones((2, 4, 5, 5))}):
-        with pytest.raises(InputError, match=r"^onnxruntime does not run the model, to compare its outputs \(.*\)\.$"):
+        with pytest.raises(InputError, match=r"^onnxruntime cannot run the model to compare its outputs \(.*\)\.$"):
             fold(model, inputs)
 
 
 def test_without_onnxruntime(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     model = build(FROM_CONV, {"w": conv(rng), **statistics(rng)}, ("n", 4, 5, 5))
-    with pytest.warns(RuntimeWarning, match=r"not compared: that needs onnxruntime; pip install"):
+    with pytest.warns(RuntimeWarning, match=r"not compared, which needs onnxruntime; install it with pip install"):
         result = fold(model, {"x": np.ones((2, 4, 5, 5), np.float32)})
     assert (result.folded, result.max_error) == ({"bn": "conv"}, None)
 
@@ -1355,7 +1357,7 @@ def test_without_onnx(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, "fold", "in.onnx", "out.onnx"], capture_output=True, text=True, check=False
     )
-    said = 'batchnorm: folding needs onnx, which is not installed; pip install "batchnorm[onnx]" brings it.\n'
+    said = 'batchnorm: folding needs onnx, which is not installed; install it with pip install "batchnorm[onnx]".\n'
     assert (done.returncode, done.stderr, done.stdout) == (2, said, "")
 
 
@@ -1390,14 +1392,14 @@ def test_an_error_is_caught_before_anything_is_written(folder: Path, monkeypatch
     assert "the folded model's outputs differ by" in refused(folder, "in.onnx", "in.onnx")
 
 
-WAYS_OUT = "; --inputs FILE.npz compares the models on inputs that fit, --no-check does not compare them."
+WAYS_OUT = "; give inputs that fit with --inputs FILE.npz, or do not compare the models, with --no-check."
 
 
 def test_a_model_that_onnxruntime_does_not_run(folder: Path, rng: np.random.Generator) -> None:
     nodes = [*FROM_CONV[:1], normalization("h", "g"), node("Unheard", "g", domain="other")]
     onnx.save_model(build(nodes, {"w": conv(rng), **statistics(rng)}, ("n", 4, 5, 5)), "odd.onnx")
     said = refused(folder, "odd.onnx", "out.onnx")
-    assert "onnxruntime does not run the model, to compare its outputs (" in said
+    assert "onnxruntime cannot run the model to compare its outputs (" in said
     assert said.endswith(f"{WAYS_OUT}\n")
     assert command("odd.onnx", "out.onnx", "--no-check").exit_code == 0
 
@@ -1408,7 +1410,7 @@ def test_an_input_that_cannot_be_made_up(folder: Path, rng: np.random.Generator)
     sequence = helper.make_tensor_sequence_value_info("s", onnx.TensorProto.FLOAT, ("n", 4, 5, 5))
     model.graph.input[0].CopyFrom(sequence)
     onnx.save_model(model, "odd.onnx")
-    assert f"the axes of input 's' are not known{WAYS_OUT}" in refused(folder, "odd.onnx", "out.onnx")
+    assert f"the axes of input 's' are unknown{WAYS_OUT}" in refused(folder, "odd.onnx", "out.onnx")
 
 
 def test_one_array_for_one_input(folder: Path, rng: np.random.Generator) -> None:
@@ -1446,12 +1448,12 @@ def test_inputs_that_are_of_no_use(folder: Path) -> None:
     np.savez("other.npz", x=np.ones((1, 4, 7, 5), np.float32), w=np.ones(1))
     np.savez("objects.npz", x=np.array([{}]), v=np.ones(1))
     np.save("one.npy", np.ones(1))
-    unsound = "is no sound .npz or .npy file of plain arrays; save it with numpy.savez."
+    unsound = "is not a valid .npz or .npy file of plain arrays; save it with numpy.savez."
     assert "nowhere.npz cannot be read (No such file or directory)." in said("--inputs", "nowhere.npz")
     assert f"text.npz {unsound}" in said("--inputs", "text.npz")
     assert f"objects.npz {unsound}" in said("--inputs", "objects.npz")
-    assert "other.npz holds the inputs x, w; the model takes x, v." in said("--inputs", "other.npz")
-    assert "one.npy holds the inputs none; the model takes x, v." in said("--inputs", "one.npy")
+    assert "other.npz contains the inputs x, w; the model needs x, v." in said("--inputs", "other.npz")
+    assert "one.npy contains the inputs none; the model needs x, v." in said("--inputs", "one.npy")
     assert "exclude each other; give at most one" in said("--inputs", "fit.npz", "--no-check")
 
 
@@ -1463,7 +1465,7 @@ def test_nothing_to_fold_is_success(folder: Path) -> None:
     onnx.save_model(model, "odd.onnx")
     result = command("odd.onnx", "out.onnx")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == "there is no batch normalization to fold\nout.onnx holds the model as it was\n"
+    assert result.stdout == "there is no batch normalization to fold\nout.onnx holds the unchanged model\n"
     assert onnx.load_model("out.onnx") == model
 
 
@@ -1473,7 +1475,7 @@ def test_nothing_that_can_be_folded_is_success(folder: Path, rng: np.random.Gene
     result = command("odd.onnx", "out.onnx")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith("0 of 1 batch normalization folded\n  bn stays: Relu 'relu' before it is none of")
-    assert result.stdout.endswith("\nout.onnx holds the model as it was\n")
+    assert result.stdout.endswith("\nout.onnx holds the unchanged model\n")
     assert onnx.load_model("out.onnx") == model
 
 

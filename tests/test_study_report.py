@@ -229,7 +229,7 @@ def test_the_meaning_is_two_sentences_and_follows_the_verdict(mixed: Findings) -
     }
     assert texts["supported"].endswith(CLAIMS[0].if_true)
     assert texts["not supported"].endswith(CLAIMS[0].if_false)
-    assert texts["contradicted"].startswith("Here it is the other way round.")
+    assert texts["contradicted"].startswith("The opposite holds here.")
     assert len(set(texts.values())) == 4
 
 

@@ -74,7 +74,7 @@ def test_a_failure_of_processes_together_is_one_sentence(tmp_path: Path) -> None
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("batchnorm: ")]
     assert len(said) == 1
-    assert "holds runs of another study" in said[0]
+    assert "contains runs of another study" in said[0]
     assert done.stderr.count("Traceback") == 1, "that of torchrun itself"
 
 

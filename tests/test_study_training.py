@@ -196,13 +196,13 @@ def test_a_factory_gets_what_it_asks_for() -> None:
         ("my_networks:missing", "failed with AttributeError"),
         ("my_networks:notafunction", "failed with TypeError"),
         ("my_networks:raises", "my_networks:raises failed with OSError: no weights."),
-        ("my_networks:number", "gives a int and not a torch.nn.Module"),
+        ("my_networks:number", "must return a torch.nn.Module, but returns a int"),
         ("my_networks:without", "without batch normalization, so there is nothing to compare"),
         ("my_networks:wants", "failed with TypeError"),
-        ("my_networks:shape", "gives (4, 7) for 4 images, where scores of shape (4, 10) are needed"),
+        ("my_networks:shape", "returns (4, 7) for 4 images, but must return scores of shape (4, 10)"),
         ("my_networks:images", "failed on images of shape (4, 1, 8, 8) with RuntimeError"),
-        ("my_networks:reads", "my_networks:reads with without in the place of its own failed on images"),
-        ("my_networks:fused", "give it without `activation=`"),
+        ("my_networks:reads", "my_networks:reads in the variant 'without' failed on images"),
+        ("my_networks:fused", "build it without `activation=`"),
     ],
 )
 def test_a_network_of_no_use_is_one_sentence(name: str, said: str) -> None:

@@ -471,7 +471,7 @@ def test_a_class_that_is_not_known_is_named() -> None:
     assert type(converted[1]) is OwnBigger
     row, _ = bn.explain(converted).rows
     assert (row.name, row.kind, row.converted) == ("1", "OwnBigger", False)
-    assert row.reason == "has a forward of its own, Own.forward: batchnorm.torch.register says what a class computes"
+    assert row.reason == "has a forward of its own, Own.forward: register its class with batchnorm.torch.register"
     assert bn.fold(model.eval()).skipped["1"] == "has a forward of its own, Own.forward"
     assert "has a forward of its own" in bn.calibrate(converted, [draw(*SMALL)[:, :3]]).skipped["1"]
     with pytest.warns(UserWarning, match=r"1 \(OwnBigger\) has a forward of its own, Own.forward, and is not frozen"):
@@ -549,9 +549,9 @@ class Bare(nn.Module):
 
 
 def test_what_cannot_be_registered() -> None:
-    with pytest.raises(TypeError, match="register takes a class of modules, got Own"):
+    with pytest.raises(TypeError, match="register needs a class of modules, got Own"):
         bn.register(Own(4))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="then takes the names of attributes, got 'act': pass a list of strings"):
+    with pytest.raises(TypeError, match="then must be a list of attribute names, got 'act'"):
         bn.register(Own, then="act")
     with pytest.raises(TypeError, match="statistics must be"):
         bn.register(Own, statistics="running")  # type: ignore[arg-type]

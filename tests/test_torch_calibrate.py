@@ -217,8 +217,8 @@ def test_empty_inputs_say_nothing() -> None:
         model, x = Gated(), branched()[0][0]
         done = calibrate(model, [x, x[:3]], method=method)  # type: ignore[arg-type]
         assert done.layers == ("b",)
-        assert done.skipped["a"] == "no sample came in through a call of this layer"
-        assert done.skipped["c"] == "only one value came in, which has no variance"
+        assert done.skipped["a"] == "no call of this layer had any samples"
+        assert done.skipped["c"] == "its input had only one value, which has no variance"
         assert_moments(model.b, torch.cat([x, x[:3]]))
         for layer in (model.a, model.c):
             torch.testing.assert_close(layer.running_mean, torch.zeros(3).double())
@@ -344,9 +344,7 @@ def test_statistics_that_are_not_finite(method: Any) -> None:
     model, x = network(), data()
     x[3, 1, 0, 0] = math.inf
     before = statistics(model)
-    with pytest.raises(
-        ValueError, match=r"what comes into 0 are not finite in torch\.float64; nothing has been changed"
-    ):
+    with pytest.raises(ValueError, match=r"the inputs of 0 are not finite in torch\.float64; nothing has been changed"):
         calibrate(model, x.split(6), method=method)
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
 
@@ -421,7 +419,7 @@ def test_structures(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [{"label": LABEL, "picture": X}, (X,), X, "x", [], 3])
 def test_structures_that_are_not_clear(batch: Any) -> None:
-    with pytest.raises(TypeError, match=r"it is not clear how to call Two\.forward\(image.*say it with forward="):
+    with pytest.raises(TypeError, match=r"it is not clear how to call Two\.forward\(image.*pass forward="):
         calibrate(Two(), [batch])
     model = Two()
     done = calibrate(model, [batch], forward=lambda model, _: model(X, SCALE))
@@ -490,14 +488,14 @@ def test_samples_are_counted(name: str, one_by_one: bool) -> None:
 
 @pytest.mark.parametrize("name", ["images and boxes", "one image and its boxes", "images and tensors of labels"])
 def test_lists_of_samples_are_not_taken_apart(name: str) -> None:
-    with pytest.raises(TypeError, match=r"not clear how to call Detector\.forward\(images.*say it with forward="):
+    with pytest.raises(TypeError, match=r"not clear how to call Detector\.forward\(images.*pass forward="):
         calibrate(Detector(), [COUNTED[name][1]])
 
     class Both(Detector):
         def forward(self, images: Any, targets: Any) -> Any:  # type: ignore[override]
             return super().forward(images)
 
-    with pytest.raises(TypeError, match=r"not clear how to call Both\.forward\(images.*say it with forward="):
+    with pytest.raises(TypeError, match=r"not clear how to call Both\.forward\(images.*pass forward="):
         calibrate(Both(), [(images(2), (BOXES, BOXES))])
 
 
@@ -570,8 +568,8 @@ def test_layers_that_are_never_reached() -> None:
     model.unused = nn.BatchNorm1d(2)
     for method in METHODS:
         done = calibrate(model, [(X, SCALE)], method=method)  # type: ignore[arg-type]
-        assert done.skipped == {"unused": "no sample came in through a call of this layer"}
-        assert "unused is as it was: no sample came in" in str(done)
+        assert done.skipped == {"unused": "no call of this layer had any samples"}
+        assert "unused is unchanged: no call of this layer" in str(done)
 
 
 def test_max_samples() -> None:
@@ -584,7 +582,7 @@ def test_wrong_arguments() -> None:
     model = network()
     before = statistics(model)
     for empty in ([], iter([])):
-        with pytest.raises(ValueError, match="the data gave no samples"):
+        with pytest.raises(ValueError, match="the data have no samples"):
             calibrate(model, empty)
     with pytest.raises(ValueError, match="can be read only once: pass a data loader or a list"):
         calibrate(model, iter(data().split(5)), method="sequential")
@@ -707,5 +705,5 @@ def failing_share(rank: int) -> str:
 
 
 def test_a_process_that_fails_makes_the_others_fail(tmp_path: Path) -> None:
-    others = "process 1 of the group failed; here nothing has been changed"
+    others = "process 1 of the group failed; nothing was changed here"
     assert in_processes(3, failing_share, tmp_path) == [others, "disk", others]

@@ -382,7 +382,7 @@ def test_other_layers_are_left_alone() -> None:
     parametrized = nn.BatchNorm2d(3)
     register_parametrization(parametrized, "weight", nn.Identity())
     for layer, reason in (
-        (Shifted(3), "has a forward of its own, Shifted.forward: batchnorm.torch.register says what a class computes"),
+        (Shifted(3), "has a forward of its own, Shifted.forward: register its class with batchnorm.torch.register"),
         (replaced, "has had its forward replaced"),
         (parametrized, "is parametrized, which has changed its class"),
     ):

@@ -735,7 +735,7 @@ class ManyArguments(Branching):
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(AnyArguments(), "it takes any keyword arguments"), (ManyArguments(), "it can be called in too many ways")],
+    [(AnyArguments(), "it accepts any keyword argument"), (ManyArguments(), "it can be called in too many ways")],
 )
 def test_too_many_arguments(model: nn.Module, reason: str) -> None:
     result = assert_folds(model, x(*IMAGES))
@@ -823,7 +823,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outputs_of_other_shapes_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(nn.Sequential(nn.Conv2d(4, 5, 3), BatchNorm2d(5, activation="relu")))
     monkeypatch.setattr(Rest, "forward", lambda self, input: input[:1])
-    with pytest.raises(RuntimeError, match="not of the same shapes"):
+    with pytest.raises(RuntimeError, match="do not have the same shapes"):
         fold(model, x(*IMAGES))
 
 

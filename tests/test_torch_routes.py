@@ -356,6 +356,6 @@ def test_a_frozen_layer_does_not_look_at_masks() -> None:
 
 def test_explain_does_not_make_lazy_layers() -> None:
     model = nn.Sequential(bn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match="0 is lazy and does not know its size: call the model on one batch"):
+    with pytest.raises(ValueError, match="0 does not know its size yet: call the model on one batch first"):
         bn.explain(model, torch.randn(4, 3))
     assert isinstance(model[0], bn.LazyBatchNorm1d)

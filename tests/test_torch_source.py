@@ -614,9 +614,9 @@ UNUSUAL_REASONS = {
     "Registered": "Registered defines __init_subclass__",
     "Pickled": "Pickled defines its own pickling",
     "Demanding": "Demanding cannot have a subclass: ",
-    "Decorated": "Decorated does not call it and then, with nothing else in between, an activation",
+    "Decorated": "Decorated does not call an activation directly after it",
     "Executed": "the source of Executed.forward is not available",
-    "Lambda": "Lambda does not call it and then, with nothing else in between, an activation",
+    "Lambda": "Lambda does not call an activation directly after it",
 }
 
 

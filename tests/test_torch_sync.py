@@ -335,7 +335,7 @@ def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, how: str) -> Non
             assert processes[rank].exitcode == 0
             told = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
             assert told.startswith("RuntimeError: ")
-            vain = f"process {rank} of 3 waited for the others in vain. One of them has ended, or the processes called"
+            vain = f"process {rank} of 3 waited for the others in vain: one of them has ended, or the processes called"
             assert vain in told
     finally:
         for process in processes:

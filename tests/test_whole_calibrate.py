@@ -207,7 +207,7 @@ def test_a_layer_whose_input_is_not_seen_once_is_as_it_was(method: Method, when:
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_that_few_values_reach(method: Method) -> None:
     before = Chain().statistics
-    for samples, reason in ((0, "no sample came in through a call of this layer"), (1, "only one value came in")):
+    for samples, reason in ((0, "no call of this layer had any samples"), (1, "its input had only one value")):
 
         class Gated(Chain):
             def run(self, batch: Any, names: Collection[str], see: See, samples: int = samples) -> None:
@@ -241,8 +241,8 @@ def spoiled() -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("dtype", "data", "error", "words"),
     [
-        (np.float64, [draw(), spoiled()], ValueError, "into a are not finite in float64; nothing has been changed"),
-        (np.float16, [draw() * 1e6], ValueError, "into a are not finite in float16; nothing has been changed"),
+        (np.float64, [draw(), spoiled()], ValueError, "inputs of a are not finite in float64; nothing has been changed"),
+        (np.float16, [draw() * 1e6], ValueError, "inputs of a are not finite in float16; nothing has been changed"),
         (np.float64, Failing(), OSError, "disk"),
     ],
 )
@@ -264,14 +264,14 @@ def test_wrong_arguments() -> None:
         (draw(), "parallel", {}, TypeError, r"got a ndarray: pass \[data\]"),
         ({"x": draw()}, "parallel", {}, TypeError, r"got a dict: pass \[data\]"),
         (iter([draw()]), "sequential", {}, ValueError, "can be read only once: pass a data loader or a list"),
-        ([], "parallel", {}, ValueError, "the data gave no samples"),
-        ([], "sequential", {}, ValueError, "the data gave no samples"),
+        ([], "parallel", {}, ValueError, "the data have no samples"),
+        ([], "sequential", {}, ValueError, "the data have no samples"),
     ):
         with pytest.raises(error, match=words):
             run(Chain(), data, method, **options)
     with pytest.raises(ValueError, match=r"no batch normalization was calibrated \(the model has none\)"):
         run(Chain(""), [draw()])
-    with pytest.raises(ValueError, match=r"no batch normalization was calibrated \(a: only one value"):
+    with pytest.raises(ValueError, match=r"no batch normalization was calibrated \(a: its input had only one value"):
         run(Chain("a"), [draw()[:1]])
 
 
@@ -299,7 +299,7 @@ def test_sentences() -> None:
     one = Calibration(1, {"": 0.25}, {"b": "is frozen"})
     assert str(one) == (
         "1 layer calibrated on 1 sample; the largest change is 0.25 standard deviations, in the layer\n"
-        "  b is as it was: is frozen"
+        "  b is unchanged: is frozen"
     )
     two = Calibration(20, {"a": 0.25, "b": 0.5})
     assert str(two) == "2 layers calibrated on 20 samples; the largest change is 0.5 standard deviations, in b"

@@ -279,8 +279,11 @@ def test_constants_that_make_no_linear_map(rng: np.random.Generator, change: Any
     ("layers", "reason"),
     [
         (lambda rng: {"a": dense(rng, 3, 5), "n": norm(rng, 4)}, "Dense before it has 5 channels, not 4, and nothing"),
-        (lambda rng: {"n": norm(rng, 4), "a": dense(rng, 3, 5)}, "and Dense after it takes 3 channels, not 4"),
-        (lambda rng: {"n": norm(rng, 4), "f": Flat(), "a": dense(rng, 10, 5)}, "and Dense after it takes 10 channels"),
+        (lambda rng: {"n": norm(rng, 4), "a": dense(rng, 3, 5)}, "and Dense after it has 3 input channels, not 4"),
+        (
+            lambda rng: {"n": norm(rng, 4), "f": Flat(), "a": dense(rng, 10, 5)},
+            "and Dense after it has 10 input channels",
+        ),
     ],
 )
 def test_channels_that_do_not_fit(rng: np.random.Generator, layers: Callable[..., Layers], reason: str) -> None:
@@ -328,7 +331,7 @@ def test_when_the_outputs_differ_nothing_is_folded(rng: np.random.Generator, mon
         return matrix * (1 + 1e-8), offset
 
     monkeypatch.setattr(linear, "fold_linear", planted)
-    with pytest.raises(OutputsDiffer, match=r"outputs differ by .*e-0[89] of the largest, where rounding explains"):
+    with pytest.raises(OutputsDiffer, match=r"outputs differ by .*e-0[89] of the largest, but rounding explains only"):
         fold_network(Network(layers, x))
     np.testing.assert_array_equal(run(layers, x), before)
     assert layers["n"].constants is not None
@@ -386,16 +389,16 @@ def test_a_transposed_kernel_and_its_matrix(rng: np.random.Generator) -> None:
 def test_the_coarsest_type_decides() -> None:
     y, near = {"y": np.array([1.0, 4.0])}, {"y": np.array([1.0, 4.0 + 4e-3])}
     assert compare(Outputs(y, near, ["float32", "float16", "int64"])) == pytest.approx(1e-3)
-    with pytest.raises(OutputsDiffer, match=r"differ by 1\.0e-03 of the largest, where rounding explains 1\.0e-04"):
+    with pytest.raises(OutputsDiffer, match=r"differ by 1\.0e-03 of the largest, but rounding explains only 1\.0e-04"):
         compare(Outputs(y, near, ["float32"]))
-    with pytest.raises(OutputsDiffer, match=r"rounding explains 1\.0e-10"):
+    with pytest.raises(OutputsDiffer, match=r"rounding explains only 1\.0e-10"):
         compare(Outputs(y, near, ["int64"]))
     assert compare(Outputs({}, {}, ["float32"])) is None
 
 
 @pytest.mark.parametrize("found", [{}, {"z": np.ones(2)}, {"y": np.ones(3)}, {"y": np.ones(2), "z": np.ones(1)}])
 def test_other_outputs(found: dict[str, Array]) -> None:
-    with pytest.raises(OutputsDiffer, match="not of the same shapes"):
+    with pytest.raises(OutputsDiffer, match="do not have the same shapes"):
         compare(Outputs({"y": np.ones(2)}, found, ["float16"]))
 
 

@@ -389,7 +389,7 @@ def test_the_attribute_stays_an_attribute() -> None:
 
 # --- Quantization, torch.fx ------------------------------------------------------------------------------------------
 
-REVERT = r"knows only PyTorch's own layers; call batchnorm.torch.revert\(model\) first"
+REVERT = r"supports only PyTorch's own layers; call batchnorm.torch.revert\(model\) first"
 
 
 def quantized_eagerly(model: nn.Module, x: Tensor) -> Tensor:
@@ -457,7 +457,7 @@ def test_fuse_modules_takes_reverted_models(fuse: Any) -> None:
 
 def test_a_quantized_tensor_is_refused() -> None:
     x = torch.quantize_per_tensor(draw(), 0.1, 64, torch.quint8)
-    with pytest.raises(NotImplementedError, match=r"takes floating-point tensors, got torch.quint8"):
+    with pytest.raises(NotImplementedError, match=r"needs floating-point tensors, got torch.quint8"):
         bn.BatchNorm2d(3).eval()(x)
 
 

@@ -72,14 +72,14 @@ def _version(wanted: bool) -> None:
 
 
 def _flag(name: str, help: str, **options: Any) -> Any:
-    """An option that takes no value, and says so."""
+    """An option without a value."""
     return typer.Option(name, help=help, metavar="", **options)
 
 
 @app.callback()
 def _batchnorm(
     version: Annotated[
-        bool, _flag("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, _flag("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Batch normalization: fast layers, tools for whole models, and a study of what it does."""
@@ -105,7 +105,7 @@ def study(
         typer.Option(
             metavar="NAME",
             help="mlp, cnn, resnet, or MODULE:FACTORY: a function that builds your own network with batch "
-            "normalization in it. It may take `shape`, `inputs` and `classes`.",
+            "normalization. It may have the arguments `shape`, `inputs` and `classes`.",
         ),
     ] = "mlp",
     claims: Annotated[
@@ -114,7 +114,7 @@ def study(
     quick: Annotated[bool, _flag("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
     full: Annotated[bool, _flag("--full", help="More seeds and steps: several times as long.")] = False,
     resume: Annotated[
-        bool, _flag("--resume", help="Keep the runs that an interrupted study left in DIR, and do the rest.")
+        bool, _flag("--resume", help="Keep the runs that an interrupted study left in DIR, and train the rest.")
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(metavar="N", help="Number of seeds. [default: 6; quick 5, full 12]")
@@ -127,7 +127,7 @@ def study(
         float, typer.Option(metavar="ACCURACY", help="Steps are counted until this test accuracy, from 0 to 1.")
     ] = 0.95,
     base_seed: Annotated[
-        int, typer.Option(metavar="N", help="Another base seed gives other weights and batch orders.")
+        int, typer.Option(metavar="N", help="First seed: another one gives other weights and batch orders.")
     ] = 0,
     paper_steps: Annotated[
         int | None,
@@ -168,18 +168,18 @@ def bench(
         float, typer.Option(metavar="S", help="Seconds per case, in training and in evaluation each.")
     ] = 1.0,
     compile: Annotated[
-        bool, _flag("--compile", help="Time torch.compile too. Compiling takes seconds per case.")
+        bool, _flag("--compile", help="Time torch.compile, too. Compiling takes seconds per case.")
     ] = False,
-    jax: Annotated[bool, _flag("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
+    jax: Annotated[bool, _flag("--jax", help="Time JAX and TensorFlow, too, if they are installed.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the numbers and all versions to this CSV file.")
     ] = None,
 ) -> None:
     """Time the layers on this machine.
 
-    Each case is a normalization and its activation, in the shape of a layer of a real network, or a small one. The
-    candidates take turns: this package's layer, PyTorch's, and a plain copy of the tensor, which is the unit. The
-    default takes about three minutes.
+    Each case is a normalization and its activation, in the shape of a layer of a real network, or a small one. Three
+    candidates take turns: this package's layer, PyTorch's, and a plain copy of the tensor, which is the unit of time.
+    The default takes about three minutes.
     """
     with _one_sentence("the benchmark", "bench"):
         from batchnorm.bench import terminal
@@ -195,8 +195,8 @@ def fold(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Inputs to compare the two models on: an .npz file with an array for each, by name, or an .npy file "
-            "for a model with one. [default: random ones]",
+            help="Inputs on which to compare the two models: an .npz file with an array for each input, by name, or an "
+            ".npy file for a model with one input. [default: random inputs]",
         ),
     ] = None,
     no_check: Annotated[bool, _flag("--no-check", help="Do not compare the two models before writing.")] = False,
@@ -204,8 +204,9 @@ def fold(
 ) -> None:
     """Fold the batch normalizations of an ONNX model into the layers beside them.
 
-    Prints the layer that each one went into, or why it stays. The new model is written only if each of its parts, given
-    what the old one has there, computes the same up to rounding. The comparison needs onnxruntime.
+    The command prints the layer into which each one was folded, or why it was not. It writes the new model only if each
+    of its parts, given the same values, computes the same as the old model up to rounding. The comparison needs
+    onnxruntime.
     """
     with _one_sentence("folding", "onnx"):
         from batchnorm.onnx.command import fold_file
@@ -219,7 +220,7 @@ def env(
 ) -> None:
     """Print where the package runs: versions, threads, caches, devices and routes.
 
-    Put this into a bug report, and look at it first: it contains paths and what CUDA_VISIBLE_DEVICES says.
+    Add this to a bug report, but read it first: it contains paths and the value of CUDA_VISIBLE_DEVICES.
     """
     import json
 
@@ -235,7 +236,7 @@ def diagnose(
         Path, typer.Argument(metavar="CHECKPOINT", help="A .pt, .pth, .ckpt, .safetensors, .keras or .weights.h5 file.")
     ],
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page with plots, for any browser.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page with plots (HTML).")
     ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the report as JSON.")] = None,
     quiet: Annotated[bool, _flag("--quiet", help="Print nothing; the exit code tells.")] = False,

@@ -1,6 +1,6 @@
-"""Where the package runs: versions, threads, caches, devices and routes, for bug reports and beside every measurement.
+"""Where the package runs: versions, threads, caches, devices and routes, for bug reports and measurements.
 
-Paths, and what `CUDA_VISIBLE_DEVICES` says, may tell more than you want.
+Paths and the value of `CUDA_VISIBLE_DEVICES` may reveal more than you want.
 """
 
 import importlib
@@ -23,11 +23,11 @@ VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_DISABLE_JIT",
     "TRITON_INTERPRET", "KERAS_BACKEND", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
-"""The environment variables that change what is computed where."""
+"""The environment variables that change what is computed, or where."""
 
 
 def environment() -> dict[str, Any]:
-    """All that a bug report needs. What cannot be found out says why instead of failing."""
+    """All that a bug report needs. An entry that cannot be determined gives the reason instead."""
     return {
         "batchnorm": batchnorm.__version__,
         "python": platform.python_version(),
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """An environment as lines of text, one for each of its entries."""
+    """An environment as lines of text, one for each entry."""
 
     def said(value: Any) -> str:
         if isinstance(value, dict):
@@ -53,7 +53,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def columns() -> dict[str, str | int]:
-    """Versions, PyTorch's threads and the processor, as columns beside measurements; empty where not installed."""
+    """Versions, PyTorch's threads and the processor, as columns for tables of measurements."""
     import torch
 
     return {
@@ -94,7 +94,7 @@ def _version(package: str) -> str:
 
 
 def _of_kernels() -> dict[str, Any]:
-    """The threads of Numba's kernels, and where they are kept when they are compiled."""
+    """The threads of Numba's kernels, and the folder of the compiled kernels."""
     from batchnorm.kernels import disk, threads
 
     folder = disk.folder()
@@ -106,7 +106,7 @@ def _of_kernels() -> dict[str, Any]:
 
 
 def _of_torch() -> dict[str, Any]:
-    """PyTorch's threads and devices, and the routes that can be taken on them."""
+    """PyTorch's threads and devices, and the routes available on them."""
     try:
         torch: Any = importlib.import_module("torch")
         routes = importlib.import_module("batchnorm.torch.routes").ROUTES
@@ -116,7 +116,7 @@ def _of_torch() -> dict[str, Any]:
         usable = any(map(gpu.is_available, devices))
     except ModuleNotFoundError as error:
         return {"routes": f"none: {error.name} is not installed"}
-    except Exception as error:  # a report of what is broken must not break
+    except Exception as error:  # a bug report must not fail with the bug
         return {"routes": f"none: PyTorch does not start ({error})"}
     return {
         "torch threads": torch.get_num_threads(),
@@ -126,5 +126,5 @@ def _of_torch() -> dict[str, Any]:
 
 
 def _without_home(path: Path) -> str:
-    """A path that does not say whose it is."""
+    """A path without the user's name."""
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)

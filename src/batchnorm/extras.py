@@ -1,4 +1,4 @@
-"""What the parts of the package need besides NumPy and Numba, and what is said where it is not installed."""
+"""The packages that each part needs besides NumPy and Numba, and the error if one is not installed."""
 
 from importlib.util import find_spec
 
@@ -12,17 +12,17 @@ EXTRAS = {
     "study": ("torch", "sklearn", "joblib", "plotly", "jinja2", "rich"),
     "bench": ("torch", "rich"),
 }
-"""The packages without which a part does not start, by the name of the part and of its extra."""
+"""The packages without which a part cannot be imported, by the name of the part and of its extra."""
 
 
 def require(extra: str) -> None:
-    """Check that the packages of a part are installed, before it imports them.
+    """Raise an error unless the packages of a part are installed, before it imports them.
 
     Args:
         extra: The name of the part and of its extra.
 
     Raises:
-        ModuleNotFoundError: If one is not. The message names the extra that brings it.
+        ModuleNotFoundError: If one is missing. The message names the extra that installs it.
     """
     for package in EXTRAS[extra]:
         if find_spec(package) is None:
@@ -30,5 +30,5 @@ def require(extra: str) -> None:
 
 
 def missing(what: str, package: str, extra: str) -> str:
-    """The sentence that says what is not installed, and how to get it."""
-    return f'{what} needs {package}, which is not installed; pip install "batchnorm[{extra}]" brings it.'
+    """The sentence that says what is not installed, and how to install it."""
+    return f'{what} needs {package}, which is not installed; install it with pip install "batchnorm[{extra}]".'

@@ -259,7 +259,7 @@ def test_nothing_changes(fails: bool) -> None:
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"model must be a keras\.Model or a layer, got int"):
         diagnose(3)
-    with pytest.raises(ValueError, match="there is no batch normalization in this model"):
+    with pytest.raises(ValueError, match="model has no batch normalization"):
         diagnose(keras.Sequential([keras.Input((2,)), layers.Dense(2)]))
     with pytest.raises(ValueError, match="the data gave no batches"):
         diagnose(network(), [])
@@ -289,6 +289,6 @@ def test_watch(ours: bool, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == ["1", "3", "5"]
     plain = keras.Sequential([keras.Input((2,)), layers.Dense(1)])
     plain.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="there is nothing to watch"):
+    with pytest.raises(ValueError, match="model has no batch normalization, so there is nothing to watch"):
         plain.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[Watch()])
     assert ops.shape(model.get_layer("n").gamma) == (6,)

@@ -142,7 +142,7 @@ def test_subclassed_models() -> None:
     assert len(result.folded) == 2
     assert result.max_error is not None
     assert result.max_error < 1e-5
-    with pytest.raises(ValueError, match="has layers that only a call builds: give example inputs"):
+    with pytest.raises(ValueError, match="has layers that only a call builds: pass example_inputs"):
         fold(model)
 
 
@@ -203,7 +203,7 @@ def test_statistics_that_cannot_be_folded() -> None:
     model.layers[1].moving_variance.assign([1.0, np.nan, 1.0])
     assert "has a moving_variance that is not finite" in str(fold(model))
     told = keras.Model(inputs := keras.Input((5,)), BN()(layers.Dense(3)(inputs), training=True))
-    assert "is told to train" in str(fold(told))
+    assert "is always called with training=True" in str(fold(told))
 
 
 # --- What the copy keeps ----------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_state_that_no_file_keeps() -> None:
     model = network((5,), Silent(), layers.Dense(3), BN())
     assert len(fold(model).folded) == 1
     model.layers[0].shift = np.float32(7.0)
-    with pytest.raises(TypeError, match=r"Sequential cannot be copied: .* gives other outputs, .* leaves out"):
+    with pytest.raises(TypeError, match=r"Sequential cannot be copied: the outputs of a copy .* differ .* leaves out"):
         fold(model)
 
 
@@ -329,9 +329,9 @@ def test_what_was_not_compared_is_said() -> None:
     result = fold(network((5,), Random(), layers.Dense(4), BN()), draw((3, 5)))
     assert len(result.folded) == 1
     assert result.max_error is None
-    assert "outputs were not compared: the model gives other outputs for the same inputs each time" in str(result)
+    assert "outputs were not compared: the outputs of the model differ from call to call" in str(result)
     model = network((5,), Counted(), layers.Dense(4), BN())
-    said = "the model cannot be called on made-up inputs (these are no counts): give example inputs"
+    said = "the model cannot be called on random inputs (these are no counts): pass example_inputs"
     assert fold(model).notes == (f"outputs were not compared: {said}",)
     assert fold(model, np.abs(draw((3, 5)))).max_error is not None
 
@@ -364,7 +364,7 @@ def test_a_fold_that_changes_the_outputs_is_undone(x: Any, monkeypatch: pytest.M
     wrong = model.layers[4].name
     assert list(result.skipped) == [wrong]
     assert result.skipped[wrong].startswith("was folded and put back: the folded model's outputs differ by")
-    assert "where rounding explains 1.0e-04" in result.skipped[wrong]
+    assert "but rounding explains only 1.0e-04" in result.skipped[wrong]
     assert len(result.folded) == 2
     assert result.max_error < 1e-5
     np.testing.assert_allclose(numbers(result.model(draw((9, 5)))), numbers(model(draw((9, 5)))), rtol=1e-4, atol=1e-4)

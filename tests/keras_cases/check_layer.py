@@ -466,7 +466,7 @@ def test_arguments_and_errors() -> None:
         BatchNormalization(activation=("relu", 0.5))
     with pytest.raises(ValueError, match=r"Axis 3 is out of bounds for input shape \(2, 3\)"):
         BatchNormalization(axis=3)(np.zeros((2, 3), np.float32))
-    with pytest.raises(ValueError, match=r"axis -1 of inputs of shape \(None, None\) is the channels"):
+    with pytest.raises(ValueError, match=r"axis -1 of inputs of shape \(None, None\) holds the channels"):
         BatchNormalization()(keras.Input((None,)))
     ours, theirs = BatchNormalization(name="one").get_config(), layers.BatchNormalization(name="one").get_config()
     assert ours == theirs

@@ -11,7 +11,7 @@ __all__ = ["CASES", "LARGE", "Case"]
 Group = Literal["network", "rows", "small", "type"]
 
 LARGE = 1 << 22
-"""The number of values from which a tensor counts as large: 16 MB of float32, more than the L2 caches hold."""
+"""The smallest number of values of a large tensor: 16 MB of float32, more than the L2 caches hold."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Interleaved timing: every candidate runs once a round, so that a busy moment of the machine falls on all of them."""
+"""Interleaved timing: every candidate runs once per round, so that a busy moment of the machine affects all of them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 """A row of a table, by column."""
 
 FEWEST, MOST = 7, 2000
-"""The smallest number of rounds, so that a median is meaningful, and the largest, so that fast cases end."""
+"""The smallest number of rounds, for a meaningful median, and the largest, so that fast cases end."""
 
 
 def interleave(candidates: Mapping[str, Candidate], seconds: float, fewest: int = FEWEST) -> Samples:
@@ -25,11 +25,11 @@ def interleave(candidates: Mapping[str, Candidate], seconds: float, fewest: int 
 
     Args:
         candidates: The functions to call, by name.
-        seconds: How long to time.
+        seconds: The time for all candidates together.
         fewest: The smallest number of rounds, however long they take.
 
     Returns:
-        The seconds of each call, equally many for every candidate.
+        The seconds of each call, the same number for every candidate.
     """
     for candidate in candidates.values():
         candidate()

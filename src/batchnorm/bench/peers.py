@@ -1,4 +1,4 @@
-"""The same layer in the other frameworks that are installed: the formula, compiled as each recommends."""
+"""The same layer in other installed frameworks: the formula, compiled as each framework recommends."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec

@@ -37,7 +37,7 @@ def summarize(ratios: dict[str, float]) -> Range | None:
 
 
 def others(records: Iterable[Record]) -> list[str]:
-    """The candidates other than ours and the copy, which is the unit."""
+    """The candidates except ours and the copy, which is the unit."""
     names = dict.fromkeys(record["candidate"] for record in records)
     return [name for name in names if name != "copy" and not name.startswith("batchnorm")]
 

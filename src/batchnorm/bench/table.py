@@ -13,10 +13,10 @@ __all__ = ["read", "write"]
 
 
 def check_writable(path: Path) -> None:
-    """Check, before minutes of timing, that a file can be written. Folders above it are created.
+    """Raise an error, before minutes of timing, if a file cannot be written. Its folders are created.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

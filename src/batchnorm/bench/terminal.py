@@ -63,13 +63,13 @@ def select(only: str) -> list[Case]:
 
 
 def check(compiled: bool, others: bool) -> None:
-    """Check that the requested candidates can run.
+    """Raise an error unless the requested candidates can run.
 
     Raises:
         InputError: If one of them cannot.
     """
     if others and not peers.installed():
-        raise InputError("neither jax nor tensorflow is installed.")
+        raise InputError("neither jax nor tensorflow is installed; install one of them, or leave out --jax.")
     if compiled:
         try:
             torch.compile(lambda x: x + 1)(torch.ones(3))

@@ -35,14 +35,14 @@ def diagnose_file(source: Path, html: Path | None, json: Path | None, quiet: boo
             try:
                 target.write_text(text(), encoding="utf-8")
             except OSError as error:
-                raise InputError(f"{target} cannot be written ({error.strerror}); choose another place.") from error
+                raise InputError(f"{target} cannot be written ({error.strerror}); choose another path.") from error
     if not quiet:
         print(report)
     return 1 if report.severity == "error" else 0
 
 
 def diagnose_checkpoint(source: Path) -> Report:
-    """Diagnose the batch normalizations in a file of weights: what their state alone tells.
+    """Diagnose the batch normalizations in a file of weights by their state alone.
 
     Args:
         source: A `.pt`, `.pth`, `.safetensors`, `.keras` or `.weights.h5` file.
@@ -66,19 +66,19 @@ def _read(source: Path) -> tuple[list[State], Remedies, str]:
     name = source.name
     try:
         if name.endswith(TORCH):
-            return names.states(pickled.read(source)), PyTorch(), _assumed("PyTorch's, eps = 1e-05")
+            return names.states(pickled.read(source)), PyTorch(), _assumed("PyTorch's defaults, eps = 1e-05")
         if name.endswith(SAFE):
             found = safetensors.read(source, names.is_part)
-            return names.states(found), PyTorch(), _assumed("PyTorch's, eps = 1e-05")
+            return names.states(found), PyTorch(), _assumed("PyTorch's defaults, eps = 1e-05")
         if name.endswith(KERAS):
             return hdf5.read_archive(source), Keras(), ""
         if name.endswith(HDF5):
-            return hdf5.read_weights(source), Keras(), _assumed("Keras', epsilon = 0.001")
+            return hdf5.read_weights(source), Keras(), _assumed("Keras' defaults, epsilon = 0.001")
     except OSError as error:
         raise InputError(f"{source} cannot be read ({error.strerror or error}).") from error
     known = ", ".join((*TORCH, SAFE, KERAS))
-    raise InputError(f"{source} is not a file of weights that can be read; give one that ends in {known} or {HDF5}.")
+    raise InputError(f"{source} is not a known file of weights; give one that ends in {known} or {HDF5}.")
 
 
 def _assumed(defaults: str) -> str:
-    return f"The file does not tell the settings of the layers; they are taken as {defaults}."
+    return f"The file does not contain the settings of the layers; they are assumed to be {defaults}."

@@ -1,4 +1,4 @@
-"""Batch normalizations in Keras' files: `.weights.h5`, and `.keras`, which is a zip of such a file and a config."""
+"""Batch normalizations in Keras' files: `.weights.h5`, and `.keras`, a zip file with such a file and a config."""
 
 import io
 import json
@@ -15,21 +15,21 @@ from batchnorm.whole.evidence import State
 __all__ = ["read_archive", "read_weights"]
 
 EPS, MOMENTUM = 1e-3, 0.99
-"""Keras' defaults, which a file without a config does not tell."""
+"""Keras' defaults, for a file without a config."""
 
 
 def read_archive(path: Path) -> list[State]:
-    """The batch normalizations of a `.keras` file, with the settings in its config. No layer is made from it.
+    """The batch normalizations of a `.keras` file, with the settings in its config. No layer is created.
 
     Raises:
-        InputError: If it is not a sound `.keras` file.
+        InputError: If it is not a valid `.keras` file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
             weights = io.BytesIO(archive.read("model.weights.h5"))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a sound .keras file; save the model again with model.save.") from error
+        raise InputError(f"{path} is not a valid .keras file; save the model again with model.save.") from error
     configs = {str(found["name"]): found for found in _configs(config)}
     return _read(weights, path, configs)
 
@@ -38,7 +38,7 @@ def read_weights(path: Path) -> list[State]:
     """The batch normalizations of a `.weights.h5` file, with Keras' defaults for the settings that it lacks.
 
     Raises:
-        InputError: If it is not a sound `.weights.h5` file.
+        InputError: If it is not a valid `.weights.h5` file.
     """
     return _read(path, path, {})
 
@@ -60,7 +60,7 @@ def _read(file: Any, path: Path, configs: dict[str, dict[str, Any]]) -> list[Sta
         import h5py  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{path} needs h5py to be read, which is not installed; pip install h5py brings it."
+            f"reading {path} needs h5py, which is not installed; install it with pip install h5py."
         ) from error
     try:
         with h5py.File(file, "r") as weights:
@@ -73,7 +73,7 @@ def _read(file: Any, path: Path, configs: dict[str, dict[str, Any]]) -> list[Sta
 
             weights.visititems(visit)
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a sound file of Keras' weights; save it again with Keras 3.") from error
+        raise InputError(f"{path} is not a valid file of Keras' weights; save it again with Keras 3.") from error
     found = []
     for place, (name, values) in groups.items():
         config = configs.get(name)
@@ -85,7 +85,7 @@ def _read(file: Any, path: Path, configs: dict[str, dict[str, Any]]) -> list[Sta
 
 
 def _state(name: str, values: list[Any], config: dict[str, Any] | None) -> State | None:
-    """A layer from its variables: gamma and beta, as far as it has them, mean and variance."""
+    """A layer from its variables: gamma and beta, if it has them, mean and variance."""
     if not len(values) >= 2 or any(v.ndim != 1 or v.shape != values[0].shape for v in values):
         return None
     known = config is not None or len(values) >= 4  # of three, the first may be gamma or beta

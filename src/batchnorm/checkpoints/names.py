@@ -16,12 +16,12 @@ def is_part(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def states(tensors: Mapping[str, Any]) -> list[State]:
-    """The batch normalizations: whatever has a running mean and a running variance.
+    """The batch normalizations: all that have a running mean and a running variance.
 
-    A state dict does not tell eps and momentum: they are taken as PyTorch's defaults.
+    A state dict does not contain eps and momentum, so PyTorch's defaults are assumed.
 
     Args:
-        tensors: float64 arrays by name: all for which `is_part` holds.
+        tensors: float64 arrays by name, all for which `is_part` holds.
     """
     found = []
     for name, mean in tensors.items():

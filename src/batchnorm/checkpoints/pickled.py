@@ -1,4 +1,4 @@
-"""Tensors from PyTorch's own files, without running the code that a pickle may hold."""
+"""Tensors from PyTorch's own files, without running code that a pickle may contain."""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -14,11 +14,11 @@ __all__ = ["read"]
 def read(path: Path) -> dict[str, Any]:
     """The tensors of a state dict that may be parts of batch normalizations, in float64.
 
-    The state dict may be inside other dicts, as training programs write them; of several, such as of a model and of
-    its average, the first counts.
+    The state dict may be inside other dicts, as training programs write them. If there are several, such as those of a
+    model and of its average, the first is used.
 
     Raises:
-        InputError: If the file is no checkpoint, or holds more than tensors and plain values.
+        InputError: If the file is not a checkpoint, or contains more than tensors and plain values.
     """
     import torch
 
@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
         if "TorchScript" in str(error):
             raise InputError(_code(path)) from error
         raise InputError(
-            f"{path} is not a sound checkpoint of PyTorch; fetch it again, or save model.state_dict() with torch.save."
+            f"{path} is not a valid checkpoint of PyTorch; fetch it again, or save model.state_dict() with torch.save."
         ) from error
     for tensors in _dicts(whole):
         if any(name.rpartition(".")[2] == "running_mean" for name in tensors):
@@ -49,14 +49,14 @@ def read(path: Path) -> dict[str, Any]:
 
 def _code(path: Path) -> str:
     return (
-        f"{path} holds objects that are neither tensors nor plain values, as a model saved as a whole does. "
-        "Loading them could run code, so it is not done; save model.state_dict() instead, or call diagnose(model) from "
-        "Python."
+        f"{path} contains objects that are neither tensors nor plain values, as a model saved as a whole does. "
+        "Loading them could run code, so they are not loaded; save model.state_dict() instead, or call diagnose(model) "
+        "from Python."
     )
 
 
 def _can_map(path: Path) -> bool:
-    """Whether it is a zip file, of which only the tensors that are used need to be read."""
+    """Whether this is a zip file, from which single tensors can be read."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

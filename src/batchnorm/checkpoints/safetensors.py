@@ -1,4 +1,4 @@
-"""Tensors from `.safetensors` files: the few that are asked for, in float64.
+"""Read selected tensors from `.safetensors` files, in float64.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: type, shape and offsets of each tensor),
 and the bytes of the tensors.
@@ -37,9 +37,9 @@ def read(path: Path, wanted: Callable[[str, tuple[int, ...]], bool]) -> dict[str
         The tensors by name.
 
     Raises:
-        InputError: If the file is not a sound `.safetensors` file, or a wanted tensor has a type that is not a number.
+        InputError: If the file is not a valid `.safetensors` file, or the type of a wanted tensor is not supported.
     """
-    broken = f"{path} is not a sound .safetensors file"
+    broken = f"{path} is not a valid .safetensors file"
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")

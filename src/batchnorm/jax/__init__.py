@@ -1,4 +1,4 @@
-"""Batch normalization for JAX: a pure function, our CPU kernels under XLA, a Flax NNX layer, and tools for models."""
+"""Batch normalization for JAX: a pure function on our CPU kernels, a layer for Flax NNX, and tools for whole models."""
 
 from batchnorm.extras import require
 

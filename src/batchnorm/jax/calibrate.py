@@ -1,4 +1,4 @@
-"""Running statistics that are exactly those of the data, pooled over all of it: for a model that is about to be used.
+"""Calibration: running statistics that are exactly those of the data, for a model about to be used.
 
 ```
 calibrate(model, batches)                          # one pass
@@ -35,33 +35,33 @@ def calibrate(
 ) -> Calibration:
     """Set the running statistics of all batch normalizations to the statistics of the data.
 
-    For each layer and channel, over all `n` values that come in: `mean = mean`, `var = var`. Batches are merged by
-    their counts, with the variance between them: however the same inputs of a layer are split, the result is the same,
-    up to rounding. The model is called step by step, not compiled, and evaluates: dropout is off.
+    For each layer and channel, over all `n` input values: `mean = sum(x)/n`, `var = sum((x - mean)^2)/n`. Batches are
+    merged by their counts, including the variance between them, so the result does not depend, up to rounding, on how
+    the inputs of a layer are split. The model runs uncompiled and in evaluation, with dropout off.
 
     Nothing else changes, and frozen layers stay as they are. A layer is frozen if it has `RunningStatistics()`, or if
     it evaluates while other batch normalizations of the model train. After an exception everything is as before.
 
     Args:
-        model: A module with Flax' layers or ours.
-        data: Batches: arrays, or tuples or lists that begin with the inputs, or mappings with `forward`.
-            "sequential" reads them several times.
-        method: "parallel": one pass. Each layer normalizes with the statistics of the batch at hand, so a layer's
-            inputs depend on how the data are split. "sequential": one pass per layer; the layers before it already
-            evaluate with their new statistics.
+        model: A module with Flax's layers or ours.
+        data: Batches: arrays, tuples or lists that begin with the inputs, or mappings with `forward`. "sequential"
+            reads them several times.
+        method: "parallel": one pass. Each layer normalizes by the statistics of the current batch, so a layer's inputs
+            depend on how the data are split. "sequential": one pass per layer; the layers before it already evaluate
+            with their new statistics.
         forward: `forward(model, batch)`, called instead of `model(inputs)`.
-        max_samples: Stop after the batch that reaches this number; None takes all.
-        unbiased: Whether the running variance is the unbiased one. Flax' layers keep the biased one.
-        progress: Whether to show a bar, where stderr is a terminal and rich is installed.
+        max_samples: Stop after the batch that reaches this number of samples; None reads all.
+        unbiased: Whether the running variance is the unbiased one. Flax's layers keep the biased one.
+        progress: Whether to show a progress bar, if stderr is a terminal and rich is installed.
 
     Returns:
         What was done. Layers that no sample reached are among the skipped.
 
     Raises:
-        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
-            `max_samples` is wrong; if the data can be read only once and `method` is "sequential"; if a layer is called
-            inside a function that is compiled on its own.
-        TypeError: If `model` is no module; if `data` is one batch.
+        ValueError: If there are no data, or they reach no layer; if statistics are not finite; if `method` or
+            `max_samples` is invalid; if the data can be read only once and `method` is "sequential"; if a layer is
+            called inside a function that is compiled on its own.
+        TypeError: If `model` is not a module; if `data` is one batch.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
     """

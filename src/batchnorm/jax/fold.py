@@ -2,7 +2,7 @@
 
 ```
 result = fold(model, example_inputs)
-print(result)    # what went where, what stays and why, and how far the outputs differ
+print(result)    # what was folded where, what was not and why, and how far the outputs differ
 ```
 
 What is decided, in which order and why not, is in `batchnorm.whole.fold`; what the model computes, in
@@ -33,7 +33,7 @@ M = TypeVar("M")
 
 
 class Rest(nnx.Module):  # type: ignore[misc, unused-ignore]
-    """What is left of a normalization that has been folded: its activation.
+    """What remains of a folded normalization: its activation.
 
     Attributes:
         activation: As in our layer.
@@ -53,21 +53,21 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
     `t = bias - mean*s`. With a linear map `A v + b` before it, that is `(s*A) v + (s*b + t)`, and with one after it
     `(A*s) x + (b + A t)`. Weights are computed in float64 and rounded once.
 
-    A normalization is folded only where the model's graph proves it right: nothing else uses the value between the two
-    layers, each is called once, and nothing else reads their variables. It goes into the layer before it if it can
-    (Linear, Conv, ConvTranspose), otherwise into the layer after it (Linear, also behind a flattening; Conv without
-    padding). All others stay, and the result says why.
+    A normalization is folded only if the model's graph proves that this is correct: nothing else uses the value between
+    the two layers, each is called once, and nothing else reads their variables. It goes into the layer before it if
+    possible (Linear, Conv, ConvTranspose), otherwise into the layer after it (Linear, even after a flattening; Conv
+    without padding). All others stay, and the result gives the reason.
 
     Args:
-        model: A module; it is left as it is.
-        example_inputs: What the model is called with: an array, or a tuple of arguments.
+        model: A module, which does not change.
+        example_inputs: The arguments of a call of the model: an array, or a tuple of arguments.
 
     Returns:
-        The new model, in evaluation, a `Rest` in the place of each normalization; the layer that each went into, and
-        the reason why others did not.
+        The new model in evaluation, with a `Rest` in the place of each folded normalization; the layer into which each
+        was folded; and the reason why others were not.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is not a module.
         OutputsDiffer: If the outputs on the example inputs differ by more than rounding explains.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -82,7 +82,7 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
 
 
 class _Network:
-    """A copy of a model, for `fold_network`."""
+    """A copy of a model, as `fold_network` sees it."""
 
     constants = ("mean", "var", "scale", "bias", "epsilon")
 
@@ -224,7 +224,7 @@ def _is_valid(padding: Any) -> bool:
 
 
 def _retire(layer: Any) -> None:
-    """Turn a normalization into its activation. The object stays: others hold it."""
+    """Turn a normalization into its activation, in place, because other modules may refer to the object."""
     activation = _activation(layer)
     for name in [name for name in vars(layer) if not name.startswith("_pytree__")]:
         delattr(layer, name)

@@ -1,7 +1,7 @@
-"""Freeze a model's batch normalizations, so that nothing but `unfreeze` undoes it.
+"""Freeze the batch normalizations of a model until `unfreeze`.
 
 ```
-freeze(model.backbone)     # its statistics stay as they are: `train()` cannot undo it
+freeze(model.backbone)     # its statistics no longer change, not even after train()
 unfreeze(model.backbone)   # exactly as before
 ```
 """
@@ -21,12 +21,12 @@ M = TypeVar("M")
 
 
 class Frozen(nnx.Variable):  # type: ignore[type-arg, misc, unused-ignore]
-    """A scale or bias that does not learn: it is no `nnx.Param`, which gradients and optimizers take."""
+    """A scale or bias that does not learn: it is not an `nnx.Param`, so gradients and optimizers ignore it."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """What `unfreeze` puts back: the source of statistics, whether the layer was ours, and what learned."""
+    """What `unfreeze` restores: the source of statistics, whether the layer was ours, and what learned."""
 
     statistics: Statistics | None
     ours: bool
@@ -34,7 +34,7 @@ class Before:
 
 
 def freeze(model: M, *, affine: bool = False) -> M:
-    """Let batch normalizations normalize by their running statistics, in training too, and leave these as they are.
+    """Make batch normalizations use their running statistics in training as well, without changing them.
 
     Flax' layers become ours, in place, with the same variables. In Flax `use_running_average` decides which statistics
     are used, and every `model.train()` changes it. The module knows that it is frozen, and so do its copies and what
@@ -48,13 +48,14 @@ def freeze(model: M, *, affine: bool = False) -> M:
         `model`. Layers that are already frozen stay as they are.
 
     Raises:
-        TypeError: If `model` is no module.
-        ValueError: If it has no batch normalization, or one whose class has a call of its own; nothing is changed then.
+        TypeError: If `model` is not a module.
+        ValueError: If it has no batch normalization, or one whose class has a call of its own; the model is then
+            unchanged.
     """
     refuse(model)
     layers = {name: layer for name, layer in named_modules(model).items() if isinstance(layer, nnx.BatchNorm)}
     if not layers:
-        raise ValueError("there is no batch normalization to freeze in this model")
+        raise ValueError("model has no batch normalization to freeze")
     for name, layer in layers.items():
         if type(layer) not in (nnx.BatchNorm, BatchNorm):
             raise ValueError(
@@ -79,23 +80,23 @@ def _freeze(layer: Any, affine: bool) -> None:
 
 
 def _as(kind: Any, variable: Any) -> Any:
-    """The variable as one of another kind, with the same value and metadata."""
+    """A variable of another kind with the same value and metadata."""
     return kind.from_metadata(variable[...], variable.get_metadata())
 
 
 def unfreeze(model: M) -> M:
-    """Undo `freeze`, in place: every layer has its class and its statistics again, and learns what it learned before.
+    """Undo `freeze`, in place: restore each layer's class, its source of statistics, and which variables learn.
 
     A layer that was made with `RunningStatistics()` stays as it is.
 
     Args:
-        model: What was frozen, or a part of it.
+        model: The model that was frozen, or a part of it.
 
     Returns:
-        `model`.
+        `model`. Layers that are not frozen stay as they are.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is not a module.
     """
     refuse(model)
     for layer in named_modules(model).values():

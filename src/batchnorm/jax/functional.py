@@ -34,22 +34,22 @@ def batch_norm(
     axis_index_groups: Any = None,
     statistics: Statistics | None = None,
 ) -> tuple[Any, Running | None]:
-    """Batch normalization, with residual and activation, as a pure function.
+    """Batch normalization with residual and activation, as a pure function.
 
     `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, where `mean` and `var` are the batch's in
     training and the running ones otherwise. In training the running statistics move: `running += momentum * (batch -
     running)`, with the unbiased variance.
 
-    It can be used under `jit`, `grad` of any order, forward differentiation, `vmap`, `shard_map`, `pmap`, and `jit` of
-    sharded arrays, where the statistics are those of the whole array. Between forward and backward, it keeps `x`, the
-    statistics and the other arguments only. Half precision is computed in float32.
+    It works under `jit`, `grad` of any order, forward differentiation, `vmap`, `shard_map`, `pmap`, and `jit` of
+    sharded arrays, where the statistics are those of the whole array. Between forward and backward it keeps only its
+    arguments and the statistics. Half precision is computed in float32.
 
     Args:
         x: The batch, of any rank from 2 on.
         running_mean, running_var: `(C,)`; required in evaluation. A batch whose statistics are not finite, or in which
-            nothing counts, does not move them.
+            nothing counts, does not change them.
         weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
-        training: Whether to use the batch's statistics.
+        training: Whether to normalize by the batch's statistics.
         momentum: The weight of the new batch in the running statistics; it may be traced.
         eps: Added to the variance, in the square of the units of `x`.
         axis: The channel axis of `x`.
@@ -57,21 +57,21 @@ def batch_norm(
             (alpha), sigmoid, tanh, gelu. Or a module or another function of an array: JAX's own for these, such as
             `jax.nn.relu`, are computed as if they were named; any other is called with the normalized values.
         residual: Of the shape of `x`, added before the activation.
-        mask: Booleans (which positions count in the statistics) or weights (2 counts a position twice): the shape of
-            `x` without its channels, or the first axes of that, or as many axes as `x`, each of the same length or of
-            length 1. All positions are normalized. A traced mask with a negative or infinite weight makes the
-            statistics NaN. Ignored in evaluation.
-        axis_name: The mapped axes, of `shard_map`, `pmap` or `vmap`, over which the statistics are pooled, by counts.
-        axis_index_groups: Groups of indices along that axis which pool on their own, as in `jax.lax.psum`.
+        mask: Booleans (which positions count in the statistics) or non-negative weights (2 counts a position twice).
+            Its shape is that of `x` without its channels, or the first axes of that; or it has as many axes as `x`,
+            each of the same length or of length 1. All positions are normalized. A traced mask with a negative or
+            infinite weight makes the statistics NaN. Ignored in evaluation.
+        axis_name: The mapped axes of `shard_map`, `pmap` or `vmap` over which the statistics are pooled by counts.
+        axis_index_groups: Groups of indices along that axis that are pooled separately, as in `jax.lax.psum`.
         statistics: The source of the statistics in training; `BatchStatistics()` if None.
 
     Returns:
         `y`, of the shape and type of `x`; and the running statistics after the batch, which have no gradient, or None
-        if there were none.
+        if none were given.
 
     Raises:
-        ValueError: If `x` has fewer than two axes, or no such channel axis; if another array does not fit it; if there
-            is one value per channel in training; if running statistics are missing; if the activation is unknown;
+        ValueError: If `x` has fewer than two axes, or no axis `axis`; if another array does not fit it; if there is
+            only one value per channel in training; if running statistics are missing; if the activation is unknown;
             if `eps` is negative; if a mask that is not traced has a negative or infinite weight.
         TypeError: If `x` is not of a floating-point type; if `statistics` is not a source; if the activation is a
             class.
@@ -94,7 +94,7 @@ def batch_norm(
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     weight, bias = (_vector(name, v, x, channels) for name, v in (("weight", weight), ("bias", bias)))
     if isinstance(counts, jax.core.Tracer) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
-        # A wrong weight is NaN here; the kernels would leave it out.
+        # An invalid weight is NaN by now, and the kernels would leave it out.
         weight = jnp.where(jnp.all(jnp.isfinite(counts)), 1 if weight is None else weight, jnp.nan)
         weight = jnp.broadcast_to(weight, (x.shape[channels],))
     given = [None if v is None else v.astype(wide) for v in (weight, bias)] + [residual, counts]
@@ -163,10 +163,10 @@ def _vector(name: str, values: Any, x: Any, axis: int) -> Any:
 
 def _running(mean: Any, var: Any, x: Any, axis: int, needed: bool) -> Running | None:
     if (mean is None) != (var is None):
-        raise ValueError("running_mean and running_var come together, got one of them")
+        raise ValueError("running_mean and running_var must be given together, got only one of them")
     if mean is None:
         if needed:
-            raise ValueError("running_mean and running_var are needed, by which these statistics are defined")
+            raise ValueError("running_mean and running_var are needed: these statistics are computed from them")
         return None
     return Running(_vector("running_mean", mean, x, axis), _vector("running_var", var, x, axis))
 

@@ -1,4 +1,4 @@
-"""The layer for Flax NNX: Flax's own, with the activation inside, masks that are counted, and sources of statistics."""
+"""The layer for Flax NNX: Flax's own, with a fused activation, weighted masks, and sources of statistics."""
 
 from typing import Any
 
@@ -28,22 +28,22 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
         statistics: The source of the statistics in training; `BatchStatistics(unbiased=False)`, as in Flax, if None.
         **kwargs: Flax's: `use_running_average`, `axis`, `momentum`, `epsilon`, `dtype`, `param_dtype`, `use_bias`,
             `use_scale`, `bias_init`, `scale_init`, `axis_name`, `axis_index_groups`, `promote_dtype`, `rngs` and the
-            rest. `use_fast_variance` has no effect: the variance is always that of the distances from the mean.
+            rest. `use_fast_variance` has no effect: the variance is always the mean squared distance from the mean.
 
     Raises:
         ValueError: If the activation is unknown; in a call, as in `batch_norm`.
         TypeError: If `statistics` is not a source; if the activation is a class.
 
     Differs from `flax.nnx.BatchNorm`:
-        1. `activation`, `statistics`, and `residual` in a call.
+        1. The constructor takes `activation` and `statistics`; a call takes `residual`.
         2. The variance is never `E[x^2] - E[x]^2`.
-        3. Over devices, means with masks are weighted by the count of each device; Flax averages them without weights.
-        4. A mask may be without the channel axis, or hold weights. One with fewer axes than `x` that can be read both
-           as that and as NumPy would broadcast it, as in Flax, is an error. Where it leaves out a whole channel, the
-           statistics of this channel are 0, not NaN.
-        5. A batch whose statistics are not finite, or in which nothing counts, does not move the running statistics.
+        3. With a mask, the means of several devices are weighted by their counts; Flax averages them without weights.
+        4. A mask may omit the channel axis, or hold weights. A mask with fewer axes than `x` is an error if it fits
+           both without the channel axis and as NumPy would broadcast it, which is Flax's reading. If it leaves out a
+           whole channel, the statistics of this channel are 0, not NaN.
+        5. A batch whose statistics are not finite, or in which nothing counts, does not change the running statistics.
         6. With `dtype` in half precision, the statistics stay in float32.
-        7. One value per channel is an error in training.
+        7. A single value per channel is an error in training.
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
@@ -73,14 +73,14 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
 
         Args:
             x: The batch, of any rank from 2 on.
-            use_running_average: Whether to normalize by the running statistics; that of the layer if None.
+            use_running_average: Whether to normalize by the running statistics; the layer's attribute if None.
             mask, residual: As in `batch_norm`.
 
         Returns:
-            `y`, of the shape of `x`, and of `dtype`, or of the type that `x` and the parameters have in common.
+            `y`, of the shape of `x`, in `dtype` or else the common type of `x` and the parameters.
 
         Raises:
-            ValueError: As in `batch_norm`; if nobody says whether to use the running statistics.
+            ValueError: As in `batch_norm`; if neither the layer nor the call sets `use_running_average`.
         """
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
@@ -106,7 +106,7 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
 
 
 def _whole(mask: Any, x: Any, axis: int) -> Any:
-    """A mask that Flax would broadcast, with as many axes as `x`; any other as it is, for `batch_norm`."""
+    """A mask that Flax would broadcast, with as many axes as `x`; any other mask unchanged, for `batch_norm`."""
     if not 0 < mask.ndim < x.ndim:
         return mask
     channels = axis % x.ndim
@@ -125,16 +125,16 @@ def _whole(mask: Any, x: Any, axis: int) -> Any:
     return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
 
 
-# --- Layers of Flax' that become ours ---------------------------------------------------------------------------------
+# --- Flax's layers that become ours -----------------------------------------------------------------------------------
 
 
 def adopt(layer: Any) -> None:
-    """Make Flax' layer ours, in place."""
+    """Turn Flax's layer into ours, in place."""
     object.__setattr__(layer, "__class__", BatchNorm)
     layer.activation, layer.statistics = None, None
 
 
 def release(layer: Any) -> None:
-    """Make our layer Flax', in place."""
+    """Turn our layer into Flax's, in place."""
     del layer.activation, layer.statistics
     object.__setattr__(layer, "__class__", nnx.BatchNorm)

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 __all__ = ["evaluating", "named_modules", "raw_value", "refuse", "to_float64", "untouched", "watched"]
 
 MODES = ("deterministic", "use_running_average")
-"""The attributes that `eval()` makes true."""
+"""The attributes that `eval()` sets to True."""
 
 
 def refuse(model: Any) -> None:
-    """Check that this is a module.
+    """Raise an error unless `model` is a module.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If it is not one.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
@@ -32,7 +32,7 @@ def named_modules(model: Any) -> dict[str, Any]:
 
 
 def raw_value(variable: Any) -> Any:
-    """The very array in a variable, not a copy."""
+    """The array in a variable itself, not a copy."""
     return variable.get_raw_value() if hasattr(variable, "get_raw_value") else variable.raw_value  # Flax 0.12.0
 
 
@@ -43,7 +43,7 @@ def to_float64(variable: Any) -> NDArray[np.float64]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The whole model evaluates; afterwards every module has its own mode again."""
+    """Put the whole model in evaluation, and restore every module's mode afterwards."""
     before = [(m, name, vars(m)[name]) for m in named_modules(model).values() for name in MODES if name in vars(m)]
     try:
         for module, name, _ in before:
@@ -95,7 +95,7 @@ def _write(variable: Any, value: Any) -> None:
 def watched(
     modules: Mapping[str, Any], watch: Callable[[str, Any, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """The calls of these modules go through what `watch(name, module, call)` returns."""
+    """Replace the calls of these modules by what `watch(name, module, call)` returns, and restore them afterwards."""
     classes = {name: type(module) for name, module in modules.items()}
     try:
         for name, module in modules.items():

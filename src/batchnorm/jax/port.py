@@ -1,7 +1,7 @@
 """Port layers and models between Flax NNX and PyTorch or Keras, and report what the two define differently.
 
 ```
-print(to_torch(nnx_model, torch_model, {"norm": "1"}))    # the weights of an NNX model in a PyTorch model
+print(to_torch(nnx_model, torch_model, {"norm": "1"}))    # copy the weights of an NNX model into a PyTorch model
 from_keras(keras_model, nnx_model)
 ```
 """
@@ -27,10 +27,10 @@ Names = Mapping[str, str] | None
 
 
 def to_torch(model: Any, into: Any, names: Names = None) -> Ported:
-    """The weights of an NNX layer or model in a PyTorch layer or model.
+    """Copy the weights of an NNX layer or model into a PyTorch layer or model.
 
-    Outputs are equal, in evaluation and after steps of training: PyTorch's `momentum` is one minus Flax', and the
-    running variance stays the biased one, `BatchStatistics(unbiased=False)`.
+    Outputs are equal, in evaluation and after training steps: PyTorch's `momentum` is one minus Flax's, and the running
+    variance stays the biased one, `BatchStatistics(unbiased=False)`.
 
     Args:
         model: A batch normalization, Flax' or ours, or a model with them, `nnx.Linear`, `nnx.Conv` and
@@ -43,16 +43,17 @@ def to_torch(model: Any, into: Any, names: Names = None) -> Ported:
         `into`, and the changes.
 
     Raises:
-        ValueError: If a layer is of an unknown kind, or has no counterpart of the same shape; nothing is changed then.
-        TypeError: If `model` is no module.
+        ValueError: If a layer is of an unknown kind, or has no counterpart of the same shape; nothing has changed then.
+        TypeError: If `model` is not a module.
     """
     return Ported(into, _port(model, dict(into.named_modules()), names, _fit_torch, _give_torch))
 
 
 def from_torch(model: Any, into: Any, names: Names = None) -> Ported:
-    """The weights of a PyTorch layer or model in an NNX layer or model: the reverse of `to_torch`.
+    """Copy the weights of a PyTorch layer or model into an NNX layer or model: the reverse of `to_torch`.
 
-    The running variance stays the unbiased one: batch normalizations become ours, `BatchStatistics(unbiased=True)`.
+    The running variance stays the unbiased one: batch normalizations become ours, with
+    `BatchStatistics(unbiased=True)`.
 
     Args:
         model: The PyTorch layer or model.
@@ -63,14 +64,14 @@ def from_torch(model: Any, into: Any, names: Names = None) -> Ported:
         `into`, and the changes.
 
     Raises:
-        ValueError: As `to_torch`, and if a layer averages over all batches (`momentum=None`) or keeps no statistics.
-        TypeError: If `into` is no module.
+        ValueError: As in `to_torch`, and if a layer averages over all batches (`momentum=None`) or keeps no statistics.
+        TypeError: If `into` is not a module.
     """
     return Ported(into, _port(into, dict(model.named_modules()), names, _fit_torch, _take_torch))
 
 
 def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
-    """The weights of an NNX layer or model in a Keras layer or model, which must be built.
+    """Copy the weights of an NNX layer or model into a Keras layer or model, which must be built.
 
     Args, Returns and Raises: as `to_torch`. Names of Keras layers in other layers are such as "block/norm". A separable
     convolution is the counterpart of two layers, with `names={"depthwise": "separable", "pointwise": "separable"}`.
@@ -81,7 +82,7 @@ def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
 
 
 def from_keras(model: Any, into: Any, names: Names = None) -> Ported:
-    """The weights of a Keras layer or model, which must be built, in an NNX layer or model.
+    """Copy the weights of a Keras layer or model, which must be built, into an NNX layer or model.
 
     Args, Returns and Raises: as `from_torch`. Names of Keras layers are as in `to_keras`.
     """
@@ -93,14 +94,14 @@ def from_keras(model: Any, into: Any, names: Names = None) -> Ported:
 # --- Pairs of layers --------------------------------------------------------------------------------------------------
 
 Fit = Callable[[Any, Any], str]
-"""Why two layers do not match; '' if they do."""
+"""The reason why two layers do not match; '' if they do."""
 
 Move = Callable[[Any, Any], list[str]]
-"""Copies the weights, and returns what is written differently."""
+"""Copies the weights, and returns what the two define differently."""
 
 
 def _port(model: Any, others: Mapping[str, Any], names: Names, fit: Fit, move: Move) -> dict[str, tuple[str, ...]]:
-    """Pair the layers by name, check all of them, then move the weights."""
+    """Pair the layers by name, check all pairs, then copy the weights."""
     refuse(model)
     weighted = {
         name: module
@@ -170,7 +171,7 @@ def _fit_torch(module: Any, other: Any) -> str:
     if not isinstance(other, _BatchNorm):
         return "are not of the same kind"
     if other.running_mean is None or other.momentum is None:
-        return "differ: NNX keeps running statistics with a momentum"
+        return "differ: the NNX layer keeps running statistics with a momentum, the other does not"
     if other.num_features != module.num_features:
         return f"have {module.num_features} and {other.num_features} channels"
     if (module.use_scale or module.use_bias) and not other.affine:

@@ -52,17 +52,17 @@ class Standardize(nnx.Module):  # type: ignore[misc, unused-ignore]
         """Take mean and standard deviation from the data, in one pass. The result is exact, however the data are split.
 
         Args:
-            data: An array, or batches of arrays. Of a tuple or a list, the first item is used.
-            select: Returns the array of a batch, if it is another one: `lambda batch: batch["image"]`.
-            mask: Returns which positions of a batch count: the shape of the array without its channels.
+            data: An array, or batches of arrays. If a batch is a tuple or a list, its first item is used.
+            select: `select(batch)` returns another part of a batch: `lambda batch: batch["image"]`.
+            mask: `mask(batch)` returns which positions count, in the shape of the array without its channels.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: If there are no data, if their channel axis is not of `num_features`, or if they are not finite;
-                mean and std stay as they were.
-            TypeError: If a batch holds no array.
+            ValueError: If there are no data, if the channel axis does not have `num_features` channels, or if the data
+                are not finite; mean and std then stay as they were.
+            TypeError: If a batch contains no array.
         """
         batches: Iterable[Any] = [data] if hasattr(data, "shape") else data
         seen = Moments(0.0, *np.zeros((2, self.num_features)))
@@ -79,7 +79,7 @@ class Standardize(nnx.Module):  # type: ignore[misc, unused-ignore]
             values = np.moveaxis(np.asarray(x, np.float64), self.axis, 1)
             seen = merge_moments(seen, moments(values, None if mask is None else np.asarray(mask(batch))))
         if seen.count == 0:
-            raise ValueError("there is nothing to fit to: the data has no values")
+            raise ValueError("there is nothing to fit to: the data have no values")
         dtype = self.mean[...].dtype
         mean, std = jnp.asarray(seen.mean, dtype), jnp.asarray(np.sqrt(seen.var), dtype)
         finite = np.isfinite(mean) & np.isfinite(std)
@@ -95,7 +95,7 @@ class Standardize(nnx.Module):  # type: ignore[misc, unused-ignore]
     def _check(self, x: Any) -> None:
         if len(x.shape) < 2 or not -len(x.shape) <= self.axis < len(x.shape) or x.shape[self.axis] != self.num_features:
             raise ValueError(
-                f"Standardize({self.num_features}) takes {self.num_features} channels in axis {self.axis}, "
+                f"Standardize({self.num_features}) needs {self.num_features} channels in axis {self.axis}, "
                 f"got shape {tuple(x.shape)}"
             )
 
@@ -112,16 +112,16 @@ class Standardize(nnx.Module):  # type: ignore[misc, unused-ignore]
         """`(x - mean) / std`, in the shape of `x`, without units; NaN before `fit`.
 
         Raises:
-            ValueError: If the channel axis of `x` is not of `num_features`.
+            ValueError: If the channel axis of `x` does not have `num_features` channels.
         """
         mean, std = self._constants(x)
         return (x - mean) / std
 
     def inverse(self, y: Any) -> Any:
-        """`y * std + mean`, the inverse of a call: in the units of the data.
+        """`y * std + mean`, the inverse of a call, in the units of the data.
 
         Raises:
-            ValueError: If the channel axis of `y` is not of `num_features`.
+            ValueError: If the channel axis of `y` does not have `num_features` channels.
         """
         mean, std = self._constants(y)
         return y * std + mean

@@ -44,10 +44,10 @@ class Call(NamedTuple):
 
     Attributes:
         x: The batch.
-        arrays: Those of weight, bias, residual and counts that there are, as `how` says.
-        how: All that is no array.
+        arrays: Weight, bias, residual and counts, without those that are absent; `how` says which are present.
+        how: Everything that is not an array.
         running: The running statistics; None if there are none.
-        total: The sum of an array over the devices that pool their statistics; None if this one is alone.
+        total: The sum of an array over the devices that pool their statistics; None without others.
     """
 
     x: Any
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that keeps its arguments and the statistics between forward and backward, and nothing else."""
+    """The function, keeping nothing but its arguments and the statistics between forward and backward."""
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
@@ -94,13 +94,13 @@ class Statistics:
     """Whether the running variance moves towards the unbiased variance of the batch."""
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
-        """`y`, and the moments towards which the running statistics move; None if they stay."""
+        """`y`, and the moments towards which the running statistics move; None if they do not move."""
         raise TypeError(f"{type(self).__name__} is not a source of statistics: it needs a method `normalize`")
 
 
 @dataclass(frozen=True)
 class BatchStatistics(Statistics):
-    """The statistics of the batch, with `axis_name` of the batches of all devices together: the default.
+    """The statistics of the batch, or with `axis_name` of the batches of all devices together: the default.
 
     Args:
         unbiased: Whether the running variance moves towards the unbiased variance, as in PyTorch. Flax and Keras use
@@ -110,7 +110,7 @@ class BatchStatistics(Statistics):
     unbiased: bool = True
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
-        """By our kernels if there is one device, and the batch is large enough."""
+        """By our kernels, if there is one device and the batch is large enough."""
         x, how = call.x, call.how
         if call.total is None and kernels.pay(x, call.arrays, how):
             return _by_kernels(x, *call.arrays, how=how)
@@ -120,7 +120,7 @@ class BatchStatistics(Statistics):
 
 @dataclass(frozen=True)
 class RunningStatistics(Statistics):
-    """The running statistics, in training too, unchanged: a frozen layer. Weight and bias may still learn."""
+    """The running statistics, in training as well, and unchanged: a frozen layer. Weight and bias may still learn."""
 
     needs_running = True
 
@@ -165,7 +165,7 @@ class GhostStatistics(Statistics):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
-        """Groups of one size together, under `vmap`."""
+        """Groups of equal size together, under `vmap`."""
         x, how = call.x, call.how
         if call.total is not None:
             raise ValueError("GhostStatistics makes the batch smaller and cannot be combined with axis_name")
@@ -221,8 +221,8 @@ class Renorm(Statistics):
     `d = clip((mean - running_mean) / running_std, -d_max, d_max)` are constants in the backward pass.
 
     Args:
-        r_max: The largest `r`, at least 1. It may be traced: the paper raises both limits slowly, which is a schedule
-            of the number of steps.
+        r_max: The largest `r`, at least 1. It may be traced, because the paper raises both limits slowly, by a schedule
+            over the steps.
         d_max: The largest `d`, at least 0, in standard deviations.
         unbiased: As in `BatchStatistics`.
 
@@ -244,7 +244,7 @@ class Renorm(Statistics):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
-        """The statistics of the batch, or of all devices, with a corrected weight and bias."""
+        """By the statistics of the batch, or of all devices, with a corrected weight and bias."""
         running, how = call.running, call.how
         assert running is not None
 

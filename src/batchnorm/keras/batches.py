@@ -1,4 +1,4 @@
-"""Batches as `fit` takes them."""
+"""Batches in a form that `fit` accepts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ __all__ = ["Indexed", "inputs", "size"]
 
 
 class Indexed:
-    """The batches of a `PyDataset`, whose own iteration does not end."""
+    """The batches of a `PyDataset`, whose own iteration never ends."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -22,12 +22,12 @@ class Indexed:
 
 
 def inputs(batch: Any) -> Any:
-    """What `fit` would call the model with."""
+    """The part of a batch with which `fit` would call the model."""
     if isinstance(batch, tuple | list):
         if not 1 <= len(batch) <= 3:
             raise TypeError(
-                f"a batch of {len(batch)} parts is not inputs, targets and weights; say what it is with "
-                "forward=lambda model, batch: ..."
+                f"a batch of {len(batch)} parts is not inputs, targets and weights; pass forward=lambda model, "
+                "batch: ..."
             )
         return batch[0]
     return batch

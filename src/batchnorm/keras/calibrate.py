@@ -1,4 +1,4 @@
-"""Moving statistics that are exactly those of the data, pooled over all of it: for a model that is about to be used.
+"""Calibration: moving statistics that are exactly those of the data, for a model about to be used.
 
 ```
 calibrate(model, dataset)                          # one pass
@@ -24,7 +24,7 @@ from batchnorm.whole.calibrate import Calibration, Method
 __all__ = ["Calibration", "calibrate"]
 
 KNOWN = (KerasBatchNormalization.call, BatchNormalization.call)
-"""The calls that normalize exactly what they are given."""
+"""The calls that normalize their input itself."""
 
 
 def calibrate(
@@ -39,9 +39,10 @@ def calibrate(
 ) -> Calibration:
     """Set the moving statistics of all batch normalizations to the statistics of the data.
 
-    For each layer and channel, over all `n` values that come in: `moving_mean = mean`, `moving_variance = var`. Batches
-    are merged by their counts, with the variance between them: however the same inputs of a layer are split, the result
-    is the same, up to rounding. The model is called step by step, not compiled, and evaluates: dropout is off.
+    For each layer and channel, over all `n` input values: `moving_mean = sum(x)/n`, `moving_variance = sum((x -
+    mean)^2)/n`. Batches are merged by their counts, including the variance between them, so the result does not depend,
+    up to rounding, on how the inputs of a layer are split. The model runs uncompiled and in evaluation, with dropout
+    off.
 
     Nothing else changes: other weights, the statistics towards which renormalization corrects, `trainable`, and frozen
     layers stay as they are. A layer is frozen if `freeze` has frozen it, or if it is not trainable while other batch
@@ -50,27 +51,27 @@ def calibrate(
     On PyTorch all processes of `torch.distributed`, if it is initialized, pool their statistics, and each must call.
 
     Args:
-        model: A model with Keras' layers or ours; it must be built.
-        data: Batches as `fit` takes them, of which only the inputs are used: tensors or arrays, tuples or lists of
-            inputs, targets and weights, mappings from names to inputs. `data` may be a `tf.data.Dataset`, a
+        model: A built model with Keras' layers or ours.
+        data: Batches in a form that `fit` accepts, of which only the inputs are used: tensors or arrays, tuples or
+            lists of inputs, targets and weights, mappings from names to inputs. `data` may be a `tf.data.Dataset`, a
             `keras.utils.PyDataset`, a `DataLoader` or a list; "sequential" reads it several times.
-        method: "parallel": one pass. Each layer normalizes with the statistics of the batch at hand, so a layer's
-            inputs depend on how the data are split. "sequential": one pass per layer; the layers before it already
-            evaluate with their new statistics. This is exact for the deepest network.
+        method: "parallel": one pass. Each layer normalizes by the statistics of the current batch, so a layer's inputs
+            depend on how the data are split. "sequential": one pass per layer; the layers before it already evaluate
+            with their new statistics. The result is exact at any depth.
         forward: `forward(model, batch)`, called instead of `model(inputs, training=False)`.
-        max_samples: Stop after the batch that reaches this number; None takes all.
+        max_samples: Stop after the batch that reaches this number of samples; None reads all.
         unbiased: Whether the moving variance is the unbiased one. Keras' layers keep the biased one.
-        progress: Whether to show a bar, where stderr is a terminal and rich is installed.
+        progress: Whether to show a progress bar, if stderr is a terminal and rich is installed.
 
     Returns:
         What was done. Layers that no sample reached are among the skipped.
 
     Raises:
-        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
-            `max_samples` is wrong; if the data can be read only once and `method` is "sequential"; if a layer is called
-            inside a function that is compiled on its own.
+        ValueError: If there are no data, or they reach no layer; if statistics are not finite; if `method` or
+            `max_samples` is invalid; if the data can be read only once and `method` is "sequential"; if a layer is
+            called inside a function that is compiled on its own.
         RuntimeError: If a layer has not seen its first batch; if another process fails or has other layers.
-        TypeError: If `model` is no model; if `data` is one batch, or a batch has more parts than inputs, targets and
+        TypeError: If `model` is not a model; if `data` is one batch, or a batch has more parts than inputs, targets and
             weights.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
@@ -152,7 +153,7 @@ def _write(layer: Any, mean: Any, var: Any) -> None:
     layer.moving_mean.assign(mean)
     layer.moving_variance.assign(var)
     if layer.renorm:
-        layer.moving_stddev.assign(np.sqrt(var + layer.epsilon))  # Keras computes the variance from it
+        layer.moving_stddev.assign(np.sqrt(var + layer.epsilon))  # Keras computes the variance from this
 
 
 def _processes() -> whole.Processes:
@@ -164,18 +165,12 @@ def _processes() -> whole.Processes:
     return Pool()
 
 
-# --- Batches ----------------------------------------------------------------------------------------------------------
-
-
 def _call(model: Any, batch: Any) -> Any:
     return model(batches.inputs(batch), training=False)
 
 
-# --- Inputs of layers -------------------------------------------------------------------------------------------------
-
-
 def _watch(name: str, layer: Any, see: whole.See | None) -> Callable[..., Any]:
-    """What replaces a layer's call: it evaluates, whatever it is told."""
+    """A replacement for a layer's call, which always evaluates."""
     call = layer.call
 
     def watched(inputs: Any, training: Any = None, mask: Any = None) -> Any:

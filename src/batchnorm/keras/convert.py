@@ -1,8 +1,8 @@
-"""Existing models and their files: Keras' layers become ours, and ours become Keras'.
+"""Turn a model's batch normalizations into ours, and back into Keras', for existing models and their files.
 
 ```
 model = convert(keras.models.load_model("theirs.keras"))
-revert(model).save("for_everyone.keras")               # loads where this package is not installed
+revert(model).save("for_everyone.keras")               # loads without this package
 ```
 """
 
@@ -19,24 +19,24 @@ M = TypeVar("M")
 
 
 def convert(model: M, **extras: Any) -> M:
-    """Make Keras' batch normalizations ours, in place, with the same weights.
+    """Turn a model's batch normalizations into ours, in place, with the same weights.
 
     Args:
         model: A model of any kind, or a layer.
-        **extras: Arguments for all of them, e.g. `virtual_batch_size=32` or `synchronized=True`. Layers that are
-            already ours get them, too.
+        **extras: Arguments of `BatchNormalization` to set on all of them, including layers that are already ours:
+            `virtual_batch_size`, `synchronized`, `axis_name`, `unbiased`.
 
     Returns:
-        `model`. Layers of other classes stay as they are, and so do subclasses.
+        `model`. Layers of other classes and of subclasses stay as they are.
 
     Raises:
-        TypeError: If `model` is no model, or there is no such argument.
-        ValueError: If the arguments contradict each other, or what a layer has already; nothing is changed then.
+        TypeError: If `model` is not a model, or there is no such argument.
+        ValueError: If the arguments contradict each other, or the settings of a layer; the model is then unchanged.
     """
     refuse(model)
     allowed = EXTRAS.keys() - {"frozen", "activation"} | {"synchronized"}
     if unknown := extras.keys() - allowed:
-        raise TypeError(f"convert has no argument {', '.join(sorted(unknown))}; there are {', '.join(sorted(allowed))}")
+        raise TypeError(f"convert has no argument {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}")
     kinds = (KerasBatchNormalization, BatchNormalization)
     found = [layer for layer in named_layers(model).values() if type(layer) in kinds]
     checked = []
@@ -53,7 +53,7 @@ def convert(model: M, **extras: Any) -> M:
 
 
 def revert(model: M) -> M:
-    """Make our batch normalizations Keras', in place, for a file that loads without this package.
+    """Undo `convert`, in place: our layers become Keras', so that a file loads without this package.
 
     Args:
         model: A model of any kind, or a layer.
@@ -62,8 +62,8 @@ def revert(model: M) -> M:
         `model`.
 
     Raises:
-        TypeError: If `model` is no model.
-        ValueError: If a layer does what Keras' cannot do, or is not built; nothing is changed then.
+        TypeError: If `model` is not a model.
+        ValueError: If a layer has a setting that Keras' lacks, or is not built; the model is then unchanged.
     """
     refuse(model)
     found = {name: layer for name, layer in named_layers(model).items() if type(layer) is BatchNormalization}

@@ -1,4 +1,4 @@
-"""A copy of a model, with all that a file would keep of it; and the state that a call may change."""
+"""Copy a model with everything that a file would keep, and restore the state that a call may change."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,15 +19,16 @@ __all__ = ["duplicate", "kept_state", "refuse_config"]
 def duplicate(model: Any, example_inputs: Any = None) -> Any:
     """A model of the same class, with the same weights and all other state that files keep.
 
-    Layers may keep what is neither in their config nor in their weights, such as the statistics of `Normalization` and
-    the vocabulary of `StringLookup`. Keras asks for it only when it saves, so the copy goes through a file.
+    Layers may have state that is neither in their config nor in their weights, such as the statistics of
+    `Normalization` and the vocabulary of `StringLookup`. Keras asks for it only when it saves, so the copy goes through
+    a file.
 
     Args:
         model: A built model.
         example_inputs: The inputs of a call, for layers that only a call builds; None if they are not known.
 
     Raises:
-        TypeError: If the model cannot be made again from its config, or does not take back what it saves.
+        TypeError: If the model cannot be created from its config, or cannot load what it saves.
         ValueError: If a call is needed to build the copy, and there are no example inputs.
     """
     try:
@@ -44,7 +45,7 @@ def duplicate(model: Any, example_inputs: Any = None) -> Any:
     except Exception as error:
         raise _no_copy(model, error) from error
     if not _is_built(copy):
-        raise ValueError(f"{model.name} has layers that only a call builds: give example inputs")
+        raise ValueError(f"{model.name} has layers that only a call builds: pass example_inputs")
     try:
         _load_state(model, copy)
     except Exception as error:
@@ -63,7 +64,7 @@ def _is_built(model: Any) -> bool:
 
 
 def _own_objects(model: Any) -> dict[str, Any]:
-    """The classes and functions that a model is made of, by their names in configs: they need not be registered."""
+    """The classes and functions in a model by their names in configs, so that they need not be registered."""
     found: dict[str, Any] = {}
     for layer in model._flatten_layers():
         for each in (type(layer), *(value for value in vars(layer).values() if isinstance(value, FunctionType))):
@@ -79,12 +80,12 @@ def _load_state(model: Any, copy: Any) -> None:
         model.save_weights(path)
         copy.load_weights(path)
         for number, (layer, other) in enumerate(zip(layers, copies, strict=True)):
-            if hasattr(layer, "save_assets"):  # what a file of weights does not have
+            if hasattr(layer, "save_assets"):  # a file of weights does not have these
                 assets = Path(folder) / str(number)
                 assets.mkdir()
                 layer.save_assets(str(assets))
                 other.load_assets(str(assets))
-    seeds, others = _seeds(model), _seeds(copy)  # which no file has
+    seeds, others = _seeds(model), _seeds(copy)  # no file has these
     if len(seeds) == len(others):
         for variable, value in zip(others, seeds, strict=True):
             variable.assign(value)
@@ -99,15 +100,15 @@ def _seeds(model: Any) -> list[Any]:
 
 
 GRAPHS = (keras.Model, Functional, keras.Sequential)
-"""The models whose config has their layers. Other classes make them by themselves."""
+"""The models whose config has their layers. Other classes create their layers themselves."""
 
 
 def refuse_config(original: Any, folded: Any) -> None:
-    """Make models and layers say that a file would not keep what has changed in them, when one asks for their config.
+    """Make `get_config` raise an error in models and layers whose changes a file would lose.
 
     Args:
-        original: The model as it was.
-        folded: Its copy, in which other layers have taken the place of some.
+        original: The model before folding.
+        folded: Its copy, in which other layers have replaced some.
     """
     for before, layer in zip(original._flatten_layers(), folded._flatten_layers(), strict=True):
         if type(layer) not in GRAPHS and _kinds(layer) != _kinds(before) and not _comes_back(layer):
@@ -118,7 +119,7 @@ def _comes_back(layer: Any) -> bool:
     try:
         with keras.saving.CustomObjectScope(_own_objects(layer)), SafeModeScope(safe_mode=False):
             again = type(layer).from_config(layer.get_config())
-    except Exception:  # whatever the layer says: it does not come back
+    except Exception:  # the layer's own code may raise anything
         return False
     return _kinds(again) == _kinds(layer)
 
@@ -144,7 +145,7 @@ def _refusal(layer: Any) -> Callable[[], dict[str, Any]]:
 
 @contextmanager
 def kept_state(model: Any) -> Iterator[None]:
-    """Undo what calls change: counters, seeds, metrics and all other variables, and the seed of Keras."""
+    """Restore what calls change: counters, seeds, metrics and all other variables, and Keras' global seed."""
     variables = [*model.variables, global_seed_generator().state]
     known = {id(variable) for variable in variables}
     variables += [variable for variable in getattr(model, "metrics_variables", ()) if id(variable) not in known]

@@ -1,8 +1,8 @@
-"""Why a model with batch normalization misbehaves: a physician for batch normalization, who only looks.
+"""Find out why a model with batch normalization misbehaves, without changing it.
 
 ```
-print(diagnose(model))                                            # what the state alone tells
-print(diagnose(model, dataset, optimizer=model.optimizer))        # what the data show
+print(diagnose(model))                                            # checks of the state alone
+print(diagnose(model, dataset, optimizer=model.optimizer))        # checks of the state and of the data
 ```
 """
 
@@ -43,27 +43,28 @@ def diagnose(
     forward: Callable[..., Any] | None = None,
     max_batches: int | None = 64,
 ) -> Report:
-    """Find what is wrong with the batch normalizations of a model, and say how to mend it.
+    """Find what is wrong with the batch normalizations of a model, and say how to fix it.
 
     Nothing changes: neither moving statistics and other variables nor random states, also if the model fails. Each
     batch is run three times, step by step: in training, in training with dropout and the like off, and in evaluation.
     On PyTorch, where an activation checkpoint (`keras.remat`) is seen, one batch is also run backward.
 
     Args:
-        model: A model with Keras' layers, ours, or subclasses of them; it must be built.
-        data: Batches of the size that training has, as `calibrate` takes them; None for what the state alone tells.
-        optimizer: The optimizer, for a look at its weight decay.
-        forward: `forward(model, batch, training)`, called in place of `model(inputs, training=training)`.
-        max_batches: Read no more than this number of batches; None reads all. The report says if there were more.
+        model: A built model with Keras' layers, ours, or subclasses of them.
+        data: Batches of the size used in training, in a form that `calibrate` accepts; None checks the state alone.
+        optimizer: The optimizer, whose weight decay is checked.
+        forward: `forward(model, batch, training)`, called in place of `model(inputs, training=training)`; its result
+            is compared between training and evaluation.
+        max_batches: The largest number of batches to read; None reads all. The report says if there were more.
 
     Returns:
         The report: print it, go through `findings`, or call `to_json` and `to_html`.
 
     Raises:
-        ValueError: If the model has no batch normalization, or the data give nothing; if a layer is called inside a
+        ValueError: If the model has no batch normalization, or the data have no batches; if a layer is called inside a
             function that is compiled on its own.
         RuntimeError: If a layer has not seen its first batch.
-        TypeError: If `model` is no model, or `data` is one batch.
+        TypeError: If `model` is not a model, or `data` is one batch.
     """
     refuse(model)
     read = batches.Indexed(data) if isinstance(data, keras.utils.PyDataset) else data
@@ -120,7 +121,7 @@ class _Model:
                 evidence.layers[name].counted = counted
 
     def _pass(self, batch: Any, evidence: Evidence, mode: str, around: "_Around | None" = None) -> list[Any]:
-        """Call the model in one of the three ways, and give its outputs."""
+        """Call the model in one of the three ways, and return its outputs."""
         calls: dict[str, int] = {}
 
         def watch(name: str, layer: Any) -> Callable[..., Any]:
@@ -182,11 +183,11 @@ class _Model:
 
 
 class _Around:
-    """What comes before and behind each normalization in one call, by the tensors that the layers hand on.
+    """What comes before and after each normalization in one call, found by the identity of tensors.
 
     Args:
         model: The model.
-        normalizations: Its batch normalizations by name, whose calls are replaced already.
+        normalizations: Its batch normalizations by name, whose calls are already replaced.
     """
 
     def __init__(self, model: Any, normalizations: dict[str, Any]) -> None:
@@ -215,7 +216,7 @@ class _Around:
         self._stack.close()
 
     def tell(self, evidence: Evidence) -> None:
-        """Add it to the evidence."""
+        """Add what was found to the evidence."""
         for name, layer in evidence.layers.items():
             layer.is_rectified = name in self.rectified
             layer.dropouts = self.dropouts.get(name, ())
@@ -269,7 +270,7 @@ class _Around:
 
 @contextmanager
 def _replaced(calls: dict[Any, Callable[..., Any]]) -> Iterator[None]:
-    """Other calls for some layers; then each has its own again, or what had been put there before."""
+    """Replace the calls of some layers, and put back the previous ones afterwards."""
     before = {layer: vars(layer).get("call") for layer in calls}
     try:
         for layer, call in calls.items():
@@ -285,7 +286,7 @@ def _replaced(calls: dict[Any, Callable[..., Any]]) -> Iterator[None]:
 
 @contextmanager
 def _kept(model: Any) -> Iterator[None]:
-    """All variables that do not learn, random states included, have afterwards the values that they had."""
+    """Restore all variables that do not learn, random states included."""
     learned = {id(variable) for variable in model.trainable_variables}
     held = [variable for variable in model.variables if id(variable) not in learned]
     held += [generator.state for generator in _generators(model)]

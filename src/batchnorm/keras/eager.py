@@ -1,4 +1,4 @@
-"""Models run step by step while a tool looks at their layers."""
+"""Run models uncompiled while a tool observes their layers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,7 @@ COMPILED = ("TracerArrayConversionError", "NotImplementedError", "OperatorNotAll
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Without gradients, and with the model's TensorFlow functions run step by step."""
+    """Run without gradients, and run TensorFlow functions uncompiled."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -44,15 +44,15 @@ def eagerly() -> Iterator[None]:
 def layer_input(
     x: Any, mask: Any, axis: int, name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None] | str:
-    """The input of a layer on the host, with the channels second, and how much each position counts.
+    """The input of a layer on the host, with the channels in axis 1, and how much each position counts.
 
     Args:
-        x, mask: What came into the layer.
-        axis: Its channel axis.
-        name: Its name.
+        x, mask: The input of the layer and its mask.
+        axis: The layer's channel axis.
+        name: The layer's name.
 
     Returns:
-        `(N, C, *positions)`, and `(N, *positions)` or None; or the reason why they cannot be taken.
+        `(N, C, *positions)`, and `(N, *positions)` or None; or the reason why its moments cannot be computed.
 
     Raises:
         ValueError: If the tensors have no values.
@@ -71,5 +71,5 @@ def layer_input(
         return values, None
     counts = np.moveaxis(counts, axis, 1)
     if counts.shape[1] != 1:
-        return "its mask counts other positions in each channel"
+        return "its mask differs between channels"
     return values, np.broadcast_to(counts[:, 0], (len(values), *values.shape[2:]))

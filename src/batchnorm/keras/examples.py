@@ -1,4 +1,4 @@
-"""Inputs on which to compare a model with its copy, some of them made up; and what the model gives for them."""
+"""Example inputs on which to compare a model with its copy, some of them random, and the model's outputs."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,19 +11,15 @@ from numpy.typing import NDArray
 
 from batchnorm.keras.copying import duplicate, kept_state
 from batchnorm.keras.models import to_float64
-from batchnorm.whole.comparison import ROUNDING, Outputs, difference, is_noise, rounding
+from batchnorm.whole.comparison import BATCH, ROUNDING, SIZES, Outputs, difference, is_noise, rounding
 
 __all__ = ["Examples"]
-
-BATCH = 2
-SIZES = (8, 64, 256)
-"""Sizes to try, in turn, for axes without a fixed size: a network may need more than a few pixels."""
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 class Examples:
-    """What a model gives for the user's inputs, if there are any, and for inputs that are made up.
+    """The outputs of a model for the user's inputs, if there are any, and for random inputs.
 
     Args:
         original: A built model.
@@ -31,10 +27,10 @@ class Examples:
 
     Attributes:
         given: The same.
-        inputs: All inputs, by what they are.
-        expected: The outputs of the model for all of them, by where they are.
+        inputs: All inputs, by their kind.
+        expected: The outputs of the model for all inputs, by their path.
         dtypes: The types in which the model computes.
-        problem: Why there is nothing to compare; empty if there is.
+        problem: The reason why there is nothing to compare; empty if there is something.
     """
 
     def __init__(self, original: Any, given: Any) -> None:
@@ -45,48 +41,48 @@ class Examples:
         self.inputs = {} if given is None else {"example": given}
         self.expected = self.run(original)
         problem = "the shapes of the inputs are not known"
-        for candidate in _made_up(original) if given is None else [_like(given)]:
+        for candidate in _random(original) if given is None else [_like(given)]:
             try:
-                self.expected |= _run(original, candidate, "made up")
-            except Exception as error:  # whatever the model says of inputs that it does not take
-                problem = f"the model cannot be called on made-up inputs ({_said(error)})"
+                self.expected |= _run(original, candidate, "random")
+            except Exception as error:  # the model's own code may raise anything
+                problem = f"the model cannot be called on random inputs ({_said(error)})"
                 continue
-            self.inputs["made up"] = candidate
+            self.inputs["random"] = candidate
             break
         if not self.inputs:
-            self.problem = f"{problem}: give example inputs"
+            self.problem = f"{problem}: pass example_inputs"
 
     def run(self, model: Any) -> dict[str, NDArray[Any]]:
-        """The outputs of a model in evaluation, by where they are; its state stays as it is."""
+        """The outputs of a model in evaluation, by their path; its state does not change."""
         found: dict[str, NDArray[Any]] = {}
         for name, inputs in self.inputs.items():
             found |= _run(model, inputs, name)
         return found
 
     def require_the_same(self, copy: Any) -> None:
-        """Check that a copy of the model gives the same outputs.
+        """Raise an error unless a copy of the model has the same outputs.
 
         Raises:
-            TypeError: If it does not, although the model itself does each time.
+            TypeError: If its outputs differ, although those of the model are the same each time.
         """
         error, limit = self._error(self.run(copy)), rounding(self.dtypes)
         if error <= limit:
             return
         if not self._error(self.run(self.original)) <= limit:
             self.inputs, self.expected = {}, {}
-            self.problem = "the model gives other outputs for the same inputs each time"
+            self.problem = "the outputs of the model differ from call to call"
             return
         raise TypeError(
-            f"{type(self.original).__name__} cannot be copied: a copy from its config, weights and assets, as a file "
-            f"keeps them, gives other outputs, which differ by {error:.1e} of the largest. Some layer has "
-            "a state that its get_config or save_own_variables leaves out"
+            f"{type(self.original).__name__} cannot be copied: the outputs of a copy from its config, weights and "
+            f"assets, as a file keeps them, differ by {error:.1e} of the largest. Some layer has a state that its "
+            "get_config or save_own_variables leaves out"
         )
 
     def _error(self, found: Mapping[str, NDArray[Any]]) -> float:
         return max((difference(y, found[path]) for path, y in self.expected.items()), default=0.0)
 
     def compare(self, model: Any) -> Outputs:
-        """The outputs of the original and of another model, and whether rounding explains what is different."""
+        """The outputs of the original and of another model, and whether rounding explains their difference."""
         notes = (f"outputs were not compared: {self.problem}",) if self.problem else ()
         outputs = Outputs(self.expected, self.run(model), self.dtypes, notes=notes)
         shapes, others = ([y.shape for y in of.values()] for of in (outputs.expected, outputs.found))
@@ -95,7 +91,7 @@ class Examples:
         return outputs
 
     def rounded(self) -> dict[str, NDArray[Any]]:
-        """The outputs of the model if each of its weights moves by the last digit of the coarsest of its types."""
+        """The outputs of the model after each weight has changed in the last digit of the coarsest type."""
         copy, rng = duplicate(self.original, self.given), np.random.default_rng(2)
         last = max((EPSILON[dtype] for dtype in self.dtypes), default=EPSILON["float64"])
         for weight in copy.weights:
@@ -118,16 +114,16 @@ def _array(output: Any) -> NDArray[Any]:
 
 
 def _said(error: Exception) -> str:
-    """The first line of an error. Keras prints it in bold, between lines about the layer."""
+    """The first line of an error, which Keras prints in bold between lines about the layer."""
     lines = str(error).split("\x1b[1m")[-1].split("\x1b[0m")[0].strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-# --- Made-up inputs ---------------------------------------------------------------------------------------------------
+# --- Random inputs ----------------------------------------------------------------------------------------------------
 
 
-def _made_up(model: Any) -> Iterator[Any]:
-    """Inputs that a model may take, in the order in which to try them; none if their shapes are not known.
+def _random(model: Any) -> Iterator[Any]:
+    """Random inputs that a model may accept, in the order in which to try them; none if the shapes are unknown.
 
     Args:
         model: A built model: functional, Sequential, or one that knows the shape of its inputs.
@@ -146,7 +142,7 @@ def _made_up(model: Any) -> Iterator[Any]:
 
 
 def _like(examples: Any) -> Any:
-    """Inputs of the shapes and types of others, in which all floating-point numbers are drawn anew."""
+    """Inputs of the same shapes and types, in which all floating-point numbers are new random ones."""
     rng = np.random.default_rng(1)
 
     def redrawn(value: Any) -> Any:

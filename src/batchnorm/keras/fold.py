@@ -2,11 +2,11 @@
 
 ```
 result = fold(model, example_inputs=x)
-print(result)              # what went where, what stays and why, and how far the outputs differ
+print(result)              # what was folded where, what was not and why, and how far the outputs differ
 result.model.save("small.keras")
 ```
 
-What is decided, in which order and why not, is in `batchnorm.whole.fold`; here is what it needs to know of a model.
+`batchnorm.whole.fold` decides what is folded. This module is its adapter for Keras.
 """
 
 import math
@@ -46,16 +46,16 @@ SILENT = (
     layers.AlphaDropout,
     layers.ActivityRegularization,
 )
-"""Layers that hand on their input in evaluation."""
+"""Layers that return their input in evaluation."""
 
 POOLING = (layers.GlobalAveragePooling2D, layers.GlobalAveragePooling3D)
-"""Means over positions: to scale and shift a channel before them or after them is the same."""
+"""Means over positions: scaling and shifting a channel before or after them gives the same."""
 
 KNOWN = (KerasBatchNormalization.call, BatchNormalization.call)
-"""The calls that are a batch normalization and its activation."""
+"""The calls that compute a batch normalization and its activation."""
 
 GRAPH = ("_inbound_nodes", "_outbound_nodes", "_build_shapes_dict", "_parent_path", "_path")
-"""The attributes that say where a layer is in its model."""
+"""The attributes that hold a layer's place in its model."""
 
 
 def fold(model: M, example_inputs: Any = None) -> Folded[M]:
@@ -66,38 +66,39 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     that is `(s*A) v + (s*b + t)`, and with one after it `(A*s) x + (b + A t)`: one linear map either way. Its weights
     are computed in float64 and rounded once.
 
-    A normalization is folded only where the model's graph proves it right: nothing else uses the value between the two
-    layers, each is called once, and no operation reads their variables. It goes into the layer before it if it can
-    (Dense, Conv, ConvTranspose, DepthwiseConv, SeparableConv, without an activation of their own), otherwise into the
-    layer after it (Dense, also behind Flatten and global averages; Conv and DepthwiseConv with `padding="valid"`).
-    Dropout and other layers that do nothing in evaluation may lie in between. All others stay, and the result says why.
+    A normalization is folded only if the model's graph proves that this is correct: nothing else uses the value between
+    the two layers, each is called once, and no operation reads their variables. It goes into the layer before it if
+    possible (Dense, Conv, ConvTranspose, DepthwiseConv, SeparableConv, without an activation of their own), otherwise
+    into the layer after it (Dense, even after Flatten and global averages; Conv and DepthwiseConv with
+    `padding="valid"`). Dropout and other layers that do nothing in evaluation may lie in between. All others stay, and
+    the result gives the reason.
 
     The copy is a model of the same class, for evaluation: with `training=True`, a folded normalization still does not
     normalize. A `keras.layers.Identity` takes the place of each, or its activation if it had one. If all of them are
-    folded, the model's file needs nothing but Keras. A model or layer whose class makes its normalizations by itself
-    would make them again when it is loaded: its folded copy can be called, trained and exported, and its weights can be
-    saved, but `save` raises an error that says so.
+    folded, the model's file needs nothing but Keras. A model or layer whose class creates its normalizations itself
+    would create them again when it is loaded: its folded copy can be called, trained and exported, and its weights can
+    be saved, but `save` raises an error that says so.
 
-    The copy is compared with the original twice, before and after folding: on the example inputs, and on made-up ones
-    of the same shapes, or of the shapes that the model knows. The outputs may be apart as far as rounding explains:
+    The copy is compared with the original twice, before and after folding: on the example inputs, and on random inputs
+    of the same shapes, or of the shapes that the model knows. The outputs may differ by as much as rounding explains:
     relative to the largest value 1e-10 in float64, 1e-4 in float32 (in which Keras computes float64, too, unless it
-    runs on TensorFlow), 0.02 in float16 and 0.1 in bfloat16, where the coarsest type of a layer counts; or ten times as
-    far as those of the original move when each of its weights is rounded once more. A fold that changes them by more is
-    undone.
+    runs on TensorFlow), 0.02 in float16 and 0.1 in bfloat16, where the coarsest type of a layer counts; or by ten times
+    as much as the outputs of the original change if each of its weights is rounded once more. A fold that changes them
+    by more is undone.
 
     Args:
-        model: Functional, Sequential or subclassed; built; it is left as it is. A subclassed model must have
+        model: A built model, Functional, Sequential or subclassed, which does not change. A subclassed model must have
             `get_config`, as for saving.
-        example_inputs: What the model is called with, to compare the two models. Only a call shows the graph of a
-            subclassed model: without example inputs its normalizations stay.
+        example_inputs: Inputs for one call of the model, on which to compare the two models. Only a call shows the
+            graph of a subclassed model: without example inputs its normalizations stay.
 
     Returns:
-        The new model, the layer that each normalization went into, and the reason why others did not.
+        The new model; the layer into which each normalization was folded; and the reason why others were not.
 
     Raises:
         TypeError: If `model` is not a model, or cannot be copied: its copy must give the same outputs.
         ValueError: If it is not built, or if its copy can only be built by a call and there are no example inputs.
-        RuntimeError: If more than four folds change the outputs by more than rounding explains.
+        OutputsDiffer: If more than four folds change the outputs by more than rounding explains.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
@@ -106,7 +107,7 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     given: Any = model
     if not isinstance(given, keras.Model):
         raise TypeError(
-            f"model must be a keras.Model, got a layer, {type(given).__name__}: put it into keras.Sequential"
+            f"model must be a keras.Model, got a layer, {type(given).__name__}: wrap it in keras.Sequential"
         )
     if not given.built:
         raise ValueError(f"{given.name} has not seen an input yet: call it on one batch first")
@@ -114,12 +115,12 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     return fold_network(_Network(given, examples), lambda: _Network(given, examples))
 
 
-# --- What folding needs to know ---------------------------------------------------------------------------------------
+# --- The adapter ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Channels:
-    """Where the channels of a normalization are in a value that comes after it.
+    """The place of a normalization's channels in a value that comes after it.
 
     Attributes:
         axis: Their axis.
@@ -130,7 +131,7 @@ class _Channels:
     order: NDArray[Any]
 
     def flatten(self, shape: tuple[Any, ...]) -> None:
-        """Merge all axes but the first of a value of this shape."""
+        """Merge all axes except the first of a value of this shape."""
         if None in shape[1:]:
             raise Stays("Flatten after it has inputs of any size")
         inner, outer = math.prod(shape[self.axis + 1 :]), math.prod(shape[1 : self.axis])
@@ -138,7 +139,7 @@ class _Channels:
 
 
 class _Network:
-    """A copy of a model, for `fold_network`.
+    """A copy of a model, as `fold_network` sees it.
 
     Attributes:
         model: The copy.
@@ -147,8 +148,8 @@ class _Network:
         changed: The names of layers whose `call` has been replaced.
         calls: The number of calls of each layer, by its id.
         read: The ids of the variables that something other than their layer reads.
-        silent: The ids of normalizations that have been folded and left nothing behind.
-        gone: The names of all that have been folded.
+        silent: The ids of the folded normalizations that now return their input.
+        gone: The names of all folded normalizations.
     """
 
     constants = ("moving_mean", "moving_variance", "gamma", "beta", "epsilon")
@@ -183,7 +184,7 @@ class _Network:
             raise Stays(f"is {_a(type(layer).__name__)} with a call of its own")
         _, node = self._place(name)
         if node.arguments.kwargs.get("training") or True in node.arguments.args[1:]:
-            raise Stays("is told to train, whatever the model does")
+            raise Stays("is always called with training=True")
         self._require_unread(layer, "has")
         gamma, beta = (None if values is None else to_float64(values) for values in (layer.gamma, layer.beta))
         return Normalization(
@@ -290,7 +291,7 @@ def _activation(layer: Any) -> Activation:
 
 
 def _retire(layer: Any) -> None:
-    """Turn a normalization into its activation. The object stays: the graph and others hold it."""
+    """Turn a normalization into its activation, in place, because the graph and other layers refer to the object."""
     activation = _activation(layer)
     same = {"name": layer.name, "dtype": layer.dtype_policy.name}
     rest: Any

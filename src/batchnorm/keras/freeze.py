@@ -1,7 +1,7 @@
-"""Freeze a model's batch normalizations, so that nothing but `unfreeze` undoes it.
+"""Freeze the batch normalizations of a model until `unfreeze`.
 
 ```
-freeze(backbone)     # its statistics stay as they are: neither `fit` nor `training=True` moves them
+freeze(backbone)     # its statistics no longer change, neither in fit nor with training=True
 unfreeze(backbone)   # exactly as before
 ```
 """
@@ -18,10 +18,10 @@ WEIGHTS = ("gamma", "beta")
 
 
 def freeze(model: M, *, affine: bool = False) -> M:
-    """Let batch normalizations normalize by their moving statistics, in training too, and leave these as they are.
+    """Make batch normalizations use their moving statistics in training as well, without changing them.
 
-    Keras' layers become ours, in place, with the same weights. In Keras' one attribute, `trainable`, decides both which
-    statistics are used and whether gamma and beta learn, and every `model.trainable = True` changes it.
+    Keras' layers become ours, in place, with the same weights. In Keras' layers one attribute, `trainable`, decides
+    both which statistics are used and whether gamma and beta learn, and every `model.trainable = True` changes it.
 
     A compiled model that contains this one must be compiled again, as after a change of `trainable`. So must this one
     if gamma and beta stop learning.
@@ -34,14 +34,14 @@ def freeze(model: M, *, affine: bool = False) -> M:
         `model`. Layers that are already frozen stay as they are.
 
     Raises:
-        TypeError: If `model` is no model.
-        ValueError: If it has no batch normalization, or one of another class than Keras' and ours, or one that is not
-            built; nothing is changed then.
+        TypeError: If `model` is not a model.
+        ValueError: If it has no batch normalization, or one whose class is neither Keras' nor ours, or one that is not
+            built; the model is then unchanged.
     """
     refuse(model)
     layers = {name: layer for name, layer in named_layers(model).items() if isinstance(layer, KerasBatchNormalization)}
     if not layers:
-        raise ValueError("there is no batch normalization to freeze in this model")
+        raise ValueError("model has no batch normalization to freeze")
     for name, layer in layers.items():
         said = f"{name or 'the layer'} ({type(layer).__name__})"
         if not layer.built:
@@ -69,18 +69,18 @@ def _freeze(layer: Any, affine: bool) -> None:
 
 
 def unfreeze(model: M) -> M:
-    """Undo `freeze`, in place: every layer has its class again, and learns what it learned before.
+    """Undo `freeze`, in place: restore each layer's class, and which weights learn.
 
     A file says that a layer is frozen, but not that it was Keras' own: in a model from a file it stays ours.
 
     Args:
-        model: What was frozen, or a part of it.
+        model: The model that was frozen, or a part of it.
 
     Returns:
-        `model`.
+        `model`. Layers that are not frozen stay as they are.
 
     Raises:
-        TypeError: If `model` is no model.
+        TypeError: If `model` is not a model.
     """
     refuse(model)
     for layer in named_layers(model).values():
@@ -89,7 +89,7 @@ def unfreeze(model: M) -> M:
         learned, layer.frozen = layer.frozen, None
         for name in learned:
             getattr(layer, name).trainable = layer.trainable
-        theirs = layer.__dict__.pop("frozen_from_keras", False)  # a model from a file does not know
+        theirs = layer.__dict__.pop("frozen_from_keras", False)  # absent in a model loaded from a file
         if theirs and layer.activation.is_none:
             release(layer)
     forget_compiled(model)

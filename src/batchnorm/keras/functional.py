@@ -1,7 +1,6 @@
 """The stages of batch normalization in `keras.ops`, for any backend and channel axis, differentiable and compilable.
 
-`batchnorm.definition` defines them. Here the channels may be any axis of `x`, and a mask may count different positions
-in each channel.
+`batchnorm.definition` defines them. Here the channels may be any axis of `x`, and a mask may differ between channels.
 """
 
 from typing import Any, NamedTuple
@@ -74,7 +73,7 @@ def type_name(x: Any) -> str:
 def arithmetic(x: Any) -> str:
     """The type in which `x` is computed: float64 for float64, float32 for all others.
 
-    `keras.backend.result_type` would say float32 for float64, too, on all backends but TensorFlow.
+    `keras.backend.result_type` would give float32 for float64, too, on all backends except TensorFlow.
     """
     return "float64" if type_name(x) == "float64" else "float32"
 
@@ -87,7 +86,7 @@ def per_channel(values: Any, x: Any, axis: int) -> Any:
 
 
 def _reduced(x: Any, axis: int, first: int = 0) -> tuple[int, ...]:
-    """The axes from `first` on, without the channels."""
+    """The axes from `first` onwards, without the channels."""
     channels = axis % len(x.shape)
     return tuple(i for i in range(first, len(x.shape)) if i != channels)
 
@@ -105,7 +104,7 @@ def expand_mask(mask: Any, x: Any, axis: int) -> Any:
         axis: The channel axis of `x`.
 
     Raises:
-        ValueError: If the mask does not fit, or fits in two ways with different meanings.
+        ValueError: If the shape of the mask does not fit, or fits in two ways.
     """
     shape, channels = tuple(x.shape), axis % len(x.shape)
     given, axes = tuple(mask.shape), len(mask.shape)

@@ -117,7 +117,7 @@ def _positions(x: Tensor, axis: int) -> tuple[int, ...]:
 
 
 def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
-    """`x` with the channels in axis 1, without a copy: a matrix where they are last."""
+    """`x` with the channels in axis 1, without a copy: a matrix if they were last."""
     axis %= x.dim()
     if axis == 1:
         return x
@@ -127,7 +127,7 @@ def _rows(x: Tensor, axis: int, size: int | None) -> Tensor:
 
 
 def _restored(y: Tensor, x: Tensor, axis: int) -> Tensor:
-    axis %= x.dim()  # PyTorch's exporter to ONNX writes a negative one into the file as it is
+    axis %= x.dim()  # PyTorch's ONNX exporter would write a negative axis into the file
     if y.dim() != x.dim():
         return y.reshape(x.shape)
     return y if axis == 1 else y.movedim(1, axis)

@@ -13,7 +13,7 @@ __all__ = ["Graph", "graphs"]
 
 
 class Graph:
-    """The calls between the inputs and the outputs of a model, or of a layer that is made of layers.
+    """The calls between the inputs and the outputs of a model, or of a layer that contains layers.
 
     Args:
         inputs, outputs: Symbolic tensors, nested in any way.
@@ -38,38 +38,38 @@ class Graph:
         return next((node for node in self.nodes if node.operation is layer), None)
 
     def before(self, node: Any) -> Any:
-        """The call whose output this one takes; None for an input of the model.
+        """The call whose output is the input of this one; None for an input of the model.
 
         Raises:
-            Stays: If this call takes several tensors, or something else takes the same one.
+            Stays: If this call has several inputs, or something else uses the same one.
         """
         tensors = node.arguments.keras_tensors
         if len(tensors) != 1:
-            raise Stays("it takes more than one tensor")
+            raise Stays("it has more than one input")
         maker = self.makers.get(id(tensors[0]))
         if maker is not None and not self._alone(tensors[0]):
             raise Stays("what comes before it is also used elsewhere")
         return maker
 
     def after(self, node: Any) -> Any:
-        """The only call that takes the output of this one.
+        """The only call that uses the output of this one.
 
         Raises:
-            Stays: If there is not exactly one, or if it takes other tensors too.
+            Stays: If there is not exactly one, or if it has other inputs, too.
         """
         (tensor,) = node.outputs
         if not self._alone(tensor):
             raise Stays("its output is used in several places, or by the caller")
         user = self.users[id(tensor)][0]
         if len(user.arguments.keras_tensors) != 1:
-            raise Stays("what comes after it takes more than one tensor")
+            raise Stays("what comes after it has more than one input")
         return user
 
     def _alone(self, tensor: Any) -> bool:
         return id(tensor) not in self.outputs and len(self.users.get(id(tensor), ())) == 1
 
     def variables(self) -> set[int]:
-        """The ids of the variables that are arguments of operations: not only their own layer reads them."""
+        """The ids of the variables that are arguments of operations, so that not only their own layer reads them."""
         found = set()
         for node in self.nodes:
             for leaf in tree.flatten((node.arguments.args, node.arguments.kwargs)):
@@ -126,7 +126,7 @@ def _graph(layer: Any, call: Any) -> Graph:
             raise Stays(f"{layer.name} has a call of its own besides its graph")
         return Graph(layer._inputs_struct, layer._outputs_struct)
     if call is None:
-        raise Stays(f"{layer.name} is a subclassed model, and only a call shows what it does: give example inputs")
+        raise Stays(f"{layer.name} is a subclassed model, and only a call shows what it does: pass example_inputs")
     args, kwargs = call
     inputs = [leaf for leaf in tree.flatten(call) if isinstance(leaf, keras.KerasTensor)]
     try:

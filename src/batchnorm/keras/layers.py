@@ -1,4 +1,4 @@
-"""The layer: Keras' own, with every feature on every backend, and with the activation inside."""
+"""The layer: Keras' own, with every feature on every backend, and with a fused activation."""
 
 from collections.abc import Collection
 from numbers import Integral
@@ -24,7 +24,7 @@ EXTRAS: dict[str, Any] = {
 """The arguments of our layer that Keras' layer lacks, and their defaults."""
 
 KERNELS = ("float16", "bfloat16", "float32", "float64")
-"""The types that `batchnorm.torch` takes as they are."""
+"""The types that `batchnorm.torch` supports without a cast."""
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -43,9 +43,9 @@ class BatchNormalization(KerasBatchNormalization):
             becomes a part of this one, with its weights.
         virtual_batch_size: The smallest number of samples per group: each group of consecutive samples is normalized by
             its own statistics. A batch of `N` has `max(1, N // virtual_batch_size)` groups, whose sizes differ by at
-            most one; the moving statistics get the statistics of the whole batch.
-        axis_name: JAX only: the mapped axes that `synchronized` pools over; if None, all axes of the `shard_map` around
-            the call.
+            most one; the moving statistics move towards the statistics of the whole batch.
+        axis_name: JAX only: the mapped axes over which `synchronized` pools; if None, all axes of the `shard_map`
+            around the call.
         unbiased: Whether the moving variance is the unbiased one, as in PyTorch.
         frozen: Set by `freeze` and saved in files: None, or the names of the weights that were frozen together with the
             statistics.
@@ -57,11 +57,11 @@ class BatchNormalization(KerasBatchNormalization):
             with `synchronized` or `renorm`; all errors of Keras' layer; in a call, if the mask does not fit.
 
     Differs from `keras.layers.BatchNormalization`:
-        1. `activation`, `virtual_batch_size`, `axis_name`, `unbiased`.
+        1. The constructor takes `activation`, `virtual_batch_size`, `axis_name` and `unbiased`.
         2. `synchronized` works on every backend, with masks, and is exact for replicas with different counts. The
            variance is never `E[x^2] - E[x]^2`.
         3. A mask may omit the channel axis wherever it is, or have as many axes as the inputs; a mask of numbers holds
-           weights. A mask that can be read in two ways, because `axis` is not the last axis, is an error.
+           weights. A mask that fits in two ways, because `axis` is not the last axis, is an error.
         4. A batch whose statistics are not finite, or in which nothing counts, does not change the moving statistics,
            including those of renormalization.
         5. In evaluation `x - mean` is computed before any multiplication: the error does not grow with `mean / std`.
@@ -102,8 +102,8 @@ class BatchNormalization(KerasBatchNormalization):
         self.compute_output_shape(tuple(input_shape))
         if input_shape[self.axis] is None:
             raise ValueError(
-                f"axis {self.axis} of inputs of shape {tuple(input_shape)} is the channels and must have a fixed size; "
-                "give Input its size, or the layer another axis"
+                f"axis {self.axis} of inputs of shape {tuple(input_shape)} holds the channels and must have a fixed "
+                "size; give Input its size, or the layer another axis"
             )
         super().build(input_shape)
         if self.activation.layer is not None and not self.activation.layer.built:
@@ -115,9 +115,10 @@ class BatchNormalization(KerasBatchNormalization):
 
         Args:
             inputs: `x`, of any rank. Integers and booleans are converted to float32.
-            training: Whether to use the batch's statistics. Layers that are frozen or not trainable never use them.
-            mask: Which positions count in the statistics, or how much each counts, as in `functional.expand_mask`. All
-                positions are normalized. Ignored in evaluation.
+            training: Whether to normalize by the batch's statistics. Frozen and untrainable layers never do.
+            mask: Which positions count in the statistics, or how much each counts: the shape of `inputs` without its
+                channels, or its first axes, or as many axes as `inputs`. All positions are normalized. Ignored in
+                evaluation.
 
         Returns:
             `y`, of the shape of `x` and the compute dtype of the layer.
@@ -183,7 +184,7 @@ class BatchNormalization(KerasBatchNormalization):
         self._assign(usable, self.moving_variance, var, self.momentum)
 
     def _move_renormalized(self, batch: functional.Moments) -> None:
-        """As in Keras: the standard deviation moves, and the variance follows it."""
+        """As in Keras, the standard deviation moves, and the variance follows from it."""
         usable = self._is_usable(batch)
         stddev = ops.sqrt(batch.var + self.epsilon)
         self._assign(usable, self.renorm_mean, batch.mean, self.renorm_momentum)
@@ -196,7 +197,7 @@ class BatchNormalization(KerasBatchNormalization):
 
     @staticmethod
     def _is_usable(batch: functional.Moments) -> Any:
-        """Where a batch moves the moving statistics: if all its statistics are finite, in the channels with values."""
+        """The channels whose statistics a batch moves: those with values, if all its statistics are finite."""
         finite = ops.all(ops.isfinite(batch.mean)) & ops.all(ops.isfinite(batch.var))
         return finite & (batch.count > 0)
 
@@ -210,7 +211,7 @@ class BatchNormalization(KerasBatchNormalization):
 
     @property
     def trainable(self) -> bool:
-        """Keras' `trainable`; weights that `freeze(affine=True)` froze never learn."""
+        """Keras' `trainable`. Weights frozen by `freeze(affine=True)` never learn, whatever it is."""
         return bool(KerasBatchNormalization.trainable.fget(self))
 
     @trainable.setter
@@ -225,17 +226,17 @@ class BatchNormalization(KerasBatchNormalization):
                 weight.trainable = False
 
     def get_config(self) -> dict[str, Any]:
-        """Keras' config, and those of our arguments that differ from their defaults; Keras' layer accepts the rest."""
+        """Keras' config, and those of our arguments that are not at their defaults; Keras' layer can read the rest."""
         config: dict[str, Any] = super().get_config()
         own = {name: getattr(self, name) for name in EXTRAS} | {"activation": self.activation.config}
         return config | {name: value for name, value in own.items() if value != EXTRAS[name]}
 
 
-# --- Layers of Keras' that become ours --------------------------------------------------------------------------------
+# --- Keras' layers that become ours -----------------------------------------------------------------------------------
 
 
 def adopt(layer: Any) -> None:
-    """Make Keras' layer ours, in place."""
+    """Turn Keras' layer into ours, in place."""
     layer.__class__ = BatchNormalization
     layer.activation = Activation()
     for name in EXTRAS.keys() - {"activation"}:
@@ -243,7 +244,7 @@ def adopt(layer: Any) -> None:
 
 
 def release(layer: Any) -> None:
-    """Make our layer Keras', in place."""
+    """Turn our layer into Keras', in place."""
     for name in EXTRAS:
         delattr(layer, name)
     layer.__class__ = KerasBatchNormalization

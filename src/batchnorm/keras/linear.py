@@ -18,13 +18,13 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layer's kernel has the channels.
+    """The channel axes of a layer's kernel.
 
     Attributes:
-        kernel: The name of the kernel that makes the outputs.
-        outputs: The axes of the kernel that together are the channels of the output.
-        inputs: The axis of the kernel that is the channels of the input; None if each output sees one of them.
-        shift: Whether a constant added to the input is a constant added to the output, by way of this kernel alone.
+        kernel: The name of the kernel that computes the outputs.
+        outputs: The axes of the kernel that together are the output channels.
+        inputs: The axis of the kernel that is the input channels; None if each output depends on one of them.
+        shift: Whether a constant added to the input adds a constant to the output, through this kernel alone.
     """
 
     kernel: str
@@ -52,17 +52,17 @@ LAYOUTS: dict[Any, Layout] = {
     layers.SeparableConv1D: _SEPARABLE,
     layers.SeparableConv2D: _SEPARABLE,
 }
-"""For exactly these classes: a subclass may compute something else. A transposed convolution sums fewer inputs at its
+"""By class, without subclasses, which may compute something else. A transposed convolution sums fewer inputs at its
 border, so a shift of the input is not a constant there; a separable one has a second kernel before this one."""
 
 
 def is_linear(layer: Any) -> bool:
-    """Whether this is one of the layers that a normalization can go into."""
+    """Whether a normalization can be folded into this layer."""
     return type(layer) in LAYOUTS
 
 
 def shift_problem(layer: Any) -> str | None:
-    """Why a normalization before the layer cannot go into it; None if it can."""
+    """The reason why a normalization before this layer cannot be folded into it; None if it can."""
     if not LAYOUTS[type(layer)].shift:
         return "adds a different part of the shift to each output"
     if getattr(layer, "padding", "valid") != "valid":

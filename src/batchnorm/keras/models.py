@@ -40,7 +40,7 @@ def _walk(model: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def normalizations(model: Any) -> dict[str, Any]:
-    """The batch normalizations among them."""
+    """The batch normalizations of a model, by name."""
     found = named_layers(model).items()
     return {name: layer for name, layer in found if isinstance(layer, KerasBatchNormalization)}
 
@@ -54,18 +54,18 @@ def to_float64(variable: Any) -> NDArray[float64]:
 
 
 def forget_compiled(model: Any) -> None:
-    """Make `fit`, `evaluate` and `predict` compile again, because the layers have changed."""
+    """Make `fit`, `evaluate` and `predict` compile again after layers have changed."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
     if keras.backend.backend() == "jax":
         import jax
 
-        jax.clear_caches()  # its cache is keyed by the model's method, which has not changed
+        jax.clear_caches()  # JAX's cache is keyed by the model's method, which has not changed
 
 
 def refuse(model: Any) -> None:
-    """Check that this is a layer or a model.
+    """Raise an error unless `model` is a layer or a model.
 
     Raises:
         TypeError: If it is neither.

@@ -27,8 +27,8 @@ Names = Mapping[str, str | tuple[str, str]] | None
 def to_torch(model: Any, into: Any = None, names: Names = None) -> Ported:
     """Keras' batch normalization as a layer of `batchnorm.torch`, or a Keras model's weights in a PyTorch model.
 
-    Outputs are equal, in evaluation and after steps of training: PyTorch's `momentum` is one minus Keras', and the
-    running variance stays the biased one, `BatchStatistics(unbiased=False)`, unless the layer has `unbiased=True`.
+    Outputs are equal, in evaluation and after training steps: PyTorch's `momentum` is one minus Keras', and the running
+    variance stays the biased one, `BatchStatistics(unbiased=False)`, unless the layer has `unbiased=True`.
 
     Args:
         model: A built layer, Keras' or ours; or a model.
@@ -39,11 +39,11 @@ def to_torch(model: Any, into: Any = None, names: Names = None) -> Ported:
             PyTorch: `{"separable": ("depthwise", "pointwise")}`.
 
     Returns:
-        A layer, in evaluation, or `into`; and the changes.
+        A layer in evaluation, or `into`; and the changes.
 
     Raises:
-        ValueError: If a layer is not built, is of an unknown kind, or has no counterpart of the same shape;
-            nothing is changed then.
+        ValueError: If a layer is not built, is of an unknown kind, or has no counterpart of the same shape; nothing has
+            changed then.
         TypeError: If `into` is missing for a model.
     """
     if isinstance(model, KerasBatchNormalization):
@@ -56,22 +56,22 @@ def to_torch(model: Any, into: Any = None, names: Names = None) -> Ported:
 def from_torch(model: Any, into: Any = None, names: Names = None, *, axis: int = 1) -> Ported:
     """PyTorch's batch normalization as our layer for Keras, or a PyTorch model's weights in a Keras model.
 
-    Outputs are equal, in evaluation and after steps of training: Keras' `momentum` is one minus PyTorch's, and the
-    moving variance stays the unbiased one, `unbiased=True`.
+    Outputs are equal, in evaluation and after training steps: Keras' `momentum` is one minus PyTorch's, and the moving
+    variance stays the unbiased one, `unbiased=True`.
 
     Args:
         model: A layer, PyTorch's or ours; or a model.
-        into: For a model, the Keras model that gets its weights. Its batch normalizations become ours where they are
-            Keras', which cannot keep the unbiased variance.
+        into: For a model, the Keras model that gets the weights. Its batch normalizations become ours, because Keras'
+            cannot keep the unbiased variance.
         names: The PyTorch layer of each Keras layer, as in `to_torch`.
-        axis: The channel axis of the new layer's inputs: 1 as in PyTorch, -1 as is usual in Keras.
+        axis: The channel axis of the new layer's inputs: 1 as in PyTorch, -1 as usual in Keras.
 
     Returns:
         A built layer, or `into`; and the changes.
 
     Raises:
         ValueError: If a layer keeps no running statistics or averages over all batches (`momentum=None`), is of an
-            unknown kind, or has no counterpart of the same shape; nothing is changed then.
+            unknown kind, or has no counterpart of the same shape; nothing has changed then.
         TypeError: If `into` is missing for a model.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -96,10 +96,12 @@ def _layer_to_torch(layer: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
     rank = layer.input_spec.ndim
     kinds: dict[int, Any] = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
     if rank not in kinds:
-        raise ValueError(f"{layer.name} takes inputs of {rank} axes; PyTorch has layers for 2 to 5")
+        raise ValueError(f"{layer.name} has inputs of {rank} axes; PyTorch has layers for 2 to 5")
     activation = layer.activation.fused if isinstance(layer, BatchNormalization) else None
     if isinstance(layer, BatchNormalization) and not layer.activation.is_fused:
-        raise ValueError(f"{layer.name} has the activation {layer.activation.config!r}, which batchnorm.torch lacks")
+        raise ValueError(
+            f"{layer.name} has the activation {layer.activation.config!r}, which batchnorm.torch does not support"
+        )
     channels = layer.moving_mean.shape[0]
     new = kinds[rank](channels, layer.epsilon, 1.0 - layer.momentum, activation=activation)
     new = new.to(torch.float64 if layer.variable_dtype == "float64" else torch.float32)
@@ -110,7 +112,7 @@ def _layer_to_torch(layer: Any) -> tuple[Any, dict[str, tuple[str, ...]]]:
 
 
 def _set(layer: Any, new: Any) -> list[str]:
-    """Copy a Keras layer to a PyTorch layer, except the activation, and return what is written differently."""
+    """Copy a Keras layer to a PyTorch layer, except the activation, and return what the two define differently."""
     import torch
 
     from batchnorm.torch import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, SyncStatistics
@@ -175,11 +177,11 @@ def _check_torch(layer: Any, name: str) -> None:
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(f"{name} keeps no running statistics (track_running_stats=False), but Keras' always does")
     if layer.momentum is None:
-        raise ValueError(f"{name} averages over all batches (momentum=None), which Keras cannot: set a momentum")
+        raise ValueError(f"{name} averages over all batches (momentum=None), which Keras cannot do: set a momentum")
 
 
 def _get(new: Any, layer: Any) -> list[str]:
-    """Copy everything from a PyTorch layer to our Keras layer, and return what is written differently."""
+    """Copy everything from a PyTorch layer to our Keras layer, and return what the two define differently."""
     from batchnorm.keras.activations import Activation
     from batchnorm.torch import BatchStatistics, GhostStatistics, RunningStatistics, SyncStatistics
     from batchnorm.torch.activations import resolve

@@ -1,4 +1,4 @@
-"""The moments of a batch on several devices or in several processes, merged by their counts, on every backend."""
+"""Merge the moments of several devices or processes by their counts, on every backend."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ def pool(own: Moments, axis_name: str | tuple[str, ...] | None = None) -> Moment
     """The moments of all replicas together, differentiable, from the moments of each.
 
     `mean = sum n_i mean_i / n`, `var = sum n_i (var_i + (mean_i - mean)^2) / n`. This is exact for any split, even if
-    nothing counts in a replica.
+    some replicas are empty.
 
     - TensorFlow: the replicas of the `tf.distribute` strategy around the call.
     - JAX: the devices along `axis_name`, an axis of `shard_map`, `pmap` or `vmap`; if None, along all axes of the
-      `shard_map` around the call. Under `jit`, sharded arrays are whole: there is nothing to merge.
+      `shard_map` around the call. Under `jit`, the statistics of a sharded array are already those of the whole array.
     - PyTorch: the processes of `torch.distributed`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Watch the batch normalizations of a model while `fit` trains it.
+"""Record the batch normalizations of a model while `fit` trains it.
 
 ```
 model.fit(x, y, callbacks=[Watch(every=10, to="statistics.csv")])
@@ -19,7 +19,7 @@ __all__ = ["Record", "Watch"]
 
 
 class _Recorder(Recorder):
-    """A recorder that writes for TensorBoard with the backend, if that is TensorFlow, and otherwise with PyTorch."""
+    """A recorder that writes for TensorBoard with TensorFlow if that is the backend, and otherwise with PyTorch."""
 
     def board(self, folder: Path) -> Any:
         """A writer for TensorBoard."""
@@ -52,24 +52,26 @@ class _Board:
 class Watch(keras.callbacks.Callback):
     """A callback that records each batch normalization, step by step.
 
-    The training step is compiled, and a callback sees only what it leaves: the moving statistics. Those of the batch
+    The training step is compiled, and of its results a callback sees only the moving statistics. Those of the batch
     follow from the moving ones before and after it, `batch = (after - momentum * before) / (1 - momentum)`. Gradients
-    and outputs are not seen, so that `grad_in`, `grad_out` and `dead` are None. With `steps_per_execution` above 1, or
-    with renormalization, neither are the statistics of a batch.
+    and outputs are not visible, so `grad_in`, `grad_out` and `dead` are None. With `steps_per_execution` above 1, or
+    with renormalization, the statistics of a batch are None, too.
 
     Args:
-        every: Record every so many steps, the first one included.
-        to: Where the records go besides `records`: as in `batchnorm.torch.watch`.
-        keep: The number of records that are kept in memory, one for each layer and step.
-        live: Whether to show a line on stderr, where that is a terminal and rich is installed.
+        every: Record one step in `every`, beginning with the first.
+        to: Where the records go in addition to `records`: a `.csv` file; a folder, for TensorBoard; a writer with
+            `add_scalar`; or a function that is called with each `Record`.
+        keep: The number of records to keep in memory. Each step gives one record per layer.
+        live: Whether to show a line on stderr, if that is a terminal and rich is installed. Off by default, because
+            `fit` has a line of its own.
 
     Attributes:
-        recorder: Its `records` are the last records.
+        recorder: The recorder; `str(recorder)` is the last recorded step in one line.
 
     Raises:
         ValueError: If `every` or `keep` is not positive; in `fit`, if the model has no batch normalization.
         InputError: If the file cannot be written, or TensorBoard is not installed.
-        TypeError: If records cannot go to `to`.
+        TypeError: If `to` is none of these.
     """
 
     def __init__(self, every: int = 1, *, to: Sink | None = None, keep: int = 10_000, live: bool = False) -> None:
@@ -84,14 +86,14 @@ class Watch(keras.callbacks.Callback):
 
     @property
     def records(self) -> list[Record]:
-        """The last records."""
+        """The most recent records."""
         return list(self.recorder.records)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find the layers."""
         self.layers = normalizations(self.model)
         if not self.layers:
-            raise ValueError("there is no batch normalization in this model, so there is nothing to watch")
+            raise ValueError("model has no batch normalization, so there is nothing to watch")
         self.recorder.open()
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -99,12 +101,12 @@ class Watch(keras.callbacks.Callback):
         self.recorder.close()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Remember the moving statistics."""
+        """Copy the moving statistics."""
         if self.recorder.steps % self.every == 0:
             self._before = {name: self._statistics(layer) for name, layer in self.layers.items()}
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Record what has changed."""
+        """Record the change of the moving statistics."""
         self.recorder.steps += 1
         before, self._before = self._before, {}
         self.recorder.add([self._record(name, self.layers[name], *old) for name, old in before.items()])

@@ -1,4 +1,4 @@
-"""ONNX models: `fold` takes their batch normalizations into the layers beside them."""
+"""Batch normalization in ONNX models: `fold` folds it into the layers beside it."""
 
 from batchnorm.extras import require
 

@@ -1,4 +1,4 @@
-"""What `batchnorm fold` does with files."""
+"""The command `batchnorm fold`, which works on files."""
 
 import sys
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 from batchnorm.errors import InputError
 from batchnorm.onnx.files import read, replace_file
 from batchnorm.onnx.fold import fold_on
-from batchnorm.onnx.outputs import SIZES, UNCHECKED, DoesNotRun, can_run, random_inputs, read_inputs
+from batchnorm.onnx.outputs import UNCHECKED, DoesNotRun, can_run, random_inputs, read_inputs
+from batchnorm.whole.comparison import SIZES
 
 __all__ = ["fold_file"]
 
-WAYS_OUT = "--inputs FILE.npz compares the models on inputs that fit, --no-check does not compare them"
+WAYS_OUT = "give inputs that fit with --inputs FILE.npz, or do not compare the models, with --no-check"
 
 
 def fold_file(source: Path, target: Path, inputs: Path | None, check: bool, quiet: bool) -> None:
@@ -18,13 +19,13 @@ def fold_file(source: Path, target: Path, inputs: Path | None, check: bool, quie
 
     Args:
         source: The model.
-        target: Where the new model is written, if nothing is wrong with it; it may be `source`.
+        target: The file for the new model, written if nothing is wrong with it; it may be `source`.
         inputs: A file with inputs to compare both models on; random ones if None.
         check: Whether to compare both models first, if onnxruntime is installed.
         quiet: Whether to print nothing unless something is wrong or was not compared.
 
     Raises:
-        InputError: As `fold` does, and if a file cannot be read or written. Then nothing has been written.
+        InputError: As in `fold`, and if a file cannot be read or written. Then nothing has been written.
     """
     if inputs is not None and not check:
         raise InputError("--inputs and --no-check exclude each other; give at most one of them.")
@@ -47,4 +48,4 @@ def fold_file(source: Path, target: Path, inputs: Path | None, check: bool, quie
         for note in result.notes:
             print(f"batchnorm: {note}", file=sys.stderr)
     else:
-        print(result if result.folded else f"{result}\n{target} holds the model as it was")
+        print(result if result.folded else f"{result}\n{target} holds the unchanged model")

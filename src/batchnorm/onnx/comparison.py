@@ -1,9 +1,9 @@
 """Compare an ONNX model with its folded copy, part by part and as a whole.
 
-As a whole their outputs may be far apart although every number is right: the layers that follow amplify rounding, a
-TopK exchanges two values that nearly tie, a random node draws anew. So both models are cut where a normalization was
+The outputs of the whole models may be far apart although both are correct: later layers amplify rounding, a TopK
+exchanges two values that nearly tie, a random node draws new numbers. So both models are cut where a normalization was
 folded, and each part of the new model gets the values that the original has there. Then one linear map differs by its
-own rounding, and everything else not at all. These parts decide; the outputs of the whole are reported.
+own rounding, and everything else is the same. These parts decide; the outputs of the whole models are reported.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -22,20 +22,20 @@ Values = Mapping[str, NDArray[Any]]
 
 
 def compared(original: ModelProto, folded: ModelProto, cuts: Collection[str], candidates: Iterable[Inputs]) -> Outputs:
-    """The outputs of two models whose parts have been found the same.
+    """The outputs of two models, after their parts have been found to be the same.
 
     Args:
         original: A model.
         folded: Its folded copy.
-        cuts: The values, made by nodes of both models, between which the parts lie.
-        candidates: Inputs to try in turn; the first that the original runs on count.
+        cuts: The values, computed by nodes of both models, that separate the parts.
+        candidates: Inputs to try in turn; the first on which the original runs are used.
 
     Returns:
         The outputs that can be compared, and notes on all others.
 
     Raises:
         OutputsDiffer: If the parts differ by more than rounding explains.
-        InputError: If the original runs on none of the inputs.
+        InputError: If the original does not run on any of the inputs.
     """
     inputs, (values, again) = run_first(_exposed(original, cuts), candidates, times=2)
     try:
@@ -79,10 +79,10 @@ def compared(original: ModelProto, folded: ModelProto, cuts: Collection[str], ca
 def _compare_parts(
     original: ModelProto, folded: ModelProto, values: Values, cuts: Collection[str], inputs: Inputs
 ) -> tuple[float, set[str]]:
-    """How far apart the parts of two models are, and the names of their random outputs, which do not count.
+    """The largest difference between the parts of two models, and the names of random outputs, which are ignored.
 
     Raises:
-        OutputsDiffer: If they are further apart than rounding explains.
+        OutputsDiffer: If they differ by more than rounding explains.
     """
     cut, computed = _cut(folded, {name: values[name] for name in cuts})
     given = {**inputs, **{name: values[name] for name in cuts}}
@@ -98,7 +98,7 @@ def _compare_parts(
 
 
 def _exposed(model: ModelProto, names: Collection[str]) -> ModelProto:
-    """A copy of a model of which these values are outputs too."""
+    """A copy of a model in which these values are outputs, too."""
     copy = ModelProto()
     copy.CopyFrom(model)
     outputs = {output.name for output in model.graph.output}
@@ -107,7 +107,7 @@ def _exposed(model: ModelProto, names: Collection[str]) -> ModelProto:
 
 
 def _cut(model: ModelProto, values: Values) -> tuple[ModelProto, dict[str, str]]:
-    """A copy of a model of which these values are inputs, and what it computes for them outputs with other names."""
+    """A copy of a model in which these values are inputs, and its own results for them are outputs with other names."""
     copy = ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
@@ -129,5 +129,5 @@ def _cut(model: ModelProto, values: Values) -> tuple[ModelProto, dict[str, str]]
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(each.dtype), each.shape)
         for name, each in values.items()
     )
-    del graph.value_info[:]  # it may know of values that are inputs now
+    del graph.value_info[:]  # it may list values that are inputs now
     return copy, computed

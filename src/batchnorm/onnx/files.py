@@ -1,4 +1,4 @@
-"""ONNX models in files, and models that are too large for one."""
+"""Read and write ONNX models, including those that are too large for one file."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ from batchnorm.errors import InputError
 __all__ = ["check_valid", "first_line", "portable", "read", "replace_file"]
 
 LARGEST = 2**31 - 1
-"""The largest file of Protocol Buffers, in bytes. A larger model has its weights in a second file."""
+"""The largest file of Protocol Buffers, in bytes. A larger model stores its weights in a second file."""
 
 
 def read(path: Path) -> ModelProto:
@@ -35,7 +35,7 @@ def read(path: Path) -> ModelProto:
 
 
 def replace_file(model: ModelProto, path: Path) -> None:
-    """Write a model to a file, which has its old content until the new one is complete.
+    """Write a model to a file, which keeps its old content until the new one is complete.
 
     Raises:
         InputError: If the file cannot be written.
@@ -51,7 +51,7 @@ def replace_file(model: ModelProto, path: Path) -> None:
 
 @contextmanager
 def portable(model: ModelProto) -> Iterator[bytes | str]:
-    """A model as the checker and onnxruntime take it: its bytes, or the path of a file if there are too many."""
+    """A model in a form that the checker and onnxruntime accept: its bytes, or a file's path if there are too many."""
     data = _serialized(model)
     if data is not None:
         yield data
@@ -63,7 +63,7 @@ def portable(model: ModelProto) -> Iterator[bytes | str]:
 
 
 def check_valid(model: ModelProto) -> None:
-    """See that a model is valid.
+    """Raise an error unless a model is valid.
 
     Raises:
         onnx.checker.ValidationError: If it is not.
@@ -78,7 +78,7 @@ def first_line(error: Exception) -> str:
 
 
 def _serialized(model: ModelProto) -> bytes | None:
-    """The bytes of a model in a file, or None if there are too many."""
+    """The bytes of a model, or None if there are too many for one file."""
     try:
         data = model.SerializeToString()
     except (EncodeError, ValueError):
@@ -91,6 +91,6 @@ def _save(model: ModelProto, path: Path) -> None:
     if data is not None:
         path.write_bytes(data)
         return
-    copy = ModelProto()  # to save a model with its weights beside it takes them out of it
+    copy = ModelProto()  # saving the weights in a second file removes them from the model
     copy.CopyFrom(model)
     onnx.save_model(copy, path, format="protobuf", save_as_external_data=True, location=f"{path.name}.data")

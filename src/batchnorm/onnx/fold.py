@@ -3,13 +3,13 @@
 In inference a normalization goes
 
 ```
-back      into the Conv, ConvTranspose, Gemm or MatMul, or one of these and an Add, that its input comes from
-forward   into the Conv without padding, Gemm or MatMul, or Flatten and one of the last two, that its output goes to
+back      into the Conv, ConvTranspose, Gemm or MatMul, or one of these and an Add, that computes its input
+forward   into the Conv without padding, Gemm or MatMul, or Flatten and one of the last two, that uses its output
 ```
 
-if nothing else takes the value in between, and the weights and the four vectors of the normalization are constants.
-Identity, a Cast that changes no type, and Dropout, which does nothing in inference, may lie in between. What is
-decided, in which order and why not, is in `batchnorm.whole.fold`; here is what it needs to know of a graph.
+if nothing else uses the value in between, and the weights and the four vectors of the normalization are constants.
+Identity, a Cast that does not change the type, and Dropout, which does nothing in inference, may lie in between.
+`batchnorm.whole.fold` decides what is folded. This module is its adapter for ONNX.
 """
 
 import warnings
@@ -32,30 +32,30 @@ from batchnorm.whole.linear import LinearMap, Normalization, exchange_ends
 __all__ = ["fold", "fold_on"]
 
 OLDEST_OPSET = 7
-"""Since then Gemm and Add broadcast as they do today, and a single output means inference."""
+"""From this opset on, Gemm and Add broadcast as they do today, and a single output means inference."""
 
 
 def fold(model: ModelProto, example_inputs: Inputs | None = None) -> Folded[ModelProto]:
     """A copy of a model whose batch normalizations are folded into the linear nodes beside them.
 
     New weights are computed in float64 and rounded once to the type of the old ones. The names of inputs and outputs,
-    the metadata and the opset stay; a MatMul that gets an offset becomes a Gemm. Normalizations in subgraphs and
-    functions stay, and so do all others that cannot be folded with certainty; the result says why.
+    the metadata and the opset do not change; a MatMul that gets an offset becomes a Gemm. Normalizations in subgraphs
+    and functions stay, and so do all others that cannot be folded with certainty; the result gives the reason.
 
     Args:
-        model: A model for inference, with its weights loaded; it is left as it is.
-        example_inputs: An array for every input of the graph, to compare the two models with onnxruntime. Without
-            onnxruntime they are not compared, with a warning.
+        model: A model for inference, with its weights loaded, which does not change.
+        example_inputs: An array for every input of the graph, by name, to compare the two models with onnxruntime.
+            Without onnxruntime they are not compared, with a warning.
 
     Returns:
-        The new model, the node that each normalization went into, and the reason why others did not.
+        The new model; the node into which each normalization was folded; and the reason why others were not.
 
     Raises:
-        InputError: If the model is not valid or does not run on the inputs. Or if a part of the new model, between the
-            places where a normalization was folded, differs from the original's on the same values by more than
+        InputError: If the model is not valid or does not run on the inputs. Also if a part of the new model, between
+            the places where normalizations were folded, differs from the original on the same values by more than
             rounding explains: relative to the largest value 1e-10 in float64, 1e-4 in float32, 0.02 in float16 and 0.1
-            in bfloat16 (the coarsest type counts). The outputs as a whole may differ by more, where the model
-            amplifies rounding; the result says so, and by how much the original differs from itself.
+            in bfloat16 (the coarsest type counts). The outputs of the whole models may differ by more if the model
+            amplifies rounding; the result then says so, and by how much the original differs from itself.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
@@ -67,7 +67,7 @@ def fold(model: ModelProto, example_inputs: Inputs | None = None) -> Folded[Mode
 
 
 def fold_on(model: ModelProto, candidates: Iterable[Inputs] | None) -> Folded[ModelProto]:
-    """As `fold`, and compare the two models on the first inputs that the original runs on.
+    """`fold`, with a comparison on the first inputs on which the original runs.
 
     Args:
         model: As for `fold`.
@@ -87,11 +87,11 @@ def fold_on(model: ModelProto, candidates: Iterable[Inputs] | None) -> Folded[Mo
 
 
 class _Linear(NamedTuple):
-    """What a node, or a MatMul with an Add, computes.
+    """The linear map of a node, or of a node with an Add.
 
     Attributes:
         map: The linear map.
-        write: Gives the node the numbers of another map of the same shape.
+        write: Writes another map of the same shape into the node.
     """
 
     map: LinearMap
@@ -165,10 +165,10 @@ FORWARD = ("Conv", "Gemm", "MatMul")
 
 
 def _summand(graph: Graph, i: int) -> tuple[int, int]:
-    """The linear node whose output an Add takes, and the slot of the constant that it adds.
+    """The linear node to whose output an Add adds a constant, and the slot of this constant.
 
     Raises:
-        Stays: If the Add is not of this kind.
+        Stays: If the Add does something else.
     """
     constant = [graph.is_constant(name) for name in graph.node(i).input]
     if sum(constant) != 1:
@@ -193,7 +193,7 @@ def _with_add(graph: Graph, i: int, add: int) -> _Linear:
     return _Linear(replace(map, offset=map.offset + graph.offset(add, slot, map.outputs, rank)), write_both)
 
 
-# --- What folding needs to know ---------------------------------------------------------------------------------------
+# --- The adapter ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,8 @@ class _Beside(Place):
     """A linear node beside a normalization.
 
     Attributes:
-        forward: Whether the normalization goes forward into it, and not back.
-        add: The Add after the node that it contains, if any.
+        forward: Whether the normalization goes forward into it, not back.
+        add: The Add after the node that belongs to the map, if any.
     """
 
     forward: bool = False
@@ -210,15 +210,15 @@ class _Beside(Place):
 
 
 class _Network:
-    """A copy of a model, for `fold_network`.
+    """A copy of a model, as `fold_network` sees it.
 
     Attributes:
         graph: The copy's graph.
         numbers: The number of each node, by its label.
-        linear: What nodes beside normalizations compute, by their labels and the Adds that they contain.
-        adds: By the labels of the nodes that normalizations have gone into, the Adds that they contain.
-        starts: By the same labels, the value before the node and its normalizations.
-        ends: The value after them. Both models have these values; what lies between is not the same.
+        linear: The linear maps of nodes beside normalizations, by the node's label and the Add that belongs to it.
+        adds: For each node into which normalizations were folded, by its label, the Add that belongs to it.
+        starts: For each of these nodes, by its label, the value before the node and its normalizations.
+        ends: The value after them. Both models have these values, but not those in between.
     """
 
     constants = ("mean", "variance", "scale", "B", "epsilon")
@@ -234,7 +234,7 @@ class _Network:
         self.ends: dict[str, str] = {}
 
     def names(self) -> list[str]:
-        """Those of the main graph, and then those of subgraphs and functions, which all stay."""
+        """The normalizations of the main graph, followed by those of subgraphs and functions, which all stay."""
         graph = self.graph
         main = [label for i, label in enumerate(graph.labels) if operation(graph.node(i)) == "BatchNormalization"]
         return [*main, *self.inner]
@@ -330,7 +330,7 @@ class _Network:
 
 
 def _inner_normalizations(graph: Graph) -> Iterator[tuple[str, str]]:
-    """The normalizations in subgraphs and functions, and why they stay."""
+    """The normalizations in subgraphs and functions, with the reason why they stay."""
     for i, label in enumerate(graph.labels):
         yield from _below(graph.node(i), label)
     for function in graph.model.functions:

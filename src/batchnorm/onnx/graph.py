@@ -1,4 +1,4 @@
-"""Reading and changing the graph of an ONNX model."""
+"""Read and change the graph of an ONNX model."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ Array = NDArray[np.float64]
 DType = np.dtype[Any]
 
 SMALL = 1024
-"""Constants of up to so many values may be sizes, which shape inference reads."""
+"""The largest constant that may hold sizes, which shape inference reads, in values."""
 
 SETTABLE_IR = 4
-"""Since this IR version the caller may set an initializer that is listed among the inputs. Before, all had to be."""
+"""From this IR version on, the caller may set initializers that are listed as inputs; before, all had to be listed."""
 
 OUTSIDE = -1
-"""Stands for the caller among the nodes that take a value."""
+"""The number that stands for the caller among the nodes that use a value."""
 
 DEFAULT_DOMAIN = ("", "ai.onnx")
 
@@ -48,7 +48,7 @@ def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def _taken(node: NodeProto) -> Iterator[str]:
-    """The values that a node takes, and those that its subgraphs mention, which see the values around them."""
+    """The values that a node uses, including those of the outer graph that its subgraphs mention."""
     yield from filter(None, node.input)
     for graph in subgraphs(node):
         for inner in graph.node:
@@ -63,14 +63,14 @@ def _array(tensor: TensorProto, what: str) -> NDArray[Any]:
 
 
 class Graph:
-    """The graph of a copy of a model, which may be changed.
+    """The graph of a copy of a model, which can be changed.
 
     Attributes:
         model: The copy.
-        nodes: The nodes by number; None for those that have been taken out.
+        nodes: The nodes by number; None for those that have been removed.
         labels: A unique label for each node: its name, or else the name of its first output.
-        makers: The node that each value comes from.
-        takers: The nodes that take each value; a node that takes it twice is there twice.
+        makers: The node that computes each value.
+        takers: The nodes that use each value; a node that uses it twice is listed twice.
         inputs: The values that the caller may set.
         initializers: The initializers that are left, by name.
         values: New constants and their types, in float64 until `finish` rounds them.
@@ -100,7 +100,7 @@ class Graph:
             self.takers[value.name].append(OUTSIDE)
 
     def node(self, i: int) -> NodeProto:
-        """A node that is still there."""
+        """A node that has not been removed."""
         node = self.nodes[i]
         assert node is not None
         return node
@@ -110,7 +110,7 @@ class Graph:
         return operation(self.node(i))
 
     def call(self, i: int) -> str:
-        """What to call a node: its operation and its label."""
+        """The name of a node in messages: its operation and its label."""
         return f"{self.op(i)} {self.labels[i]!r}"
 
     @property
@@ -123,16 +123,16 @@ class Graph:
         return _inferred(self.original)
 
     def rank(self, name: str) -> int | None:
-        """The number of axes of a value, if it follows from the model."""
+        """The number of axes of a value; None if shape inference does not find it."""
         known = self._known.get(name)
         return len(known.shape.dim) if known is not None and known.HasField("shape") else None
 
     def kind(self, name: str) -> int:
-        """The type of a value's elements as ONNX numbers them; 0 if it does not follow from the model."""
+        """ONNX's number of the type of a value's elements; 0 if shape inference does not find it."""
         known = self._known.get(name)
         return 0 if known is None else int(known.elem_type)
 
-    # What is there
+    # --- Reading ------------------------------------------------------------------------------------------------------
 
     def constant(self, name: str, what: str) -> tuple[Array, DType]:
         """The values of a constant and their type.
@@ -181,9 +181,9 @@ class Graph:
 
         Args:
             i: The node.
-            slot: Which of its inputs.
+            slot: The number of the input.
             size: The number of channels.
-            rank: The number of axes of what it is added to; the channels are axis 1.
+            rank: The number of axes of the value to which it is added; the channels are axis 1.
         """
         node, what = self.node(i), f"the offset of {self.call(i)}"
         if len(node.input) <= slot or not node.input[slot]:
@@ -195,7 +195,7 @@ class Graph:
             raise Stays(f"{what} is not one value per channel") from None
 
     def passes(self, i: int) -> bool:
-        """Whether a node hands on its first input unchanged, and does nothing else."""
+        """Whether a node does nothing but return its first input."""
         node = self.node(i)
         if self.op(i) == "Dropout" and not any(self.takers[name] for name in node.output[1:]):
             training = next(iter(node.input[2:]), "")
@@ -203,7 +203,7 @@ class Graph:
         return self._copies(i)
 
     def _copies(self, i: int) -> bool:
-        """Whether a node is an Identity, or a Cast to the type that its input has."""
+        """Whether a node is an Identity, or a Cast to the type of its input."""
         node = self.node(i)
         match self.op(i):
             case "Cast":
@@ -214,23 +214,23 @@ class Graph:
                 return operation == "Identity"
 
     def before(self, i: int, slot: int = 0) -> int:
-        """The node that an input of this one comes from, past those that only hand it on.
+        """The node that computes an input of this one, skipping nodes that do nothing.
 
         Raises:
-            Stays: If there is none, or if its output is taken elsewhere too.
+            Stays: If there is none, or if its output is also used elsewhere.
         """
         name = self.node(i).input[slot]
         if name not in self.makers:
             raise Stays("what comes before it is an input or a constant of the graph")
         maker = self.makers[name]
         if OUTSIDE in self.takers[name]:
-            raise Stays(f"the output of {self.call(maker)} is an output of the graph too")
+            raise Stays(f"the output of {self.call(maker)} is also an output of the graph")
         if len(self.takers[name]) > 1:
-            raise Stays(f"the output of {self.call(maker)} is used elsewhere too")
+            raise Stays(f"the output of {self.call(maker)} is also used elsewhere")
         return self.before(maker) if self.passes(maker) else maker
 
     def after(self, i: int) -> int:
-        """The only node that takes the output of this one, past those that only hand it on.
+        """The only node that uses the output of this one, skipping nodes that do nothing.
 
         Raises:
             Stays: If there is not exactly one.
@@ -239,13 +239,13 @@ class Graph:
         if OUTSIDE in takers:
             raise Stays("its output is an output of the graph")
         if len(takers) != 1:
-            raise Stays(f"{'several nodes take' if takers else 'nothing takes'} its output")
+            raise Stays(f"{'several nodes use' if takers else 'nothing uses'} its output")
         return self.after(takers[0]) if self.passes(takers[0]) else takers[0]
 
-    # What changes
+    # --- Changing -----------------------------------------------------------------------------------------------------
 
     def put(self, i: int, slot: int, values: Array, dtype: DType) -> None:
-        """Give a node a new constant as an input; other nodes that take the old one keep it."""
+        """Give a node a new constant as an input; other nodes that use the old one keep it."""
         node = self.node(i)
         node.input.extend([""] * (slot + 1 - len(node.input)))
         old = name = node.input[slot]
@@ -260,7 +260,7 @@ class Graph:
         self.values[name] = values, dtype
 
     def release(self, name: str, i: int) -> None:
-        """A node no longer takes a value. A constant that no node takes any more is removed."""
+        """Note that a node no longer uses a value, and remove a constant that no node uses any more."""
         self.takers[name].remove(i)
         if self.takers[name]:
             return
@@ -275,13 +275,13 @@ class Graph:
             self.nodes[maker] = None
 
     def bypass(self, i: int, slot: int = 0, forward: bool = False) -> None:
-        """Take out a node of which one input takes the place of its output.
+        """Remove a node and let one of its inputs take the place of its output.
 
         Args:
             i: The node.
-            slot: Which of its inputs.
-            forward: Which name the value keeps: the input's if the only node that takes the output changes; otherwise
-                the output's, and the node that the input comes from changes, which no other takes.
+            slot: The number of the input.
+            forward: Whether the value keeps the input's name, and the only node that uses the output changes; otherwise
+                it keeps the output's name, and the node that computes the input changes, which no other node may use.
         """
         node = self.node(i)
         source, result = node.input[slot], node.output[0]
@@ -326,7 +326,7 @@ class Graph:
                 del graph.value_info[i]
 
     def _list_initializers(self) -> None:
-        """Make the inputs of the graph those that the caller sets, in their order, and all initializers."""
+        """List as inputs of the graph those that the caller sets, in their order, and all initializers."""
         graph = self.model.graph
         left = {tensor.name: tensor for tensor in graph.initializer}
         for i in reversed(range(len(graph.input))):
@@ -341,11 +341,11 @@ class Graph:
 
 
 def _inferred(model: ModelProto) -> dict[str, TypeProto.Tensor]:
-    """What follows from the model of the type and shape of each value."""
+    """The type and shape of each value that shape inference finds."""
     graph = model.graph
     skeleton = helper.make_graph(graph.node, graph.name, graph.input, graph.output, value_info=graph.value_info)
     inputs = {each.name for each in graph.input}
-    for tensor in graph.initializer:  # without the weights: shape inference takes only so many bytes
+    for tensor in graph.initializer:  # without the weights, because shape inference has a limit in bytes
         if np.prod(tensor.dims) <= SMALL:
             skeleton.initializer.append(tensor)
         elif tensor.name not in inputs:

@@ -1,4 +1,4 @@
-"""What onnxruntime computes from a model."""
+"""The outputs that onnxruntime computes from a model."""
 
 import zipfile
 import zlib
@@ -13,16 +13,13 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from batchnorm.errors import InputError
 from batchnorm.onnx.files import first_line, portable
+from batchnorm.whole.comparison import BATCH
 
 __all__ = ["UNCHECKED", "DoesNotRun", "can_run", "dtypes", "random_inputs", "read_inputs", "run", "run_first"]
 
 Inputs = Mapping[str, NDArray[Any]]
 
-UNCHECKED = 'the outputs were not compared: that needs onnxruntime; pip install "batchnorm[onnx]" brings it.'
-
-BATCH = 2
-SIZES = (8, 64, 256)
-"""Sizes to try, in turn, for axes without a fixed size: a network may need more than a few pixels."""
+UNCHECKED = 'the outputs were not compared, which needs onnxruntime; install it with pip install "batchnorm[onnx]".'
 
 
 def can_run() -> bool:
@@ -31,7 +28,7 @@ def can_run() -> bool:
 
 
 class DoesNotRun(InputError):
-    """onnxruntime does not run a model on inputs. The message says why."""
+    """onnxruntime cannot run a model on these inputs. The message gives the reason."""
 
 
 def run(model: ModelProto, inputs: Inputs, *, times: int = 1, optimized: bool = False) -> list[dict[str, NDArray[Any]]]:
@@ -40,14 +37,14 @@ def run(model: ModelProto, inputs: Inputs, *, times: int = 1, optimized: bool = 
     Args:
         model: Any model.
         inputs: An array for every input.
-        times: How often to run it.
-        optimized: Whether onnxruntime may fold and fuse by itself.
+        times: The number of runs.
+        optimized: Whether onnxruntime may optimize the model.
 
     Returns:
         The outputs of every run.
 
     Raises:
-        DoesNotRun: If it does not run.
+        DoesNotRun: If the model does not run.
     """
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -79,7 +76,7 @@ def run_first(
             return inputs, run(model, inputs, times=times)
         except DoesNotRun as error:
             problem = error
-    raise DoesNotRun(f"onnxruntime does not run the model, to compare its outputs ({problem}).") from problem
+    raise DoesNotRun(f"onnxruntime cannot run the model to compare its outputs ({problem}).") from problem
 
 
 def dtypes(model: ModelProto) -> set[str]:
@@ -94,7 +91,7 @@ def read_inputs(path: Path, model: ModelProto) -> dict[str, NDArray[Any]]:
     """The inputs of a model from a file: `.npz` with an array for each, by name, or `.npy` for a model with one.
 
     Raises:
-        InputError: If the file cannot be read, or if it has not exactly the arrays that the model takes.
+        InputError: If the file cannot be read, or if its arrays are not exactly the inputs of the model.
     """
     names = [each.name for each in _free_inputs(model)]
     try:
@@ -104,19 +101,21 @@ def read_inputs(path: Path, model: ModelProto) -> dict[str, NDArray[Any]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} is no sound .npz or .npy file of plain arrays; save it with numpy.savez.") from error
+        raise InputError(
+            f"{path} is not a valid .npz or .npy file of plain arrays; save it with numpy.savez."
+        ) from error
     if arrays.keys() != set(names):
         held, wanted = (", ".join(each) or "none" for each in (arrays, names))
-        raise InputError(f"{path} holds the inputs {held}; the model takes {wanted}.")
+        raise InputError(f"{path} contains the inputs {held}; the model needs {wanted}.")
     return arrays
 
 
 def random_inputs(model: ModelProto, size: int) -> dict[str, NDArray[Any]]:
-    """Normal numbers, all values of bytes, and zeros for other integers, which may be indices; empty strings.
+    """Normal numbers, any values for bytes, zeros for other integers, which may be indices, and empty strings.
 
     Args:
         model: Any model.
-        size: The size of axes without a fixed one, except for the batch's.
+        size: The size of axes without a fixed size, except for the batch.
 
     Raises:
         DoesNotRun: If an input is not a tensor, or the number of its axes is not fixed.
@@ -125,7 +124,7 @@ def random_inputs(model: ModelProto, size: int) -> dict[str, NDArray[Any]]:
     tensors = {each.name: each.type.tensor_type for each in _free_inputs(model)}
     for name, tensor in tensors.items():
         if not tensor.HasField("shape"):
-            raise DoesNotRun(f"the axes of input {name!r} are not known.")
+            raise DoesNotRun(f"the axes of input {name!r} are unknown.")
     batch = {tensor.shape.dim[0].dim_param for tensor in tensors.values() if tensor.shape.dim} - {""}
     inputs = {}
     for name, tensor in tensors.items():
@@ -146,6 +145,6 @@ def random_inputs(model: ModelProto, size: int) -> dict[str, NDArray[Any]]:
 
 
 def _free_inputs(model: ModelProto) -> list[ValueInfoProto]:
-    """The inputs of a model that have no value of their own."""
+    """The inputs of a model without a default value."""
     given = {tensor.name for tensor in model.graph.initializer}
     return [each for each in model.graph.input if each.name not in given]

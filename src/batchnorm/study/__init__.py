@@ -4,7 +4,7 @@ In the order of imports: `settings` sets the size of the study, `data` reads the
 runs, `networks` builds the networks, `training` trains them, `measures` records more than curves, `runner` runs all
 tasks in parallel and keeps the results, `verdicts` is the rule, `claims` apply it, `figures` draws, `experiments`
 combine these, `summary` says what was learned, `report` writes the texts, `output` writes the files, and `terminal` is
-the command. It needs `pip install "batchnorm[study]"`.
+the command. The package needs `pip install "batchnorm[study]"`.
 """
 
 from batchnorm.extras import require

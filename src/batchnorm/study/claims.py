@@ -45,19 +45,19 @@ class Claim:
         statement: The claim, as a sentence.
         measured: How it is measured, as a sentence.
         published: The published result and its source; empty if there is none.
-        literature: The verdict of what is published; None if there is none.
+        literature: The verdict of the published result; None if there is none.
         quantity: The measured number, as a heading.
         sides: The names of the two sides: first the one without, then the one that the claim is about.
         measure: The number of each side for every seed; None where there is none (a target never reached).
-        better: Whether less or more supports the claim.
+        better: Whether a smaller or a larger number supports the claim.
         unit: How the two are compared: as a ratio, or as a difference in percentage points or in decades.
         margin: The smallest relevant effect, in `unit`: above 1 for a ratio, above 0 for a difference.
         shown: The format of the number.
         if_true: The meaning if the claim is supported, as a sentence.
         if_false: The meaning if it is not supported, or contradicted.
-        rule: Whether the claim is of an effect, or of no harm.
-        unmeasured: The number that None counts as if the other side has one: the worst that the study could have seen.
-            If None, the seed is left out.
+        rule: Whether the claim is about an effect, or about no harm.
+        unmeasured: The number that replaces a missing one if the other side has one: the worst that the study could
+            have seen. If None, the seed is left out.
         best_seen: The best number that the study could have seen, if it is limited: the true number may be better.
     """
 
@@ -88,11 +88,11 @@ class Finding:
         claim: The claim.
         without: The measured number of the first side for every seed.
         with_: The same for the second side.
-        effects: In the claim's unit, for every seed in which at least one side has a number. An effect
-            above 1 (a ratio) or above 0 (a difference) is as the claim has it.
+        effects: The effects in the claim's unit, for every seed in which at least one side has a number. An effect
+            above 1 (a ratio) or above 0 (a difference) agrees with the claim.
         effect: Their mean: geometric for a ratio, arithmetic for a difference. None if there are no effects.
         interval: The mean's 95% bootstrap interval. None with fewer than two effects.
-        bound: `"at least"` or `"at most"` where numbers are missing or at the limit of what could be seen; else empty.
+        bound: `"at least"` or `"at most"` if numbers are missing or at the limit of what could be seen; else empty.
         verdict: One of the four verdicts.
         more_seeds: About how many more seeds would decide an undecided verdict; None if that cannot be told, or if it
             would take too many.
@@ -112,8 +112,8 @@ class Finding:
 def judge(claim: Claim, records: Records) -> Finding:
     """Measure a claim and judge it.
 
-    Ratios are averaged and resampled as logarithms, so that twice and half weigh the same. With fewer than
-    `FEWEST_SEEDS` effects the verdict is *undecided* whatever the interval.
+    Ratios are averaged and resampled as logarithms, so that twice and half have the same weight. With fewer than
+    `FEWEST_SEEDS` effects the verdict is *undecided*, whatever the interval.
     """
     without, with_ = claim.measure(records)
     best_seen = claim.best_seen(records) if claim.best_seen else None
@@ -137,7 +137,7 @@ def judge(claim: Claim, records: Records) -> Finding:
 
 
 def _more_seeds(effects: list[float], seeds: int, margin: float, rule: Rule) -> int | None:
-    """As `more_to_decide`, of seeds, of which some have no effect."""
+    """`more_to_decide` in seeds, some of which have no effect."""
     more = more_to_decide(effects, margin, rule)
     return None if more is None else math.ceil(more * seeds / len(effects))
 
@@ -155,7 +155,7 @@ def _effects(
         if a is None or b is None or (first is None and second is None):
             continue
         if best_seen is not None and first == second == best_seen:
-            continue  # the study could not see which is better
+            continue  # the study cannot tell which is better
         if claim.unit == "ratio" and not (a > 0 and b > 0):
             continue
         effects.append(sign * (math.log(b / a) if claim.unit == "ratio" else factor * (b - a)))
@@ -163,7 +163,7 @@ def _effects(
 
 
 def _bound(without: Numbers, with_: Numbers, best_seen: float | None) -> Literal["", "at least", "at most"]:
-    """A missing number would be worse than what it counts as, and a number at the limit of what is seen better."""
+    """Whether the effect is a bound: a missing number is worse than its replacement, one at the limit may be better."""
 
     def beaten(a: float | None, b: float | None) -> bool:
         return b is not None and (a is None or b == best_seen)
@@ -174,7 +174,7 @@ def _bound(without: Numbers, with_: Numbers, best_seen: float | None) -> Literal
     return "" if at_least == at_most else "at least" if at_least else "at most"
 
 
-# --- What several claims measure --------------------------------------------------------------------------------------
+# --- Measurements of several claims -----------------------------------------------------------------------------------
 
 
 def steps_to_target(run: Run, target: float, accuracies: str = "test") -> int | None:
@@ -195,12 +195,12 @@ def threshold(chance: float) -> float:
 
 
 def trains(run: Run, chance: float) -> bool:
-    """Whether the loss stayed finite and the final test accuracy reached the threshold."""
+    """Whether the loss has stayed finite and the final test accuracy reaches the threshold."""
     return final_accuracy(run) >= threshold(chance)
 
 
 def best_rate(records: Records, tasks: list[Task], score: Callable[[Run], float]) -> Task:
-    """The task with the highest mean score, of tasks that differ in the rate.
+    """The task with the highest mean score among tasks that differ in the rate.
 
     Ties go to the higher final accuracy, then to the lower rate. Scores use validation images only: the test images
     choose nothing.
@@ -224,7 +224,7 @@ def fastest_rate(records: Records, tasks: list[Task]) -> Task:
 
 
 def most_accurate_rate(records: Records, tasks: list[Task]) -> Task:
-    """The task with the highest accuracy at the end."""
+    """The task with the highest final accuracy."""
     return best_rate(records, tasks, lambda run: final_accuracy(run, "validation"))
 
 

@@ -1,9 +1,9 @@
-"""The images that the study trains on: scikit-learn's digits, or a folder of the user's own.
+"""The images that the study trains on: scikit-learn's digits, or the user's own.
 
-Every data set comes in three parts. A network learns from `train`, its learning rate is chosen on `validation`, and
-what the study reports is measured on `test`, which chooses nothing.
+Every data set has three parts. A network learns from `train`, its learning rate is chosen on `validation`, and the
+results are measured on `test`, which is not used for any choice.
 
-Until the parts are made, images keep the type of their file, so that there is no second copy of large data.
+Until the parts are created, images keep the type of their file, which avoids a second copy of large data.
 """
 
 import gzip
@@ -43,7 +43,7 @@ CIFAR10_ENDS = (".bin", "")
 FOLDERS = (
     "cifar-10-batches-bin", "cifar-10-batches-py", "raw", "MNIST/raw", "FashionMNIST/raw", "KMNIST/raw",
 )  # fmt: skip
-"""Where archives and torchvision put the files, below the folder that they are given."""
+"""The folders in which archives and torchvision store the files, below the given folder."""
 
 CIFAR10_SHAPE = (3, 32, 32)
 CIFAR10_CLASSES = 10
@@ -52,7 +52,7 @@ PICKLE = b"\x80"
 """The first byte of a pickle."""
 
 CHANNELS = (1, 3, 4)
-"""The numbers of channels that an image may have; they tell the channel axis from height and width."""
+"""The numbers of channels that an image may have; they distinguish the channel axis from height and width."""
 
 KEYS = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -87,8 +87,8 @@ class Dataset:
         train: The images to learn from.
         validation: The images on which learning rates are chosen.
         test: The images on which results are reported.
-        shape: The shape of one image, as networks take it: `(C, H, W)`, or `(inputs,)` if the data are not images.
-            `part.images.reshape(-1, *shape)` gives this form.
+        shape: The shape of one image in a network's input: `(C, H, W)`, or `(inputs,)` if the data are not images.
+            `part.images.reshape(-1, *shape)` has this form.
     """
 
     name: str
@@ -129,17 +129,17 @@ def load(path: Path | None = None) -> Dataset:
     Images in an `.npz` file may be
 
     - `(N, H, W)`: one channel;
-    - `(N, C, H, W)` or `(N, H, W, C)`, with 1, 3 or 4 channels; if both can be meant, it is `(N, C, H, W)`;
-    - of any other shape `(N, ...)`: not images but vectors.
+    - `(N, C, H, W)` or `(N, H, W, C)`, with 1, 3 or 4 channels; if both are possible, `(N, C, H, W)` is assumed;
+    - `(N, ...)` of any other shape: vectors, not images.
 
     Args:
-        path: An `.npz` file, or a folder with one named `mnist.npz`, with the IDX files of MNIST or Fashion-MNIST, or
-            with CIFAR-10's files, binary or Python's, all or some. A file may be gzipped, whatever its name says, and
-            the folder may be the one that torchvision is given. If there are only training images, or only test images,
-            they are split.
+        path: An `.npz` file, or a folder that contains `mnist.npz`, the IDX files of MNIST or Fashion-MNIST, or
+            CIFAR-10's files, binary or Python's, all or some. A file may be gzipped, whatever its name is, and the
+            folder may be the root folder of torchvision. If there are only training images, or only test images, they
+            are split.
 
     Raises:
-        InputError: If there is no such data, or it is damaged or inconsistent.
+        InputError: If there are no such data, or they are damaged or inconsistent.
     """
     if path is None:
         return load_digits()
@@ -165,16 +165,16 @@ def load_digits() -> Dataset:
 
 
 def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
-    """The array in an IDX file of unsigned bytes, gzipped or not, whatever its name says.
+    """The array in an IDX file of unsigned bytes, gzipped or not, whatever its name is.
 
     The file begins with big-endian 32-bit integers: the magic number `0x0800 + axes`, then the length of every axis.
 
     Args:
         path: The file.
-        axes: How many axes the array must have: 3 for images, 1 for labels.
+        axes: The number of axes that the array must have: 3 for images, 1 for labels.
 
     Raises:
-        InputError: If the file is damaged, of another kind, or not as long as it says.
+        InputError: If the file is damaged, of another kind, or of another length than its header says.
 
     Source: LeCun, Cortes & Burges, "The MNIST database of handwritten digits", the section on file formats.
     """
@@ -197,7 +197,7 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
 
 
 def _content(path: Path) -> bytes:
-    """What a file holds. Its first bytes tell whether it is gzipped; they begin no file of images or labels."""
+    """The uncompressed content of a file. No file of images or labels begins with the first bytes of gzip."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
@@ -285,7 +285,7 @@ def _from_npz(path: Path) -> Dataset:
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays with the first of `KEYS` that an `.npz` file holds, in that order; never unpickles."""
+    """The arrays of the first of `KEYS` that an `.npz` file contains, in that order, without unpickling."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             for keys in KEYS:
@@ -295,20 +295,20 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
             found = ", ".join(archive.files) or "(none)"
     except (EOFError, RuntimeError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
-            f"{path} is not a sound .npz file of plain arrays; save it with numpy.savez, or name the folder of MNIST's "
+            f"{path} is not a valid .npz file of plain arrays; save it with numpy.savez, or name the folder of MNIST's "
             "or CIFAR-10's files."
         ) from error
     wanted = " or ".join("/".join(keys) for keys in KEYS)
-    raise InputError(f"{path} holds the arrays {found}; it needs {wanted}.")
+    raise InputError(f"{path} contains the arrays {found}; it needs {wanted}.")
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
 def _find(folder: Path, name: str, ends: tuple[str, ...] = ("",)) -> Path | None:
-    """The file `name`, also gzipped, also with a dot before its type, also in a folder of its own name.
+    """The file `name`, possibly gzipped, with a dot before its type, or in a folder of the same name.
 
-    Some copies of MNIST have the dot, and unpacking some archives makes a folder for each file.
+    Some copies of MNIST have the dot, and unpacking some archives creates a folder for each file.
     """
     for end in ends:
         for spelling in (f"{name}{end}", f"{name}{end}".replace("-idx", ".idx")):
@@ -328,12 +328,14 @@ def _from_folder(folder: Path) -> Dataset:
     if len(below) == 1:
         return below[0]
     if below:
-        raise InputError(f"{folder} holds {' and '.join(each.name for each in below)}; name the folder of one of them.")
+        raise InputError(
+            f"{folder} contains {' and '.join(each.name for each in below)}; name the folder of one of them."
+        )
     names = [name for names in FILES.values() for name in names]
     names += [f"{name}{end}" for end in CIFAR10_ENDS for name in (*CIFAR10_TRAIN, CIFAR10_TEST)]
     raise InputError(
-        f"{folder} holds no images; looked for {', '.join(f'{name}[.gz]' for name in names)} and mnist.npz, the files "
-        f"also in {', '.join(FOLDERS)}."
+        f"{folder} contains no images; it should contain {', '.join(f'{name}[.gz]' for name in names)} or mnist.npz, "
+        f"the files also in {', '.join(FOLDERS)}."
     )
 
 
@@ -398,7 +400,7 @@ def _channels_first(images: NDArray[Any]) -> NDArray[Any]:
 
 
 def _in_parts(name: str, train: _Images, test: _Images | None = None, validation: _Images | None = None) -> Dataset:
-    """Split the data where needed, and scale them by the largest magnitude in the training images."""
+    """Split the data if necessary, and divide them by the largest magnitude in the training images."""
     classes = np.unique(train.labels)
     if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
         found = ", ".join(map(str, classes[:12])) + (", ..." if len(classes) > 12 else "")

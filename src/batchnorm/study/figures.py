@@ -1,6 +1,6 @@
-"""The figures of the report: one thin line per seed, a bold one for their median.
+"""The figures of the report: one thin line per seed, a bold line for their median.
 
-The page sets the colours of text, axes and grids, because it knows whether it is light, dark or printed.
+The page sets the colours of text, axes and grids, because only it knows whether it is light, dark or printed.
 """
 
 import math
@@ -42,9 +42,9 @@ class Line(NamedTuple):
     Attributes:
         style: A variant of `STYLES`.
         name: Its name in the legend.
-        x: Where the curves have values; a shorter curve ended early.
-        curves: One per seed.
-        dash: Another dash than the variant's own.
+        x: The horizontal positions of the values; a shorter curve ended early.
+        curves: One curve per seed.
+        dash: A dash to use instead of the variant's own.
     """
 
     style: str
@@ -62,7 +62,7 @@ class Effect(NamedTuple):
         group: Effects of one group have one colour, and one entry in the legend.
         value: The effect.
         low, high: The ends of its interval.
-        said: What is shown on pointing at it.
+        said: The text shown when the reader points at it.
     """
 
     name: str
@@ -123,13 +123,13 @@ def lines(
     """Lines against each other.
 
     Args:
-        x, y: What the axes show.
+        x, y: The titles of the axes.
         drawn: The lines.
         log: Whether the horizontal axis is logarithmic, so that a distance is a ratio.
         percent: Whether the values are accuracies, from 0 to 1.
         mark: A horizontal line and its name.
         thin: Whether each seed is drawn too.
-        ticks: Where the horizontal axis has numbers, if not at powers of ten.
+        ticks: The numbers on the horizontal axis, if not powers of ten.
     """
     figure = _figure(x, y, log, percent)
     if ticks:
@@ -183,9 +183,9 @@ def strip(
     """Every seed's effect as a point on one line, their mean and its interval, and marks at no effect and the margins.
 
     Args:
-        unit: Of the effects; ratios are drawn on a logarithmic axis.
-        effects: One per seed.
-        mean, interval: Of the effects, if there are any.
+        unit: The unit of the effects; ratios are drawn on a logarithmic axis.
+        effects: One effect per seed.
+        mean, interval: The mean of the effects and its interval, if there are any.
         marks: The margin on the other side, no effect, the margin.
     """
     ratio = unit == "ratio"
@@ -273,14 +273,14 @@ def forest(effects: Sequence[Effect]) -> Any:
 
 
 def seeds_and_median(curves: Curves) -> list[list[float | None]]:
-    """The curves and, last, their median, as long as more than half of them continue."""
+    """The curves and, last, their median, which ends where half of them have ended."""
     columns = (tuple(value for value in column if value is not None) for column in zip_longest(*curves))
     middle = [_short(median(column)) if 2 * len(column) > len(curves) else None for column in columns]
     return [*([_short(value) if value is not None else None for value in curve] for curve in curves), middle]
 
 
 def _short(value: float) -> float:
-    """As many digits as a plot can show."""
+    """The number, rounded to the digits that a plot can show."""
     return float(f"{value:.4g}")
 
 

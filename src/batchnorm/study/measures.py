@@ -1,4 +1,4 @@
-"""What is recorded of a task besides its training curves: one function for every `Task.measure`."""
+"""The measurements besides training curves: one function for every `Task.measure`."""
 
 import copy
 import math
@@ -28,10 +28,10 @@ COUNTS = (32, 100, 320, 1000)
 """The numbers of images from which precise statistics are taken."""
 
 WATCHED: dict[Measure, int] = {"percentiles": 40, "gradient change": 10, "statistics": 8}
-"""The number of steps of the training at which each measure looks."""
+"""The number of training steps at which each measurement is taken."""
 
 HELD = 512
-"""How many images the percentiles are of, and the gradients at initialization."""
+"""The number of images for the percentiles and for the gradients at initialization."""
 
 
 @lru_cache(maxsize=1)
@@ -55,19 +55,19 @@ def _finite(value: Any) -> Any:
 
 
 def watched(task: Task) -> list[int]:
-    """The steps at which a measure looks at the training."""
+    """The steps at which the measurement of a task is taken."""
     return moments_of(task.steps, WATCHED[task.measure])
 
 
-# --- Percentiles of what goes into a sigmoid --------------------------------------------------------------------------
+# --- Percentiles of the input of a sigmoid ----------------------------------------------------------------------------
 
 
 def percentiles(dataset: Dataset, task: Task) -> Run:
-    """Of the last hidden layer's inputs: percentiles over images, for a typical unit, and how far they move.
+    """Percentiles, over images, of the inputs of the last hidden layer for a typical unit, and their movement.
 
-    `movement` is the way that a unit's three percentiles go, on average, during the training, in units of the distance
-    between the outer two at its end; the median of all units. The typical unit is the one that has it. A network that
-    normalizes does so with the statistics of the images looked at, as in training.
+    `movement` is the length of the path of a unit's three percentiles during the training, on average, in units of the
+    distance between the outer two at the end; the median of all units. The typical unit is the one with this median. A
+    normalizing network uses the statistics of the observed images, as in training.
     """
     seen: list[Tensor] = []
 
@@ -100,14 +100,14 @@ def _inputs_of_last_activation(model: nn.Module, images: Tensor) -> Tensor:
     return caught[0]
 
 
-# --- How much a layer's gradient changes as the layers below it learn -------------------------------------------------
+# --- The change of a layer's gradient when the layers below it learn --------------------------------------------------
 
 
 def gradient_change(dataset: Dataset, task: Task) -> Run:
-    """How much a step of the layers below changes a layer's gradient, relative to it.
+    """The relative change of a layer's gradient when the layers below take a step.
 
     `change`, at every moment: with `G` the gradient of a layer's weights, and `G'` that on the same batch after the
-    layers below have made their step, `|G - G'| / |G|`, the mean over all layers but the first.
+    layers below have taken their step, `|G - G'| / |G|`, the mean over all layers except the first.
 
     Source: Santurkar et al. 2018, definition 2.1.
     """
@@ -126,7 +126,7 @@ def gradient_change(dataset: Dataset, task: Task) -> Run:
 
 
 def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, seed: int) -> list[float]:
-    """For each linear layer but the first. The parameters below it are those that come before its own."""
+    """The change for each linear layer except the first. The parameters below it are those that come before its own."""
     gradients = _gradients(old, images, labels, seed)
     names = [name for name, _ in old.named_parameters()]
     layers = linear_layers(old)
@@ -152,7 +152,7 @@ def _changes(old: nn.Module, new: nn.Module, images: Tensor, labels: Tensor, see
 
 
 def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor | None]:
-    """Noise is the same every time. The running statistics of these copies are used by nobody."""
+    """The gradients of all learning parameters, by name; noise is the same in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         loss = cross_entropy(model(images), labels)
@@ -166,8 +166,8 @@ def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> d
 def gradient_norms(dataset: Dataset, task: Task) -> Run:
     """At initialization, for every depth, the norm of each layer's gradient, relative to that of the last.
 
-    `norms`: for every depth as many numbers as there are layers; `decades`: the logarithm to base 10 of the first
-    layer's. In float64: in float32 what vanishes would be lost.
+    `norms` has, for every depth, one number per layer; `decades` is the base-10 logarithm for the first layer. The
+    arithmetic is float64, because vanishing gradients would be lost in float32.
     """
     values: dict[str, Any] = {"norms": [], "decades": []}
     with reproducible(task.seed):
@@ -213,16 +213,16 @@ def statistics_for_evaluation(dataset: Dataset, task: Task) -> Run:
     return train(dataset, task, after=look, watched=tuple(watched(task)))
 
 
-# --- What it costs at inference ---------------------------------------------------------------------------------------
+# --- The cost at inference --------------------------------------------------------------------------------------------
 
 ROUNDS, LATENCY_BATCH = 60, 64
 
 
 def latency(dataset: Dataset, task: Task) -> Run:
-    """Milliseconds for a batch of 64 images, of the network without normalization, with it, and with it folded away.
+    """Milliseconds for a batch of 64 images: the network without normalization, with it, and with it folded.
 
-    The medians of many rounds in which the three take turns, on one thread. `difference` is how far the outputs of the
-    folded network are from those of the other, relative to the largest.
+    The numbers are medians over many rounds in which the three take turns, on one thread. `difference` is the distance
+    between the outputs before and after folding, relative to the largest.
     """
     with reproducible(task.seed), torch.no_grad():
         images = torch.tensor(dataset.train.images).reshape(-1, *dataset.shape)
@@ -234,7 +234,7 @@ def latency(dataset: Dataset, task: Task) -> Run:
             return Run(task, False, {})
         folded = fold(model.eval(), batch).model
         bare = swap(copy.deepcopy(model), "identity", images, dataset.classes, task.steps).eval()
-        for layer in linear_layers(bare):  # as one would write it without normalization
+        for layer in linear_layers(bare):  # a network without normalization would have biases
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
         want, got = model(batch), folded(batch)

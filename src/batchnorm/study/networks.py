@@ -155,11 +155,11 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     model = _made(name, {"shape": shape, "inputs": math.prod(shape), "classes": classes})
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
-        raise InputError(f"{name} gives a network without batch normalization, so there is nothing to compare.")
+        raise InputError(f"{name} returns a network without batch normalization, so there is nothing to compare.")
     if any(getattr(layer, "activation", None) is not None for layer in layers):
         raise InputError(
-            f"{name} gives a network whose normalizations have activations in them, which would go with them; "
-            "give it without `activation=` and before `convert`."
+            f"{name} returns a network whose normalizations contain activations, which would be replaced with them; "
+            "build it without `activation=` and before `convert`."
         )
     if any(is_lazy(parameter) for parameter in model.parameters()):
         with torch.no_grad():
@@ -180,15 +180,15 @@ def _made(name: str, offered: dict[str, Any]) -> nn.Module:
     except Exception as error:
         raise InputError(f"{name} failed with {type(error).__name__}: {_one_line(error)}.") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"{name} gives a {type(model).__name__} and not a torch.nn.Module.")
+        raise InputError(f"{name} must return a torch.nn.Module, but returns a {type(model).__name__}.")
     return model
 
 
 def check(name: str, shape: Shape, classes: int) -> int:
-    """Check, before hours of training, that a network can be built in all variants and accepts the images.
+    """Raise an error, before hours of training, unless a network can be built in all variants and accepts the images.
 
     Returns:
-        A number that differs between networks.
+        A checksum of the network.
 
     Raises:
         InputError: If the network is unsuitable.
@@ -207,14 +207,14 @@ def check(name: str, shape: Shape, classes: int) -> int:
                 if isinstance(scores, Tensor) and scores.shape == (4, classes):
                     scores.sum().backward()
             except Exception as error:
-                where = "" if variant == "batch_norm" else f" with {VARIANTS[variant]} in the place of its own"
+                where = "" if variant == "batch_norm" else f" in the variant {VARIANTS[variant]!r}"
                 raise InputError(
                     f"{name}{where} failed on images of shape {(4, *shape)} with {type(error).__name__}: "
                     f"{_one_line(error)}."
                 ) from error
             if not (isinstance(scores, Tensor) and scores.shape == (4, classes)):
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise InputError(f"{name} gives {got} for 4 images, where scores of shape {(4, classes)} are needed.")
+                raise InputError(f"{name} returns {got} for 4 images, but must return scores of shape {(4, classes)}.")
     return number
 
 
@@ -222,7 +222,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-# --- What takes the place of batch normalization ----------------------------------------------------------------------
+# --- Replacements of batch normalization ------------------------------------------------------------------------------
 
 
 class _Bias(nn.Module):
@@ -300,14 +300,14 @@ VARIANTS: dict[str, str] = {
 
 
 def swap(model: nn.Module, variant: str, images: Tensor, classes: int, steps: int) -> nn.Module:
-    """The network with another normalization; `model` is used up.
+    """The network with another normalization; `model` must not be used afterwards.
 
     Args:
-        model: With batch normalization.
+        model: A network with batch normalization.
         variant: One of `VARIANTS`.
-        images: `(N, ...)`, all training images: input normalization takes the statistics of each input from them.
-        classes: How many outputs the network has.
-        steps: How long it will train: renormalization begins in proportion.
+        images: `(N, ...)`, all training images, whose statistics input normalization uses.
+        classes: The number of outputs of the network.
+        steps: The number of training steps, to which the warm-up of renormalization is proportional.
     """
     if variant == "batch_norm":
         return model

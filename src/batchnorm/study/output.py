@@ -1,4 +1,4 @@
-"""Write the study's files: all of them or none, and never half of one."""
+"""Write the study's files: all or none, and never a part of one."""
 
 import os
 import tempfile
@@ -10,18 +10,18 @@ __all__ = ["check_nothing_lost", "check_writable", "write"]
 
 
 def check_writable(folder: Path, names: tuple[str, ...]) -> None:
-    """Check, before hours of training, that `folder` can be created and written to. Leaves nothing behind.
+    """Raise an error, before hours of training, unless `folder` can be created and written to. Nothing is left behind.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If it cannot be written.
     """
     try:
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file, and the study writes a folder; choose another name.")
+            raise InputError(f"{folder} is a file, but the study writes a folder; choose another name.")
         for name in names:
             if (folder / name).is_dir():
                 raise InputError(
-                    f"{folder / name} is a folder, and the study writes a file of that name; move it away."
+                    f"{folder / name} is a folder, but the study writes a file of that name; move it away."
                 )
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
         with tempfile.TemporaryFile(dir=there):
@@ -31,15 +31,15 @@ def check_writable(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def check_nothing_lost(folder: Path, names: tuple[str, ...], runs: str) -> None:
-    """Check that no file of an earlier study is replaced.
+    """Raise an error if files of an earlier study would be replaced.
 
     Args:
-        folder: Where the files are to be written.
+        folder: The folder of the files.
         names: Their names.
-        runs: The name of the one that holds runs, each on a line after the first.
+        runs: The name of the file of runs, with one run on each line after the first.
 
     Raises:
-        InputError: If there is one that is worth keeping.
+        InputError: If there is an earlier study.
     """
     try:
         found = [name for name in names if (folder / name).is_file()]
@@ -49,8 +49,8 @@ def check_nothing_lost(folder: Path, names: tuple[str, ...], runs: str) -> None:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
     if found:
         raise InputError(
-            f"{folder} holds an earlier study ({', '.join(found)}); --resume keeps its runs and does the rest, and to "
-            "begin anew, choose another folder with --out or remove this one."
+            f"{folder} contains an earlier study ({', '.join(found)}); keep its runs and train the rest with --resume, "
+            "or begin anew in another folder with --out, or remove this one."
         )
 
 

@@ -47,7 +47,7 @@ MARKS: dict[Verdict, str] = {"supported": "✓", "not supported": "○", "contra
 FIRST: dict[Verdict, str] = {
     "supported": "It holds here.",
     "not supported": "It does not hold here: if there is such an effect, it is too small to matter.",
-    "contradicted": "Here it is the other way round.",
+    "contradicted": "The opposite holds here.",
     "undecided": "The seeds do not decide it.",
 }
 
@@ -56,7 +56,7 @@ FIRST: dict[Verdict, str] = {
 
 
 def effect(finding: Finding) -> str:
-    """The effect, as `2.8×`, `at least +1.5 points` or `+0.50 decades`, with as many digits as the seeds tell."""
+    """The effect, as `2.8×`, `at least +1.5 points` or `+0.50 decades`, with the digits that are certain."""
     if finding.effect is None:
         return "nothing to compare"
     unit = {"ratio": "×", "percentage points": " points", "decades": " decades"}[finding.claim.unit]
@@ -86,7 +86,7 @@ def _number(claim: Claim, value: float | None) -> str:
 
 
 def compared(claim: Claim, values: Numbers) -> str:
-    """The median over the seeds of one side's numbers, where never is later than any."""
+    """The median over the seeds of one side's numbers, where "never" is later than any number."""
     middle = median(math.inf if value is None else value for value in values)
     return _number(claim, middle if math.isfinite(middle) else None)
 
@@ -289,8 +289,8 @@ def _forest(findings: list[Finding]) -> Plot | None:
             effects.append(Effect(name, finding.verdict, value, low, high, said))
     if not effects:
         return None
-    caption = "Every effect and its 95% interval, in units of its margin: right of 1 as claimed, left of -1 the other "
-    caption += "way round, in between too small to matter. ≠ marks what the literature has otherwise."
+    caption = "Every effect and its 95% interval, in units of its margin: right of 1 as claimed, left of -1 the "
+    caption += "opposite, in between too small to matter. ≠ marks effects on which the literature disagrees."
     return Plot("effects", "All effects", forest(effects), caption)
 
 

@@ -1,4 +1,4 @@
-"""Run many tasks, in parallel on all cores or in all processes together; keep finished runs, and resume from them."""
+"""Run many tasks in parallel, on all cores or in all processes; keep finished runs, and resume from them."""
 
 import json
 import os
@@ -26,16 +26,16 @@ MOST_PROCESSES = 8
 
 
 def processes() -> int:
-    """The number of tasks that run at once: one per core, up to a limit."""
+    """The number of tasks that run at the same time: one per core, up to a limit."""
     return max(1, min(MOST_PROCESSES, int(joblib.cpu_count())))
 
 
-# --- Processes that were started together -----------------------------------------------------------------------------
+# --- The processes of torchrun ----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def together() -> Iterator[int]:
-    """Join the processes that `torchrun` started, if it did, and return their number."""
+    """Join the processes that `torchrun` started, if any, and yield their number."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield 1
         return
@@ -51,14 +51,14 @@ def first() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-# --- Doing ------------------------------------------------------------------------------------------------------------
+# --- Running ----------------------------------------------------------------------------------------------------------
 
 
 def perform_all(source: Path | None, tasks: list[Task]) -> Iterator[Run]:
-    """Run the tasks, one thread per process, and yield each run when it is done, in no particular order.
+    """Run the tasks, one thread per process, and yield each run when it is finished, in no particular order.
 
-    Timed tasks run last and alone. Processes that were started together train together, one task after the other; the
-    first of them runs the tasks that do not train.
+    Timed tasks run last and alone. The processes of `torchrun` train together, one task after the other; the first of
+    them runs the tasks without training.
     """
     if dist.is_available() and dist.is_initialized():
         for task in tasks:
@@ -83,13 +83,13 @@ def _in_parallel(source: Path | None, tasks: list[Task]) -> Iterator[Run]:
             yield run
     finally:
         with warnings.catch_warnings(), _silent_threads():
-            warnings.simplefilter("ignore")  # whoever stops early knows that some tasks were not done
+            warnings.simplefilter("ignore")  # loky warns about unfinished tasks, which are expected after a stop
             runs.close()
 
 
 @contextmanager
 def _silent_threads() -> Iterator[None]:
-    """Threads that fail meanwhile print nothing: loky's may look for work that its end has just thrown away."""
+    """Hide errors of threads: loky's may look for work that its shutdown has just thrown away."""
     hook, threading.excepthook = threading.excepthook, lambda _: None
     try:
         yield
@@ -101,7 +101,7 @@ def _silent_threads() -> Iterator[None]:
 
 
 class Store:
-    """Finished runs, one line of JSON each, in a file that only grows. An incomplete line is ignored.
+    """Finished runs in a file that only grows, one line of JSON each. An incomplete line is ignored.
 
     Args:
         path: The file. Its first line identifies the study.
@@ -123,10 +123,10 @@ class Store:
         }
 
     def load(self) -> dict[Task, Run]:
-        """The runs that are already done; none if there is no file.
+        """The runs in the file; none if there is no file.
 
         Raises:
-            InputError: If the file is of other images, another version, or is no such file.
+            InputError: If the file belongs to other images or another version, or is not a file of runs.
         """
         try:
             lines = self.path.read_text(encoding="utf-8").split("\n")
@@ -138,7 +138,7 @@ class Store:
         if head != self.head:
             other = [key for key in self.head if not isinstance(head, dict) or head.get(key) != self.head[key]]
             raise InputError(
-                f"{self.path} holds runs of another study (other {', '.join(other)}); choose another folder, or "
+                f"{self.path} contains runs of another study (other {', '.join(other)}); choose another folder, or "
                 "remove this one, to begin anew."
             )
         found = (_parsed(line) for line in lines[1:])
@@ -147,7 +147,7 @@ class Store:
 
     @contextmanager
     def open(self, done: dict[Task, Run]) -> Iterator[None]:
-        """Write the finished runs, and let `add` append to them until the end.
+        """Write the finished runs to the file, to which `add` can append until the end.
 
         Raises:
             InputError: If the file cannot be written.
@@ -168,7 +168,7 @@ class Store:
     _file: IO[str]
 
     def add(self, run: Run) -> None:
-        """Keep a run on disk, where it survives the end of this process.
+        """Append a run to the file.
 
         Raises:
             InputError: If the file cannot be written. Its old content is kept.
@@ -189,7 +189,7 @@ class Store:
 
 
 def _code() -> int:
-    """A number that changes when what is trained or measured changes."""
+    """A checksum of the code that trains and measures."""
     here = Path(__file__).parent
     files = ("data.py", "measures.py", "networks.py", "tasks.py", "training.py")
     return zlib.crc32(b"".join((here / name).read_bytes() for name in files))

@@ -10,21 +10,21 @@ __all__ = ["RATES", "SAME_RATE", "SIZES", "Level", "Settings", "Size"]
 Level = Literal["quick", "default", "full"]
 
 RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 1) for digit in (1, 2, 5))[2:-1]
-"""The learning rates, three per decade, from where Adam crawls to where nothing is expected to train."""
+"""The learning rates, three per decade, from very slow to too high to train."""
 
 SAME_RATE = 1e-3
-"""The learning rate of comparisons with nothing else changed: Adam's default."""
+"""The learning rate of comparisons in which nothing else differs: Adam's default."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the levels differ in.
+    """The numbers in which the levels differ.
 
     Attributes:
         seeds: The number of seeds.
         epochs: Passes through the training images.
         rates: The learning rates of the main comparison; all have `SAME_RATE`.
-        few_rates: The rates from which each alternative to batch normalization gets its best.
+        few_rates: The rates among which the best is chosen for each alternative to batch normalization.
         gains: The factors of the initial weights, evenly spaced in the logarithm.
         depths: The depths of the networks in which gradients are measured.
         batch_sizes: The batch sizes to compare; always including 2, 4 and 32.
@@ -77,16 +77,16 @@ SIZES: dict[Level, Size] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train.
+    """The settings of a study.
 
     Attributes:
-        level: The level, which sets everything that is not set here.
+        level: The level, which determines all other numbers.
         seeds: The number of seeds, each with its own weights and batch order; the level's number if None.
         epochs: The number of passes through the training images; the level's number if None.
         batch_size: Images per step.
         target: The accuracy, from 0 to 1, to which the study counts steps.
         model: `mlp`, `cnn`, `resnet`, or `MODULE:FACTORY`.
-        base_seed: Selects the seeds: studies with different base seeds share none.
+        base_seed: Selects the seeds: studies with different base seeds have none in common.
         paper_steps: Steps of the paper's network; the level's number if None.
 
     Raises:

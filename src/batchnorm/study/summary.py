@@ -1,4 +1,4 @@
-"""What the study says first: what was learned, in three sentences, and where it is not what others have published."""
+"""The opening of the report: what was learned, in three sentences, and where it disagrees with the literature."""
 
 import math
 
@@ -8,7 +8,7 @@ __all__ = ["disagrees", "in_margins", "sentences"]
 
 
 def disagrees(finding: Finding) -> bool:
-    """Whether a decided finding is not what the literature has: one says yes, the other no."""
+    """Whether a decided finding disagrees with the literature: one supports the claim, the other does not."""
     published = finding.claim.literature
     if published is None or finding.verdict == "undecided":
         return False
@@ -18,7 +18,7 @@ def disagrees(finding: Finding) -> bool:
 def in_margins(finding: Finding, value: float | None) -> float:
     """An effect, or an end of its interval, in units of its claim's margin, which makes effects comparable.
 
-    0 is no effect, 1 the smallest effect worth the name, as claimed, and -1 the same the other way round.
+    0 is no effect, 1 the smallest relevant effect, as claimed, and -1 the smallest relevant effect to the contrary.
     """
     if value is None:
         return 0.0
@@ -28,7 +28,7 @@ def in_margins(finding: Finding, value: float | None) -> float:
 
 
 def sentences(findings: list[Finding]) -> tuple[str, str, str]:
-    """How many claims hold, which holds most clearly, and where the literature has it otherwise."""
+    """How many claims hold, which holds most clearly, and where the literature disagrees."""
     return _counted(findings), _clearest(findings), _against(findings)
 
 

@@ -1,4 +1,4 @@
-"""The whole study as one command: two progress bars, a table, and the files."""
+"""The study as one command: two progress bars, a table, and the files."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +34,7 @@ def study(
     claims: list[str] | None = None,
     resume: bool = False,
 ) -> None:
-    """Train, judge, print and write. Finished runs are kept at once, in `runs.jsonl`.
+    """Train, judge, print and write. Each finished run is written to `runs.jsonl` immediately.
 
     Args:
         settings: The settings.
@@ -46,7 +46,7 @@ def study(
     Raises:
         InputError: If the images, the network, the claims or the folder are unusable, or if an earlier study would be
             replaced; then nothing has been trained or written. Or if writing fails; then finished runs are kept.
-        KeyboardInterrupt: If it is interrupted. Its message says what is kept.
+        KeyboardInterrupt: If the study is interrupted. The message says what is kept.
     """
     experiments, judged = chosen(claims or [])
     names = (RESULTS, REPORT, MARKDOWN, TABLE, RUNS)
@@ -110,7 +110,7 @@ def _records(
 
 
 def _told(tasks: list[Task] | None) -> list[Task] | None:
-    """Send the first process's plan to all processes; None if it cannot begin."""
+    """Send the first process's tasks to all processes; None if it cannot begin."""
     if not (dist.is_available() and dist.is_initialized()):
         return tasks
     told = [tasks]
@@ -119,7 +119,7 @@ def _told(tasks: list[Task] | None) -> list[Task] | None:
 
 
 def _help(source: Path | None) -> None:
-    """Train together with the first process, which says what happened if it fails.
+    """Train together with the first process, which reports its own errors.
 
     Raises:
         InputError: If the first process fails.
@@ -157,7 +157,7 @@ def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]
         return {**costs, "done": len(done), "all": len(tasks)}
 
     def present() -> dict[str, Any]:
-        """Of the first experiment that is not done."""
+        """The state of the first unfinished experiment."""
         for title, tasks in needed.items():
             if any(task not in runs for task in tasks):
                 return {"description": title, **shown(tasks)}

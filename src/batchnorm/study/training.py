@@ -34,7 +34,7 @@ CHECKS = 60
 of steps is known equally well for any number of steps."""
 
 Observe = Callable[["Trainee", int], None]
-"""Called after a step, with its number: what a measure looks at besides the curves."""
+"""Called before or after a step with its number: takes the measurements besides the curves."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ def train(
 
     Returns:
         The run: at every check its `loss` (the mean cross-entropy of the batch of that step, in nats) and its accuracy,
-        from 0 to 1, on `validation` and `test` images; at the end that on all `train`ing images it used.
+        from 0 to 1, on `validation` and `test` images; at the end its accuracy on the `train`ing images that it used.
     """
     with reproducible(task.seed):
         images, labels = _tensors(dataset.train, dataset.shape, task.images)
@@ -163,7 +163,7 @@ def _together(model: nn.Module, task: Task) -> tuple[nn.Module, int, int]:
         if isinstance(layer, _BatchNorm):
             layer.statistics = _shared(layer.statistics)  # type: ignore[assignment]
     torch.manual_seed(task.seed * world + rank)  # the weights are there; dropout and noise differ between processes
-    unused = own(task.model)  # of the study's networks all parameters are used
+    unused = own(task.model)  # the study's own networks use all their parameters
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused), rank, world
 
 
@@ -177,14 +177,14 @@ def _shared(statistics: Any) -> Statistics:
 
 
 def _average(value: Tensor) -> float:
-    """The mean of a number over the processes: if one of them must stop, all do."""
+    """The mean of a number over the processes, so that all of them stop if one must."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return value.item()
 
 
-# --- Looking at a network ---------------------------------------------------------------------------------------------
+# --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
 def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The rule: one of four verdicts for an effect with an interval.
+"""The rule that turns an effect with an interval into one of four verdicts.
 
-It was fixed before anything was trained, and nothing in it depends on the results.
+It was fixed before any training, and nothing in it depends on the results.
 """
 
 import math
@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 MOST_MORE = 200
-"""If it takes more seeds than this beyond those that there are, an effect is too close to its margin to wait for."""
+"""If an effect needs more additional seeds than this, it is too close to its margin to be decided."""
 
 
 def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "effect") -> Verdict:
@@ -32,14 +32,14 @@ def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "e
     | at or above `margin` | supported: an effect worth the name | supported |
     | above `-margin`, and below `margin` | not supported: an effect worth the name is ruled out | supported |
     | above `-margin` | undecided | supported: harm worth the name is ruled out |
-    | at or below `-margin` | contradicted: an effect worth the name, the other way round | contradicted |
+    | at or below `-margin` | contradicted: an opposite effect worth the name | contradicted |
     | below `margin` | not supported | undecided |
-    | (none of these) | undecided: the seeds do not tell | undecided |
+    | (none of these) | undecided: the seeds do not decide | undecided |
 
     Args:
         interval: Its low and its high end, or None if there is none; for ratios, their logarithms.
-        margin: The smallest relevant effect, in the same unit, positive.
-        rule: Whether the claim is of an effect, or of no harm.
+        margin: The smallest relevant effect, positive, in the same unit.
+        rule: Whether the claim is about an effect, or about no harm.
 
     Source: The idea of a smallest effect of interest: Lakens, "Equivalence Tests", 2017.
     """
@@ -58,8 +58,8 @@ def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "e
 def bootstrap(effects: list[float]) -> tuple[float, float] | None:
     """The percentile bootstrap interval of a mean.
 
-    The effects are resampled with replacement many times; the interval holds the central part of the means. With few
-    seeds it is somewhat too narrow, which the margin of every claim makes up for.
+    The effects are resampled with replacement many times; the interval contains the central part of the means. With
+    few seeds it is somewhat too narrow, for which the margin of every claim compensates.
 
     Args:
         effects: One per seed.
@@ -78,10 +78,10 @@ def bootstrap(effects: list[float]) -> tuple[float, float] | None:
 
 
 def more_to_decide(effects: list[float], margin: float, rule: Rule = "effect") -> int | None:
-    """About how many more effects would decide a verdict, if their mean and their spread stay what they are.
+    """About how many more effects would decide a verdict if their mean and their spread stay the same.
 
     With `n` effects of standard deviation `s` the interval reaches about `1.96 s / sqrt(n)` to either side of the mean.
-    It decides when that is less than the distance from the mean to the nearest end of what `verdict` calls undecided:
+    The verdict is decided when that is less than the distance from the mean to the nearest end of the undecided range:
     the margin, or for a claim of no harm the margin on the other side.
 
     Args:
@@ -90,7 +90,7 @@ def more_to_decide(effects: list[float], margin: float, rule: Rule = "effect") -
         rule: As in `verdict`.
 
     Returns:
-        The number, at least one; None if there are too few effects to tell, or if it would take too many.
+        The number, at least one; None if there are too few effects to tell, or if too many would be needed.
     """
     if len(effects) < 2:
         return None

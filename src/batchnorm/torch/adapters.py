@@ -1,8 +1,8 @@
-"""Classes that compute a batch normalization and more, and what each of them computes: the table of adapters.
+"""The table of adapters: classes that compute a batch normalization and possibly more, and what each computes.
 
-A class is known by the one among its bases that defines its forward. So a subclass that inherits the forward is what
-its base is, and one that has a forward of its own is not. Classes of other packages are known by their names, so that
-none of these packages is imported.
+A class is identified by the base that defines its forward. So a subclass that inherits the forward counts as its base,
+and one with a forward of its own does not. Classes of other packages are listed by name, so that none of these packages
+is imported.
 """
 
 from collections.abc import Iterable
@@ -34,12 +34,12 @@ class Adapter:
     """What a class computes: the batch normalization of the second axis, and then what it calls with the result.
 
     Attributes:
-        then: The names of its attributes that it calls one after the other, first with the normalized values: modules
-            or functions. Those that a layer does not have, or that are None, are left out.
-        statistics: Where its statistics come from in training; None means the batch, or all processes if the class is a
-            subclass of `SyncBatchNorm`. With `RunningStatistics()` its layers are frozen for good.
-        axes: The number of axes of its inputs; None if its `_check_input_dim` says so, or if there are two or more.
-        eps: What it adds to the variance, if it has no attribute `eps`.
+        then: The names of the attributes, modules or functions, that it calls one after the other, the first with the
+            normalized values. Those that a layer does not have, or that are None, are skipped.
+        statistics: The source of its statistics in training; None means the batch, or all processes if the class is a
+            subclass of `SyncBatchNorm`. With `RunningStatistics()` its layers are always frozen.
+        axes: The number of axes of its inputs; None if it has PyTorch's `_check_input_dim`, or accepts two or more.
+        eps: The number that it adds to the variance, if it has no attribute `eps`.
     """
 
     then: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ _DETRS = {
     "rt_detr_v2": "RTDetrV2",
     "table_transformer": "TableTransformer",
 }
-"""The models of `transformers` that have a copy of DETR's frozen layer, and what they put in front of its name."""
+"""The models of `transformers` that have a copy of DETR's frozen layer, and the prefix of its name in each."""
 
 ADAPTERS: dict[type[nn.Module] | str, Adapter] = {
     _BatchNorm: PLAIN,
@@ -92,15 +92,15 @@ def register(
     axes: int | None = None,
     eps: float | None = None,
 ) -> None:
-    """Say what a class of your own computes, so that `convert`, `fold`, `freeze`, `calibrate` and `explain` treat it.
+    """Register what a class of your own computes, so that `convert`, `fold`, `freeze`, `calibrate` and `explain` work.
 
     The class must compute, with attributes that are named as in `torch.nn.BatchNorm2d`,
 
     `y = (x - mean) / sqrt(var + eps) * weight + bias`
 
-    for each channel of the second axis, and then call what `then` names, as `then[1](then[0](y))`. Known without it are
-    PyTorch's classes, subclasses that inherit their forward, timm's `BatchNormAct2d`, `SyncBatchNormAct` and
-    `FrozenBatchNormAct2d`, and `FrozenBatchNorm2d` of torchvision, detectron2 and the DETR models of transformers.
+    for each channel of the second axis, and then call what `then` names, as `then[1](then[0](y))`. These need no
+    registration: PyTorch's classes, subclasses that inherit their forward, timm's `BatchNormAct2d`, `SyncBatchNormAct`
+    and `FrozenBatchNormAct2d`, and `FrozenBatchNorm2d` of torchvision, detectron2 and the DETR models of transformers.
 
     ```
     register(NormalizeAndActivate, then=["act"])
@@ -108,31 +108,30 @@ def register(
     ```
 
     Args:
-        kind: The class, which defines its own forward. Its subclasses that inherit the forward are known as well.
+        kind: The class, which defines its own forward. It stands for its subclasses that inherit the forward, too.
         then: The names of the attributes that it calls with the normalized values, in order: modules or functions, such
-            as a dropout and an activation. Those that a layer does not have, or that are None, are left out.
-        statistics: Where its statistics come from in training; None means the batch, or all processes if it is a
-            subclass of `SyncBatchNorm`. With `RunningStatistics()`, its layers always normalize by their running
-            statistics, and nothing makes them do otherwise.
-        axes: The number of axes of its inputs. None if it has PyTorch's `_check_input_dim`, or takes two or more.
-        eps: What it adds to the variance, if it has no attribute `eps`.
+            as a dropout and an activation. Those that a layer does not have, or that are None, are skipped.
+        statistics: The source of its statistics in training; None means the batch, or all processes if the class is a
+            subclass of `SyncBatchNorm`. With `RunningStatistics()`, its layers are always frozen.
+        axes: The number of axes of its inputs; None if it has PyTorch's `_check_input_dim`, or accepts two or more.
+        eps: The number that it adds to the variance, if it has no attribute `eps`.
 
     Raises:
-        TypeError: If `kind` is not a class of modules, or `then` or `statistics` is of another type.
-        ValueError: If `kind` inherits its forward, so that its base is what has to be registered.
+        TypeError: If `kind` is not a class of modules, or `then` or `statistics` has another type.
+        ValueError: If `kind` inherits its forward, so that its base must be registered instead.
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise TypeError(f"register takes a class of modules, got {kind!r}")
+        raise TypeError(f"register needs a class of modules, got {kind!r}")
     if "forward" not in vars(kind):
         base = forward_of(kind)
         known = adapter(kind) is not None
         raise ValueError(
             f"{kind.__name__} inherits the forward of {base.__name__}: "
-            + ("it is known already" if known else f"register {base.__name__}, if it computes a batch normalization")
+            + ("it is known already" if known else f"register {base.__name__} if it computes a batch normalization")
         )
     names = tuple(then)
     if isinstance(then, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"then takes the names of attributes, got {then!r}: pass a list of strings")
+        raise TypeError(f"then must be a list of attribute names, got {then!r}")
     expect(statistics)
     ADAPTERS[kind] = Adapter(names, statistics, axes, eps)
 
@@ -143,8 +142,8 @@ def forward_of(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def adapter(kind: Any) -> Adapter | None:
-    """What a class computes; None if that is not known, or if the class is of this package."""
-    known: Adapter | None = vars(kind).get("_adapter")  # of a class of ours that was derived from it
+    """What a class computes; None if that is unknown, or if the class belongs to this package."""
+    known: Adapter | None = vars(kind).get("_adapter")  # for a class of ours that was derived from it
     if known is not None:
         return known
     base: Any = forward_of(kind)
@@ -152,7 +151,7 @@ def adapter(kind: Any) -> Adapter | None:
 
 
 def eps_of(layer: Any) -> float:
-    """What a layer of a known class, or of ours, adds to the variance."""
+    """The number that a layer of a known class, or of ours, adds to the variance."""
     known = adapter(type(layer))
     default = None if known is None else known.eps
     eps: Any = getattr(layer, "eps", default)
@@ -160,12 +159,12 @@ def eps_of(layer: Any) -> float:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is meant to be a batch normalization: of PyTorch's, of ours, or of a class that is known."""
+    """Whether a module is a batch normalization: PyTorch's, ours, or of another known class."""
     return isinstance(module, _BatchNorm) or adapter(type(module)) is not None
 
 
 def resembles(module: nn.Module) -> bool:
-    """Whether a module has running statistics under PyTorch's names and is of a class that is not known."""
+    """Whether a module has running statistics under PyTorch's names, but an unknown class."""
     named = {"running_mean", "running_var"} <= module._buffers.keys()
     return named and not isinstance(module, _InstanceNorm) and not is_batch_norm(module)
 

@@ -1,8 +1,8 @@
-"""A layer of PyTorch or of a known class becomes ours, in place, and back.
+"""Turn a layer of PyTorch or of another known class into ours, in place, and back.
 
-The layer stays the object that it is, with its parameters, buffers, hooks and mode; only its class changes. A layer of
-another class than PyTorch's stays one of that class: it gets a class of the same name, derived from ours and from its
-own.
+The layer stays the same object, with its parameters, buffers, hooks and mode; only its class changes. A layer whose
+class is not PyTorch's remains an instance of that class: it gets a class of the same name, derived from ours and from
+its own.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 ATTRIBUTES = ("activation", "statistics", "save_memory", "num_batches_skipped", "_before_freeze", "_lent")
-"""What our layers have and PyTorch's do not."""
+"""The attributes that our layers have and PyTorch's lack."""
 
 LENT: dict[str, Callable[[Any, Adapter], Any]] = {
     "num_features": lambda layer, _: len(layer.running_mean),
@@ -55,14 +55,14 @@ LENT: dict[str, Callable[[Any, Adapter], Any]] = {
     "track_running_stats": lambda *_: True,
     "num_batches_tracked": lambda *_: None,
 }
-"""What our layers need and some classes lack; they have it only while they are ours."""
+"""The attributes that our layers need and some classes lack; such layers have them only while they are ours."""
 
 
 # --- Into ours and back -----------------------------------------------------------------------------------------------
 
 
 def hindrance(layer: nn.Module) -> str:
-    """Why a batch normalization of a known class cannot become ours, to be read after its name; empty if it can."""
+    """Why a batch normalization of a known class cannot become ours, as a phrase after its name; empty if it can."""
     kind, known = type(layer), adapter(type(layer))
     if kind in OURS:
         return ""
@@ -86,13 +86,13 @@ def hindrance(layer: nn.Module) -> str:
 
 
 def adopt(layer: nn.Module) -> None:
-    """Make a layer of a known class ours, in place. There must be no `hindrance`."""
+    """Turn a layer of a known class into ours, in place. There must be no `hindrance`."""
     layer.__class__ = _ours(type(layer))
     _equip(layer)
 
 
 def _equip(layer: Any) -> None:
-    """Give a layer what ours have and others do not."""
+    """Give a layer the attributes that ours have and others do not."""
     known = vars(type(layer)).get("_adapter", PLAIN)
     lent = {name: value(layer, known) for name, value in LENT.items() if not hasattr(layer, name)}
     if lent:
@@ -117,9 +117,9 @@ def _own_eps(layer: Any, known: Adapter) -> Any:
 
 
 def original(layer: nn.Module) -> type[nn.Module] | None:
-    """The class to which a layer of ours goes back.
+    """The class that a layer of ours had before, or would have had.
 
-    None if there is none: for a user's subclass of ours, and for a layer with an activation that its class has not.
+    None if there is none: for a user's subclass of ours, and for a layer with an activation that its class lacks.
     """
     if added_activation(layer) is not None:
         return None
@@ -127,7 +127,7 @@ def original(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def release(layer: Any) -> None:
-    """Make our layer what it was, in place. It must have an `original` class."""
+    """Undo `adopt`, in place. The layer must have an `original` class."""
     kind = original(layer)
     assert kind is not None
     if "_group" in vars(layer):
@@ -142,7 +142,7 @@ def release(layer: Any) -> None:
 
 
 def _ours(kind: Any) -> type[nn.Module]:
-    """Our class for one of a known class.
+    """Our counterpart of a known class.
 
     Raises:
         TypeError: If the class cannot have a subclass.
@@ -152,7 +152,7 @@ def _ours(kind: Any) -> type[nn.Module]:
 
 @cache
 def _derived(kind: Any, known: Adapter) -> type[nn.Module]:
-    """A subclass of a class, of the same name, that computes by our layers what the class computes."""
+    """A subclass of the same name that computes what the class computes, but as one of our layers."""
     namespace = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     namespace |= {"_original": kind, "_adapter": known, "__init__": _initialize, "__reduce_ex__": _reduce}
     if not hasattr(kind, "_check_input_dim"):
@@ -163,7 +163,7 @@ def _derived(kind: Any, known: Adapter) -> type[nn.Module]:
 
 
 def _initialize(self: Any, *args: Any, **kwargs: Any) -> None:
-    """As its class does, for code that makes a new layer of the class of another one."""
+    """Initialize as the original class does, for code that creates a layer by the class of another one."""
     self._original.__init__(self, *args, **kwargs)
     _equip(self)
 
@@ -177,13 +177,13 @@ def _check_of(axes: int | None) -> Callable[[Any, Tensor], None]:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle by the class that can be imported."""
+    """Pickle the original class, which can be imported, and its adapter."""
     reduced: Any = object.__reduce_ex__(self, max(2, protocol))
     return _restore, (self._original, self._adapter), *reduced[2:]
 
 
 def _restore(kind: Any, known: Adapter = PLAIN) -> Any:
-    """Take the class as it was known when it was pickled: nobody may have registered it yet."""
+    """A new object of our class for this kind, with the pickled adapter: `kind` may not be registered here."""
     ours: Any = OURS[kind] if kind in OURS else _derived(kind, known)
     return ours.__new__(ours)
 
@@ -193,10 +193,10 @@ def _restore(kind: Any, known: Adapter = PLAIN) -> Any:
 
 @dataclass(frozen=True)
 class Before:
-    """What a layer was before it was frozen. `freeze` keeps it on the layer, as `_before_freeze`.
+    """The state of a layer before it was frozen. `freeze` keeps it on the layer, as `_before_freeze`.
 
     Attributes:
-        statistics: Where its statistics came from.
+        statistics: The source of its statistics.
         ours: Whether it was a layer of ours, and stays one.
         learned: The names of the parameters that stopped learning.
     """
@@ -207,15 +207,15 @@ class Before:
 
 
 def before_freeze(layer: nn.Module) -> Before | None:
-    """What `freeze` recorded; None if it did not freeze the layer, or if the layer has got statistics since."""
+    """What `freeze` recorded; None if it did not freeze the layer, or if the layer has been given statistics since."""
     before: Before | None = vars(layer).get("_before_freeze")
     return before if before is not None and layer.statistics == RunningStatistics() else None
 
 
 def take(layer: Any, statistics: Statistics | None) -> None:
-    """Give a layer of ours statistics; None leaves its own. A frozen layer takes them when it is unfrozen, as ours.
+    """Give a layer of ours a source of statistics; None leaves it its own.
 
-    One that is always frozen takes none.
+    A frozen layer gets the source when it is unfrozen, and then stays ours. A layer that is always frozen ignores it.
     """
     if is_always_frozen(type(layer)):
         return

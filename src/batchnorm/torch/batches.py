@@ -1,4 +1,4 @@
-"""Batches of any structure, as data loaders give them: count their samples, move them, call a model with them."""
+"""Batches of any structure that data loaders produce: count their samples, move them, call a model with them."""
 
 import copy
 import dataclasses
@@ -104,12 +104,12 @@ def _axes(part: Any) -> int | None:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model with those parts of the batch that it takes.
+    """Call a model with the parts of a batch that its forward accepts.
 
-    1. Parts with names become the arguments with these names.
-    2. Of a sequence, the forward gets as many items as it requires: labels are left out. If the first item is a batch
-       itself (a mapping, or a sequence of as many items as are required), it replaces the sequence. If it may be a list
-       of samples, with a list of their labels beside it, it is not clear how to call the model.
+    1. Named parts become the arguments with these names.
+    2. From a sequence, the forward gets as many items as it requires: labels are left out. If the first item is itself
+       a batch (a mapping, or a sequence of as many items as are required), it replaces the sequence. If the first item
+       may be a list of samples, followed by a list of their labels, it is not clear how to call the model.
     3. Anything else is the only argument.
 
     Raises:
@@ -142,7 +142,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     names = "" if named is None else f" of {', '.join(map(str, named))}"
     raise TypeError(
         f"it is not clear how to call {type(_inner(model)).__name__}.forward{inspect.signature(_inner(model).forward)} "
-        f"with a batch of type {type(batch).__name__}{names}; say it with forward=lambda model, batch: ..."
+        f"with a batch of type {type(batch).__name__}{names}; pass forward=lambda model, batch: ..."
     )
 
 
@@ -158,7 +158,7 @@ def _lists_samples(batch: Sequence[Any]) -> bool:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The module inside wrappers, whose forwards take anything: its forward says what it takes."""
+    """The module inside wrappers: their forwards accept anything, but its forward has a meaningful signature."""
     while all(
         p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inspect.signature(model.forward).parameters.values()
     ):

@@ -1,4 +1,4 @@
-"""Running statistics that are exactly those of the data, pooled over all of it: for a model that is about to be used.
+"""Calibration: running statistics that are exactly those of the data, for a model about to be used.
 
 ```
 calibrate(model, loader)                          # one pass
@@ -40,49 +40,49 @@ def calibrate(
 ) -> Calibration:
     """Set the running statistics of all batch normalizations to the statistics of the data.
 
-    For each layer and channel, over all `n` values that come in: `running_mean = mean`, `running_var = var * n/(n-1)`.
-    Batches are merged by their counts, with the variance between them: however the same inputs of a layer are split,
-    the result is the same, up to rounding.
+    For each layer and channel, over all `n` input values: `running_mean = mean`, `running_var = var * n/(n-1)`. Batches
+    are merged by their counts, including the variance between them, so the result does not depend, up to rounding, on
+    how the inputs of a layer are split.
 
-    Nothing else changes. The model evaluates (dropout is off) and gets its modes back. Parameters, frozen layers and
-    `num_batches_tracked` stay as they are. A layer is frozen if it has `RunningStatistics()`, or if it evaluates while
-    other batch normalizations of the model train. After an exception everything is as before.
+    Nothing else changes. The model runs in evaluation, with dropout off, and gets its modes back. Parameters, frozen
+    layers and `num_batches_tracked` stay as they are. A layer is frozen if it has `RunningStatistics()`, or if it
+    evaluates while other batch normalizations of the model train. After an exception everything is as before.
 
     Args:
         model: A model with PyTorch's layers or ours.
-        data: Batches: tensors, tuples, lists, mappings, named tuples or dataclasses. Of a sequence, the model gets as
+        data: Batches: tensors, tuples, lists, mappings, named tuples or dataclasses. From a sequence, the model gets as
             many items as its forward requires: labels are left out, but so are optional masks (use names or `forward`
-            for these). With names, the model gets the arguments that it has. Tensors are moved to the model's device.
-            `data` may be a `DataLoader` or a list; "sequential" reads it several times.
-        method: "parallel": one pass. Each layer normalizes with the statistics of the batch at hand, so a layer's
-            inputs depend on how the data are split. "sequential": one pass per layer; the layers before it already
-            evaluate with their new statistics. This is exact for the deepest network: in evaluation, the inputs of each
-            layer have its running statistics (unless a layer's input depends on its own earlier output). Each pass sees
-            the same data only if the loader neither shuffles an incomplete epoch nor augments at random.
+            for these). From named items, the model gets those that are its arguments. Tensors are moved to the model's
+            device. `data` may be a `DataLoader` or a list; "sequential" reads it several times.
+        method: "parallel": one pass. Each layer normalizes by the statistics of the current batch, so a layer's inputs
+            depend on how the data are split. "sequential": one pass per layer; the layers before it already evaluate
+            with their new statistics. The result is exact at any depth: in evaluation, the inputs of each layer have
+            its running statistics (unless a layer's input depends on its own earlier output). Each pass sees the same
+            data only if the loader neither shuffles an incomplete epoch nor augments at random.
         forward: `forward(model, batch)`, called instead of the rules above.
-        max_samples: Stop after the batch that reaches this number, on each process; None takes all. The samples of a
-            batch are counted by its first tensor, or by a list of tensors if the first layer sees as many.
-        unbiased: Whether the running variance is the unbiased one, as in training. Layers normalize with the biased one
-            in training, so False makes evaluation agree with it, which matters where few values come in.
+        max_samples: Stop after the batch that reaches this number of samples, in each process; None reads all. The
+            samples of a batch are counted by its first tensor, or by a list of tensors if the first layer sees as many.
+        unbiased: Whether the running variance is the unbiased one, as in training. Layers normalize by the biased one
+            in training, so False makes evaluation agree with training, which matters if a channel has few values.
         process_group: The processes that pool their statistics; None means all, if `torch.distributed` is initialized.
             Every process of the group must call; a process may have no data.
-        progress: Whether to show a bar, where stderr is a terminal and rich is installed.
+        progress: Whether to show a progress bar, if stderr is a terminal and rich is installed.
 
     Returns:
         What was done. Layers that no sample reached are among the skipped.
 
     Raises:
-        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
-            `max_samples` is wrong; if the data can be read only once and `method` is "sequential".
+        ValueError: If there are no data, or they reach no layer; if statistics are not finite; if `method` or
+            `max_samples` is invalid; if the data can be read only once and `method` is "sequential".
         RuntimeError: If another process of the group failed; if a lazy layer has not seen its first batch.
-        TypeError: If `model` is not a module; if `data` gives no batches, or is one; if it is not clear how to call the
-            model.
+        TypeError: If `model` is not a module; if `data` is one batch, or not iterable; if it is not clear how to call
+            the model.
 
     Differs from `torch.optim.swa_utils.update_bn`:
         1. The statistics are pooled. An average over batches counts a short last batch as a full one, and leaves out
            the variance between batches.
         2. Batches may have any structure, a last batch may have one sample, and masks and processes are respected.
-        3. Dropout is off; frozen layers and momenta stay as they are, after exceptions too.
+        3. Dropout is off; frozen layers and momenta stay as they are, even after exceptions.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
     """
@@ -106,7 +106,7 @@ class _Model:
         tensors = (*model.parameters(), *model.buffers())
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.layers: dict[str, Any] = {}
-        self.first, self.seen = "", list[int]()  # the layer that ran first in a batch, and the lengths of its inputs
+        self.first, self.seen = "", list[int]()  # the first layer that runs, and the lengths of its inputs
 
     def find(self) -> Mapping[str, whole.Layer | str]:
         found: dict[str, whole.Layer | str] = {}
@@ -132,7 +132,7 @@ class _Model:
     def run(self, batch: Any, names: Collection[str], see: whole.See) -> None:
         def watch(name: str) -> Callable[..., None]:
             def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                layer.training = False  # whatever the model's forward has done
+                layer.training = False  # even if the model's forward has changed it
                 x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
                 if not self.seen:
                     self.first = name
@@ -140,7 +140,7 @@ class _Model:
                     self.seen.append(len(x))
                 if name in names:
                     statistics = see(name, moments(x, kwargs.get("mask")))
-                    if statistics is not None:  # `layer` may be a replica, on another device
+                    if statistics is not None:  # `layer` may be a replica on another device
                         _write(layer, *statistics)
 
             return hook
@@ -150,7 +150,7 @@ class _Model:
             stack.enter_context(_evaluating(self.model))
             for name, layer in self.model.named_modules():
                 if is_batch_norm(layer):
-                    # The last hook: it sees what the layer will see.
+                    # As the last hook, it sees what the layer will see.
                     stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
             stack.enter_context(not_compiled())

@@ -34,6 +34,8 @@ _PLAIN = Tensor, torch.nn.Parameter
 class Call(NamedTuple):
     """One normalization: `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`.
 
+    Its arguments have been checked.
+
     Attributes:
         x: `(N, C, *spatial)`.
         weight, bias: `(C,)`; 1 and 0 if None.
@@ -67,7 +69,7 @@ class Call(NamedTuple):
         eps: float,
         activation: Activation,
     ) -> "Call":
-        """Check the arguments of `batch_norm`, with its errors, and collect them in a call."""
+        """The call with these arguments of `batch_norm`, which are checked here."""
         eager = is_eager()
         named, then = resolve(activation)
         if eager or not is_tracing():
@@ -89,13 +91,13 @@ class Call(NamedTuple):
         )
 
     def positions(self) -> int:
-        """The number of values of each channel that count at all."""
+        """The number of values of each channel whose count is not 0."""
         if self.counts is None:
             return self.x.numel() // max(1, self.x.shape[1])
         return int((self.counts > 0).sum())
 
     def total(self) -> float | Tensor:
-        """The total count of the values of each channel; a tensor where code must not depend on values."""
+        """The total count of each channel's values; a tensor where code must not depend on values."""
         if self.counts is None and is_tracing():
             sizes: Any = self.x.shape  # of tensors
             values: Tensor = (self.x.numel() // sizes[1]).double()
@@ -107,7 +109,7 @@ class Call(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some of the samples, and the total count of a channel's values in them."""
+    """Some of the samples, and the total count of each channel's values in them."""
 
     samples: slice
     count: Any
@@ -117,10 +119,10 @@ class Plan(NamedTuple):
     """The statistics by which a call is normalized, as its source plans them.
 
     Attributes:
-        count: The total count of the values of each channel in this process; infinity if the statistics are constants.
+        count: The total count of each channel's values in this process; infinity if the statistics are constants.
         constants: Mean and variance, if they do not depend on `x`.
         parts: Groups of samples, each normalized by its own statistics; None for all samples together.
-        group: The processes that pool their statistics; None if this one is alone.
+        group: The processes that pool their statistics; None if there are no others.
         adjust: `(mean, var) -> (r, d)`: constants that turn `xhat` into `xhat * r + d`; None for 1 and 0.
         unbiased: Whether the running variance moves towards the unbiased one.
     """
@@ -144,7 +146,7 @@ class Batch(NamedTuple):
     Attributes:
         moments: `(2, C)`: mean and variance as one tensor.
         mean, var: `(C,)`.
-        count: The total count of the values of each channel.
+        count: The total count of each channel's values.
         is_unbiased: Whether the variance is already unbiased.
     """
 
@@ -162,7 +164,7 @@ class Batch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The result of a route: `y`, and the batch by which the running statistics must still move, or None."""
+    """The result of a route: `y`, and the batch that must still move the running statistics, or None."""
 
     y: Tensor
     batch: Batch | None = None
@@ -172,27 +174,27 @@ class Outcome(NamedTuple):
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The type in which data of a type are computed: float32 for half precision."""
+    """The type in which data of this type are computed: float32 for half precision, otherwise the same."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def is_symbolic() -> bool:
-    """Whether code must not depend on the values of tensors: in compiled graphs and under `torch.func`."""
+    """Whether code must not depend on the values of tensors, as in compiled graphs and under `torch.func`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` is recording: sizes are tensors then, and code must not depend on them."""
+    """Whether `torch.jit.trace` is recording. Then sizes are tensors, and code must not depend on them."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def is_recorded() -> bool:
-    """Whether `torch.jit.trace` or `torch.export` is recording a graph, to be run by something else."""
+    """Whether `torch.jit.trace` or `torch.export` is recording a graph that something else will run."""
     return torch.compiler.is_exporting() or is_tracing()
 
 
 def is_eager() -> bool:
-    """Whether operations run as they are called, by PyTorch itself."""
+    """Whether PyTorch runs each operation when it is called."""
     return not (
         is_symbolic()
         or torch._C._is_tracing()
@@ -202,7 +204,7 @@ def is_eager() -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors on one device, not of a subclass."""
+    """Whether these are ordinary tensors, not of a subclass, on one device."""
     device = None
     for t in tensors:
         if t is None:
@@ -223,7 +225,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
     if x.dim() < 2:
         raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise NotImplementedError(f"batch_norm takes floating-point tensors, got {x.dtype}: convert x, e.g. x.float()")
+        raise NotImplementedError(f"batch_norm needs floating-point tensors, got {x.dtype}: convert x, e.g. x.float()")
     check_channels("weight", weight, x)
     check_channels("bias", bias, x)
     if residual is not None and residual.shape != x.shape:
@@ -241,7 +243,7 @@ def check_channels(name: str, values: Tensor | None, x: Tensor) -> None:
     if values.dim() != 1 or values.shape[0] != x.shape[1]:
         raise RuntimeError(
             f"{name} should contain {x.shape[1]} elements, in one axis, not {tuple(values.shape)}: "
-            f"x has shape {tuple(x.shape)}, and its second axis is the channels"
+            f"x has shape {tuple(x.shape)}, and the channels are its second axis"
         )
     if values.dtype is not x.dtype and (x.dtype is torch.float32 or x.dtype is torch.float64):
         raise RuntimeError(

@@ -77,7 +77,7 @@ def _moments(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros, with a gradient, if the call is empty."""
     z, axes = call.x, (0, *range(2, call.x.dim()))
     if call.x.numel() == 0:
-        nothing = z.sum(axes)  # differentiable, because all processes take part in the backward pass
+        nothing = z.sum(axes)  # differentiable, because all processes must take part in the backward pass
         return nothing, nothing
     if call.counts is None:
         var, mean = torch.var_mean(z, axes, correction=0)

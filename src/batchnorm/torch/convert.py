@@ -1,8 +1,8 @@
-"""Put our layers where a model has PyTorch's, together with what follows them; and take them out again.
+"""Turn a model's batch normalizations into ours, fused with what follows them, and back again.
 
 ```
-model = convert(model)     # the same model, the same parameters; in place
-print(explain(model))      # what each layer is fused with, or why with nothing
+model = convert(model)     # the same model with the same parameters, in place
+print(explain(model))      # what each layer is fused with, or why it is not
 model = revert(model)      # as it was
 ```
 """
@@ -29,34 +29,34 @@ M = TypeVar("M", bound=nn.Module)
 def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None, save_memory: bool | None = None) -> M:
     """Turn a model's batch normalizations into ours, in place.
 
-    Every layer stays the object that it is, with its parameters, buffers, hooks and mode: only its class changes. State
-    dicts keep their keys, and an optimizer made before goes on working. A subclass of PyTorch's layer that inherits the
-    forward stays a subclass of its class. So does a layer of another class that is known (`register`), such as timm's
-    `BatchNormAct2d`: its activation is computed in the same pass, and whatever else it calls is called after it.
+    Every layer stays the same object, with its parameters, buffers, hooks and mode: only its class changes. State dicts
+    keep their keys, and an existing optimizer keeps working. A layer of a subclass of PyTorch's class that inherits the
+    forward remains an instance of that subclass. The same holds for other known classes (`register`), such as timm's
+    `BatchNormAct2d`: the activation is computed in the same pass, and whatever else the class calls is called after it.
 
-    With `fuse`, a layer, a residual added to it and the activation after it are computed in one pass, wherever they are
-    called one right after the other. Modules that call them so get a subclass of their class, of the same name, whose
-    methods are compiled from the same source with only these calls replaced. The activations and the residual stay
-    where they are: with hooks on the layer or on the activation, or with a residual of another shape, everything is
-    called as before. So the model computes the same, whatever is done to it later.
+    With `fuse`, a layer, a residual added to it and the activation after it are computed in one pass wherever they are
+    called directly one after the other. Modules that call them in this way get a subclass of their class, of the same
+    name, whose methods are compiled from the same source with only these calls replaced. The activations and the
+    residual stay in the model: if the layer or the activation has hooks, or the residual has another shape, everything
+    is called as before. So the model computes the same, whatever is done to it later.
 
     Args:
-        model: Any module; it may be a batch normalization itself.
+        model: Any module, even a single batch normalization.
         fuse: Whether to compute layers together with what follows them.
-        statistics: Where our layers' statistics come from in training. None leaves each layer its own: those of the
-            batch, or those of all processes where a layer was a `SyncBatchNorm`. A frozen layer gets them when it is
-            unfrozen; one of a class whose layers are always frozen gets none.
-        save_memory: Whether layers make their outputs again in the backward pass instead of keeping them, as the
-            function `save_memory` describes; None leaves that as it is.
+        statistics: The source of our layers' statistics in training. None leaves each layer its own: the batch, or all
+            processes if the layer was a `SyncBatchNorm`. A frozen layer gets the source when it is unfrozen; a layer
+            whose class is always frozen ignores it.
+        save_memory: Whether layers recompute their outputs in the backward pass instead of keeping them, as the
+            function `save_memory` describes; None leaves this unchanged.
 
     Returns:
-        `model`. Layers with a forward of their own stay as they are; `explain` says why.
+        `model`. Layers with a forward of their own stay as they are; `explain` gives the reason.
 
     Raises:
-        TypeError: If `model` is not a module; if `statistics` is of another type.
+        TypeError: If `model` is not a module, or `statistics` is not a source of statistics.
 
     Warns:
-        UserWarning: If a batch normalization has to stay as it is and so does not get `statistics`.
+        UserWarning: If a batch normalization stays as it is and so does not get `statistics`.
     """
     expect(statistics)
     adopt_layers(model, statistics)
@@ -72,7 +72,7 @@ def convert(model: M, *, fuse: bool = True, statistics: Statistics | None = None
 
 
 def adopt_layers(model: nn.Module, statistics: Statistics | None) -> None:
-    """Make a model's batch normalizations ours where they can be, with these statistics; the modules around them stay.
+    """Turn a model's batch normalizations into ours where possible, with this source, but not the modules around them.
 
     Args:
         model: Any module.
@@ -97,9 +97,9 @@ def adopt_layers(model: nn.Module, statistics: Statistics | None) -> None:
 
 
 def revert(model: M) -> M:
-    """Undo `convert`, in place: all layers of ours are of PyTorch's classes again, or of those that they had.
+    """Undo `convert`, in place: our layers get PyTorch's classes again, or those that they had.
 
-    A layer that was made with an activation stays, since PyTorch has no such layer. A frozen one stays until
+    A layer created with an activation stays ours, because PyTorch has no such layer. A frozen layer stays ours until
     `unfreeze`.
 
     Args:
@@ -107,6 +107,9 @@ def revert(model: M) -> M:
 
     Returns:
         `model`.
+
+    Raises:
+        TypeError: If `model` is not a module.
     """
     expect_module(model)
     for module in model.modules():

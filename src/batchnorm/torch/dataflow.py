@@ -1,7 +1,7 @@
 """The linear map before or after a normalization in a traced module, and whether nothing else sees the value between.
 
-A `Flow` is one way to run a module. Its `source` and `target` follow the normalization's input and output through what
-hands values on, until they reach a linear map, or something that does not allow folding.
+A `Flow` is one way to run a module. Its `source` and `target` follow the normalization's input and output through nodes
+that do not change values, until they reach a linear map, or something that does not allow folding.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ class Link(Place):
     """A layer beside a normalization.
 
     Attributes:
-        changed: What happens to the value on the way: nothing, `"transposed"`, `"flattened"`, or `"merged"`: all its
-            axes but the last become one.
-        axes: The number of axes that the normalization's input must have for its channels to be those of the layer;
-            None if it certainly has them.
+        changed: What happens to the value on the way: `""`, `"transposed"`, `"flattened"`, or `"merged"` (all its axes
+            except the last become one).
+        axes: The number of axes with which the channels of the normalization's input are those of the layer; None if
+            the input is certain to have it.
     """
 
     changed: str = ""
@@ -61,7 +61,7 @@ def is_linear_map(module: Any) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks run when a module is called, other than those that only make its weight or save memory."""
+    """Whether hooks run when a module is called, apart from those that compute its weight or save memory."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return bool(_has_any_global_hook()) or any(
         not isinstance(hook, WeightNorm) and hook not in (open_before, close_after)
@@ -93,10 +93,10 @@ class Flow:
         model: The model that the module belongs to.
         path: The module's name in the model.
         graph: What the module computes.
-        kept: For each value that something outside of the graph sees, what sees it.
+        kept: For each value that something outside the graph sees, what sees it.
         read: The names of layers whose parameters or buffers are used other than by calling the layer.
         calls: The calls of each layer, by its name.
-        gone: The normalizations that have been folded and left nothing behind: they hand on their input.
+        gone: The folded normalizations that now return their input.
         axes: The number of axes of each normalization's input, where it has been seen or is checked.
     """
 
@@ -115,7 +115,7 @@ class Flow:
         return outside or any(path in self.calls for path in itertools.accumulate(name.split(".")[:-1], join))
 
     def source(self, name: str) -> Link:
-        """The linear map whose output the normalization takes, if nothing else takes it.
+        """The linear map whose output goes into the normalization and nowhere else.
 
         Args:
             name: A normalization that is called once.
@@ -141,7 +141,7 @@ class Flow:
         return self._link(name, value, changed, "before")
 
     def target(self, name: str) -> Link:
-        """The linear map that takes the normalization's output, if nothing else takes it.
+        """The linear map into which the normalization's output goes, if it goes nowhere else.
 
         Args:
             name: A normalization that is called once.
@@ -175,12 +175,12 @@ class Flow:
         node = self.calls[name][0]
         while node is not user:
             node = node.next
-            if node is not user and self._may_write(node):  # so it must read the values that are there before
+            if node is not user and self._may_write(node):  # it could change a value that is read later
                 raise Stays(f"{self._describe(node)} may change its input before {self._describe(user)} reads it")
         return self._link(name, user, changed, "after")
 
     def _link(self, name: str, node: fx.Node, changed: str, where: str) -> Link:
-        """The link to a layer, if the normalization's input can have the axes with which the channels are the same."""
+        """The link to a layer, if the input can have a number of axes with which both have the same channels."""
         layer: Any = self._module(node)
         link = Link(join(self.path, str(node.target)), f"{type(layer).__name__} {where} it", changed=changed)
         if changed == "flattened":
@@ -206,7 +206,7 @@ class Flow:
         return least, min(most, self._most_axes(_input(self.calls[name][0])))
 
     def _most_axes(self, node: fx.Node | None) -> float:
-        """The largest number of axes that a value may have, judging by what it has been through."""
+        """The largest number of axes that a value may have, judging by the nodes that it comes from."""
         most, fewer = math.inf, 0
         while node is not None:
             layer: Any = self._module(node)
@@ -246,7 +246,7 @@ class Flow:
                 return _operation(node) or str(getattr(name, "__name__", name))
 
     def _only_input(self, user: fx.Node) -> fx.Node:
-        """The input of a node, if nothing else takes it."""
+        """The input of a node, if it goes nowhere else."""
         value = _input(user)
         if value is None:
             raise Stays("what comes before it is not known")
@@ -281,7 +281,7 @@ class Flow:
         return len(_sizes(node)) == 2 or self._flattened(node) in ((0, 1), (0, -2))
 
     def _flattened(self, node: fx.Node) -> tuple[Any, Any] | None:
-        """The first and the last of the axes that a node merges; None if it is no `flatten`."""
+        """The first and the last of the axes that a node merges; None if it is not a `flatten`."""
         layer: Any = self._module(node)
         if layer is not None:
             plain = type(layer) is nn.Flatten and not is_watched(layer) and "forward" not in vars(layer)
@@ -292,7 +292,7 @@ class Flow:
         return ends.get("start_dim", 0), ends.get("end_dim", -1)
 
     def _is_activation(self, node: fx.Node) -> bool:
-        """Whether a node is an activation, which works value by value."""
+        """Whether a node is an elementwise activation."""
         if node.op == "call_module":
             return recognize(self._module(node)) is not None
         return node.op[:4] == "call" and recognize(node.target, node.args[1:], node.kwargs) is not None
@@ -372,7 +372,7 @@ def _transposes(node: fx.Node) -> bool:
 
 
 def _sizes(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of all axes that a node gives to a value; nothing if it does not, or does not say how many."""
+    """The sizes of all axes that a `view` or `reshape` sets; empty for other nodes, or if their number is unknown."""
     if _operation(node) not in ("view", "reshape") or node.kwargs:
         return ()
     sizes = node.args[1] if len(node.args) == 2 else node.args[1:]

@@ -1,4 +1,4 @@
-"""Weight decay for weights, and none for normalizations."""
+"""Parameter groups with weight decay for weights, and none for normalizations."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,17 +19,17 @@ def parameter_groups(
 
     ```
     optimizer = torch.optim.SGD(parameter_groups(model, 1e-4), lr=0.1)
-    optimizer.param_groups[:] = parameter_groups(model, optimizer=optimizer)     # one that is there keeps its state
+    optimizer.param_groups[:] = parameter_groups(model, optimizer=optimizer)     # an existing one keeps its state
     ```
 
-    Decay makes the weights before a normalization smaller, which the normalization undoes. Nothing undoes it for gamma
-    and beta. Normalizations are batch, instance, group and layer normalization, and RMSNorm.
+    Decay shrinks the weights before a normalization, which the normalization undoes. Nothing undoes the decay of gamma
+    and beta. Normalizations are batch, instance, group, layer and local response normalization, and RMSNorm.
 
     Args:
         model: Any module. A parameter that is shared between a normalization and another module does not decay.
         weight_decay: The decay of all other parameters.
-        optimizer: An optimizer in place of `weight_decay`: its groups are split, and each part keeps the group's
-            learning rate and other settings. Do this before a scheduler is made, which counts the groups.
+        optimizer: An optimizer, in place of `weight_decay`: its groups are split, and each part keeps the group's
+            learning rate and other settings. Do this before you create a scheduler, which counts the groups.
 
     Returns:
         The groups, without empty ones. Parameters that do not learn are left out, unless an optimizer has them.
@@ -56,7 +56,7 @@ def parameter_groups(
 
 
 def _split(group: dict[str, Any], normalizing: set[int]) -> list[dict[str, Any]]:
-    """A group as it is, or as two."""
+    """A group as one or two groups: parameters that decay, and those of normalizations."""
     parts = []
     for is_normalizing in (False, True):
         chosen = [i for i, parameter in enumerate(group["params"]) if (id(parameter) in normalizing) is is_normalizing]

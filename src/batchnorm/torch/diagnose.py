@@ -1,8 +1,8 @@
-"""Why a model with batch normalization misbehaves: a physician for batch normalization, who only looks.
+"""Find out why a model with batch normalization misbehaves, without changing it.
 
 ```
-print(diagnose(model))                                       # what the state alone tells
-print(diagnose(model, loader, optimizer=optimizer))          # what the data show
+print(diagnose(model))                                       # checks of the state alone
+print(diagnose(model, loader, optimizer=optimizer))          # checks of the state and of the data
 ```
 """
 
@@ -45,26 +45,26 @@ def diagnose(
     forward: Callable[[nn.Module, Any], object] | None = None,
     max_batches: int | None = 64,
 ) -> Report:
-    """Find what is wrong with the batch normalizations of a model, and say how to mend it.
+    """Find what is wrong with the batch normalizations of a model, and say how to fix it.
 
-    Nothing changes: neither statistics, modes, hooks and gradients nor random states, also if the model fails. Each
-    batch is run three times without gradients: in training, in training with dropout and the like off, and in
-    evaluation. A model that is given in evaluation is looked at as `model.train()` would leave it. Where an activation
-    checkpoint is seen, one batch is also run backward.
+    The model does not change, even if it raises an exception: statistics, modes, hooks, gradients and random states
+    stay as they are. Each batch runs three times without gradients: in training, in training with dropout and the like
+    off, and in evaluation. A model in evaluation is examined as `model.train()` would leave it. If there is an
+    activation checkpoint, one batch also runs backward.
 
     Args:
         model: Any module with PyTorch's layers, ours, or subclasses of them.
-        data: Batches of the size that training has, as `calibrate` takes them; None for what the state alone tells.
-        optimizer: The optimizer, for a look at its weight decay.
+        data: Batches of the size used in training, in a form that `calibrate` accepts; None checks the state alone.
+        optimizer: The optimizer, whose weight decay is checked.
         forward: `forward(model, batch)`, called in place of the rules of `calibrate`; its result is compared between
             training and evaluation.
-        max_batches: Read no more than this number of batches; None reads all. The report says if there were more.
+        max_batches: The largest number of batches to read; None reads all. The report says if there were more.
 
     Returns:
         The report: print it, go through `findings`, or call `to_json` and `to_html`.
 
     Raises:
-        ValueError: If the model has no batch normalization, or the data give nothing.
+        ValueError: If the model has no batch normalization, or the data have no batches.
         RuntimeError: If a lazy layer has not seen its first batch.
         TypeError: If `data` is one batch, or it is not clear how to call the model.
     """
@@ -83,7 +83,7 @@ class _Model:
         forward: Callable[[nn.Module, Any], object],
     ) -> None:
         self.outer, self.forward, self.optimizer = model, forward, optimizer
-        # DistributedDataParallel would wait for a backward pass that does not come.
+        # DistributedDataParallel would wait for a backward pass that never comes.
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         tensors = (*model.parameters(), *model.buffers())
         self.device = tensors[0].device if tensors else torch.device("cpu")
@@ -119,7 +119,7 @@ class _Model:
         }
 
     def _train(self) -> None:
-        """The modes of training: those that the model has, or those that its `train` gives."""
+        """Put the model in training mode, unless it already trains in modes of its own."""
         if not self.is_training:
             self.model.train()
 
@@ -141,7 +141,7 @@ class _Model:
                 evidence.outputs.add(*(t.detach().double().cpu().numpy() for t in (trained[path], y)))
 
     def _pass(self, batch: Any, evidence: Evidence, mode: str) -> dict[str, Tensor]:
-        """Call the model in one of the three ways, and give its outputs."""
+        """Call the model in one of the three ways, and return its outputs."""
         calls: dict[str, int] = {}
         order = len([layer for layer in evidence.layers.values() if layer.order is not None])
 
@@ -151,7 +151,7 @@ class _Model:
             calls[name] = number + 1
             if layer.order is None:
                 layer.order, order = order, order + 1
-            seen = moments_of(x, mask)  # in evaluation, too: what is padding in one is padding in the other
+            seen = moments_of(x, mask)  # in evaluation, too: padding is padding in both modes
             getattr(layer, mode).add(seen)
             if mode == "trained":
                 layer.calls = max(layer.calls, number + 1)
@@ -197,7 +197,7 @@ class _Model:
                 evidence.layers[name].counted = counted
 
     def _step(self, batch: Any) -> dict[str, tuple[int, int]]:
-        """How often a forward pass counts the batch in each layer, and how often that and its backward pass do.
+        """How often each layer counts the batch in a forward pass alone, and in a forward and a backward pass.
 
         Gradients go to stand-ins for the parameters, which share their memory.
         """
@@ -240,12 +240,12 @@ def _at(name: str) -> str:
 
 
 def _tracked(layer: Any) -> Any:
-    """How many batches were counted; classes that are always frozen count none."""
+    """The number of batches that the layer has counted; None for classes that are always frozen."""
     return getattr(layer, "num_batches_tracked", None)
 
 
 def _state(name: str, layer: Any) -> State:
-    """The state of a layer, in the mode in which it is."""
+    """The state of a layer in its current mode."""
 
     def array(tensor: Any) -> Any:
         return None if tensor is None else tensor.detach().to("cpu", torch.float64, copy=True).numpy()
@@ -291,7 +291,7 @@ def _kind(data: Any) -> str:
 
 @contextmanager
 def _explained(batch: Any) -> Iterator[None]:
-    """Errors of the model name the shapes of the batch, in one sentence."""
+    """Add the shapes of the batch to the model's errors, in one sentence."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -304,7 +304,7 @@ def _explained(batch: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that a checkpoint gives where there are no gradients."""
+    """Suppress the warning that a checkpoint gives if there are no gradients."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         yield

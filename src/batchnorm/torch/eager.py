@@ -1,4 +1,4 @@
-"""Compiled models run eagerly while a tool looks at their layers."""
+"""Run compiled models eagerly while a tool observes their layers."""
 
 import sys
 import threading
@@ -17,9 +17,9 @@ _stance: AbstractContextManager[Any] = nullcontext()
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Nothing runs compiled, since compiled code would not call the hooks.
+    """Run everything eagerly, because compiled code would not call hooks.
 
-    All threads share one switch: the first to come sets it, and the last to go resets it.
+    All threads share one switch: the first to enter sets it, and the last to leave resets it.
     """
     global _running_eagerly, _stance
     with _lock:

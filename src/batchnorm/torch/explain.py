@@ -29,12 +29,12 @@ from batchnorm.torch.activations import NONE, is_activation, recognize
 from batchnorm.torch.adapters import adapter
 from batchnorm.torch.adopt import hindrance
 from batchnorm.torch.rewrite import NotRewritten, at_several_places, forward_sequence, neighbors, origin, rewrite
-from batchnorm.torch.source import Site
 from batchnorm.torch.survey import expect_module, is_unsized, survey
+from batchnorm.torch.syntax import Site
 
 __all__ = ["Report", "Row", "explain"]
 
-UNKNOWN = ": batchnorm.torch.register says what a class computes"
+UNKNOWN = ": register its class with batchnorm.torch.register"
 
 
 class Row(NamedTuple):
@@ -80,19 +80,23 @@ class Report:
 def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     """Report for each batch normalization whether it is ours, and what is fused with it, or why nothing is.
 
-    Layers that only resemble one, with running statistics under PyTorch's names, are in the report, too.
+    The report includes modules that only resemble one: those with running statistics under PyTorch's names.
 
-    The report describes the model as it is now: a hook that is added later changes it. Whether a residual has the right
+    The report describes the model as it is now; a hook that is added later changes it. Whether a residual has the right
     shape is known only when the model runs.
 
     Args:
-        model: Any module, converted or not; it is not changed.
+        model: Any module, converted or not, which does not change.
         example_inputs: Inputs for one call of the model, which shows the route of each layer: a tensor, a tuple or list
             of arguments, or a mapping of named arguments. Buffers and random states are restored afterwards. With
             `SyncStatistics`, all processes must do this together.
 
     Returns:
         The report: print it, or iterate over its rows.
+
+    Raises:
+        TypeError: If `model` is not a module.
+        ValueError: If `example_inputs` are given and a lazy layer has not seen its first batch.
     """
     expect_module(model)
     shared = at_several_places(model)
@@ -115,8 +119,8 @@ def _routes(model: nn.Module, example_inputs: Any) -> dict[nn.Module, list[str]]
     unsized = next((name for name, layer, *_ in survey(model) if is_unsized(layer)), None)
     if unsized is not None:
         raise ValueError(
-            f"{unsized or 'the model'} is lazy and does not know its size: call the model on one batch before explain, "
-            "which would give it its size"
+            f"{unsized or 'the layer'} does not know its size yet: call the model on one batch first, because explain "
+            "must not set it"
         )
     found: dict[nn.Module, list[str]] = {}
 
@@ -176,7 +180,7 @@ def _caller(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module | No
         return owner, key, owner
     if type(owner) not in (nn.ModuleList, nn.ModuleDict) or not path:
         return owner, key, None
-    path, _, key = path.rpartition(".")  # a list calls nothing; its owner does
+    path, _, key = path.rpartition(".")  # a list calls nothing, but its owner does
     members, owner = owner, model.get_submodule(path)
     in_a_row = any(site.layer == f"{key}[]()" for site in _sites(owner))
     return owner, f"{key}[]", members if in_a_row else None
@@ -194,7 +198,7 @@ def _why_not(owner: nn.Module, shared: set[nn.Module]) -> str:
         return str(reason)
     if origin(owner) is None:
         return "convert was told not to fuse"
-    return f"{type(owner).__name__} does not call it and then, with nothing else in between, an activation"
+    return f"{type(owner).__name__} does not call an activation directly after it"
 
 
 def _named(activation: Any) -> str:
@@ -202,7 +206,7 @@ def _named(activation: Any) -> str:
 
 
 class _Follower(NamedTuple):
-    """What follows a layer at one place; `text` is its source where its value is known only at the call."""
+    """What follows a layer at one place; `text` is its source if its value is known only at the call."""
 
     activation: Any
     args: tuple[Any, ...] = ()

@@ -2,11 +2,11 @@
 
 ```
 result = fold(model.eval(), example_inputs=x)
-print(result)              # what went where, what stays and why, and how far the outputs differ
+print(result)              # what was folded where, what was not and why, and how far the outputs differ
 model = result.model
 ```
 
-What is decided, in which order and why not, is in `batchnorm.whole.fold`; here is what it needs to know of a module.
+`batchnorm.whole.fold` decides what is folded. This module is its adapter for PyTorch.
 """
 
 from collections import Counter
@@ -45,33 +45,33 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     is `(s*A) v + (s*b + t)`, and with one after it `(A*s) x + (b + A t)`: one linear map either way. Its weights are
     computed in float64 and rounded once.
 
-    A normalization is folded only where this is right for every input: nothing else uses the value between the two
-    layers, each is called once, and nothing else reads their parameters or sees what they do. It goes into the layer
-    before it if it can (convolutions, transposed convolutions, linear layers), otherwise into the layer after it
-    (linear layers, convolutions that do not pad with zeros). All others stay, and the result says why.
+    A normalization is folded only if this is correct for every input: nothing else uses the value between the two
+    layers, each is called once, and nothing else reads their parameters or observes them. It goes into the layer before
+    it if possible (convolutions, transposed convolutions, linear layers), otherwise into the layer after it (linear
+    layers, convolutions that do not pad with zeros). All others stay, and the result gives the reason.
 
     The copy is a model of the same class with the same modules. An `nn.Identity` takes the place of each folded
-    normalization. A `Rest` does so where the normalization had an activation or gets a residual, and where its channels
-    depend on the number of axes, and that is not certain: any other number of axes is then an error. `weight_norm` and
-    other parametrizations of a layer that changes become a plain weight. A model from `convert` gets its original
-    classes back.
+    normalization. A `Rest` takes it if the normalization had an activation or gets a residual, or if the folding is
+    correct only for a certain number of axes: any other number is then an error. `weight_norm` and other
+    parametrizations of a layer that changes become a plain weight. A model from `convert` gets its original classes
+    back.
 
     Args:
-        model: Any module, in evaluation; it is left as it is. Layers with `RunningStatistics()` may be in training.
+        model: Any module in evaluation, which does not change. Layers with `RunningStatistics()` may be in training.
         example_inputs: Inputs on which to compare the two models: a tensor, a tuple or list of the arguments, or a dict
             of them by name. They also show how many axes the normalizations' inputs have.
 
     Returns:
-        The new model, the layer that each normalization went into, and the reason why others did not.
+        The new model; the layer into which each normalization was folded; and the reason why others were not.
 
     Raises:
         TypeError: If `model` is not a module.
-        RuntimeError: If the outputs on the example inputs differ by more than rounding explains: relative to the
+        OutputsDiffer: If the outputs on the example inputs differ by more than rounding explains: relative to the
             largest value 1e-10 in float64, 1e-4 in float32, 0.02 in float16 and 0.1 in bfloat16 (the coarsest type of a
-            parameter or an output counts); or if they have other shapes or another structure.
+            parameter or an output counts); or if they differ in shape or structure.
 
     Differs from `torch.nn.utils.fuse_conv_bn_eval` and `torch.fx.experimental.optimization.fuse`:
-        1. It takes whole models of any class, also those that cannot be traced as a whole.
+        1. It accepts whole models of any class, even if they cannot be traced as a whole.
         2. It folds normalizations before a linear map, transposed and grouped convolutions, and linear layers on
            sequences.
         3. A normalization that cannot be folded with certainty stays, with a reason.
@@ -83,14 +83,14 @@ def fold(model: M, example_inputs: Any = None) -> Folded[M]:
     return fold_network(_Network(model, example_inputs))
 
 
-# --- What is left of a normalization ----------------------------------------------------------------------------------
+# --- The rest of a normalization --------------------------------------------------------------------------------------
 
 
 class Rest(nn.Module):
     """What remains of a folded normalization, in its place: `act(x + residual)`, and what its class calls after it.
 
     Attributes:
-        axes: The number of axes that the input must have for the folding to be right; None if any number will do.
+        axes: The number of axes for which the folding is correct; None if any number will do.
         activation: As in our layers.
         then: The names of the attributes that are called with the result, as in `register`.
     """
@@ -103,7 +103,7 @@ class Rest(nn.Module):
         """Add the residual and activate.
 
         Args:
-            input: The normalized values, which the layer beside it now computes.
+            input: The normalized values, which the neighboring layer now computes.
             residual: Like `input`.
             mask: Ignored, as always in evaluation.
 
@@ -118,7 +118,7 @@ class Rest(nn.Module):
                 raise ValueError(
                     f"the batch normalization that was here was folded into the layer beside it, which is right only "
                     f"for inputs with {self.axes} axes; this one has the shape {tuple(input.shape)}. "
-                    f"Fold the model again, with such an input as example_inputs"
+                    f"Fold the original model again, with such an input as example_inputs"
                 )
             if self.axes < 4:
                 input = input.contiguous()  # as the normalization's output was: the next operation may need it
@@ -136,17 +136,17 @@ class Rest(nn.Module):
         return ", ".join(parts)
 
 
-# --- What folding needs to know ---------------------------------------------------------------------------------------
+# --- The adapter ------------------------------------------------------------------------------------------------------
 
 
 class _Network:
-    """A copy of a module, for `fold_network`.
+    """A copy of a module, as `fold_network` sees it.
 
     Attributes:
         model: The copy.
-        flows: By a layer's name, the ways to call the part of the model that calls it.
-        unreached: Why a normalization is in no flow.
-        gone: The place of each normalization that has been folded.
+        flows: For each layer, by name, the ways to call the part of the model that calls it.
+        unreached: The reason why a normalization is in no flow.
+        gone: The place of each folded normalization.
         places: The number of places in the model where each module is.
         owners: The number of modules that have each parameter.
     """
@@ -172,7 +172,7 @@ class _Network:
         self.owners = Counter(p for p in parameters if p is not None)
 
     def names(self) -> list[str]:
-        """In the order in which they run; those that do not are the last."""
+        """In the order in which they run, followed by those that do not run."""
         layers = [name for name, module in self.model.named_modules() if is_batch_norm(module) or resembles(module)]
         return list(dict.fromkeys([*(name for name in self.flows if name in layers), *layers]))
 
@@ -219,7 +219,7 @@ class _Network:
                 held.clear()
             for part in layer._modules.keys() - then - {"activation" if isinstance(activation, nn.Module) else ""}:
                 del layer._modules[part]
-            # The object stays and changes its class: something else in the model may hold it too.
+            # The object stays and changes its class, because other modules may refer to it.
             layer.__class__ = Rest if rest else nn.Identity
             if rest:
                 layer.axes, layer.then = link.axes, then
@@ -249,7 +249,7 @@ class _Network:
         return added or bool(fuse.steps(layer)) or resolve(_activation(layer)) != resolve(None)
 
     def _problem(self, name: str) -> str | None:
-        """Why a layer must stay as it is, whatever it computes."""
+        """The reason why a layer must not change, whatever it computes."""
         layer = self.model.get_submodule(name)
         tensors = [*layer.parameters(), *layer.buffers()]
         flows = self.flows.get(name, ())
@@ -274,14 +274,14 @@ def _activation(layer: Any) -> Activation:
 
 
 def _then(layer: Any) -> tuple[str, ...]:
-    """The names of what the class of a normalization calls after it, but for what never does anything."""
+    """The names of what the class of a normalization calls after it, except for identities."""
     known = adapter(type(layer))
     found = [(name, getattr(layer, name, None)) for name in (() if known is None else known.then)]
     return tuple(n for n, step in found if not (step is None or (type(step) is nn.Identity and fuse.is_identity(step))))
 
 
 def _common(links: Iterable[Link]) -> Link:
-    """The link that holds in whatever way the model is called."""
+    """The link that holds for every way to call the model."""
     first, *others = links
     if any((link.layer, link.changed) != (first.layer, first.changed) for link in others):
         raise Stays("what is beside it depends on the arguments")
@@ -289,7 +289,7 @@ def _common(links: Iterable[Link]) -> Link:
 
 
 def _problem_of_normalization(layer: Any) -> str | None:
-    """Why a normalization must stay, whatever its numbers are."""
+    """The reason why a normalization must stay, whatever its statistics are."""
     if deviation(layer):
         return deviation(layer)
     if layer.running_mean is None or layer.running_var is None:
@@ -303,7 +303,7 @@ def _problem_of_normalization(layer: Any) -> str | None:
 
 
 def _problem_of_map(layer: Any, owners: Counter[nn.Parameter]) -> str | None:
-    """Why a linear map must stay as it is, whatever calls it."""
+    """The reason why a linear map must not change, whatever calls it."""
     if any(owners[parameter] > 1 for parameter in layer.parameters()):
         return "shares a parameter with another layer"
     made = {hook.name for hook in layer._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}

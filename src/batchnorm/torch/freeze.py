@@ -1,7 +1,7 @@
-"""Freeze a model's batch normalizations, so that nothing but `unfreeze` undoes it.
+"""Freeze the batch normalizations of a model until `unfreeze`.
 
 ```
-freeze(model.backbone)     # its statistics stay as they are: `train()` cannot undo it
+freeze(model.backbone)     # its statistics no longer change, not even after train()
 unfreeze(model.backbone)   # exactly as before
 ```
 """
@@ -22,12 +22,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(model: M, *, affine: bool = False) -> M:
-    """Let batch normalizations normalize by their running statistics, in training too, and leave these as they are.
+    """Make batch normalizations use their running statistics in training as well, without changing them.
 
-    PyTorch's layers become ours, in place, with the same parameters, buffers and state dict. In PyTorch's the mode
-    alone decides which statistics are used, and every `model.train()` changes it. Here neither modes nor the flag
-    `track_running_stats`, momentum, `reset_running_stats` or `torch.optim.swa_utils.update_bn` change anything. Only
-    values that are written into the buffers do, as by `load_state_dict`. The state dict does not say which layers are
+    PyTorch's layers become ours, in place, with the same parameters, buffers and state dict. In PyTorch's layers the
+    mode alone decides which statistics are used, and every `model.train()` changes it. A frozen layer ignores its mode,
+    the flag `track_running_stats`, its momentum, `reset_running_stats` and `torch.optim.swa_utils.update_bn`. Only
+    writing into the buffers changes them, as `load_state_dict` does. The state dict does not record which layers are
     frozen.
 
     Args:
@@ -40,21 +40,21 @@ def freeze(model: M, *, affine: bool = False) -> M:
     Raises:
         TypeError: If `model` is not a module.
         ValueError: If the model has no batch normalization, or one without running statistics, or one that has its own
-            forward or cannot become ours; nothing is changed then.
+            forward or cannot become ours; the model is then unchanged.
         RuntimeError: If a lazy layer does not know its size yet.
 
     Warns:
-        UserWarning: If something with running statistics is of a class that is not known.
+        UserWarning: If a module of an unknown class has running statistics.
     """
     layers, others = _found(model)
     if not layers:
-        raise ValueError("there is no batch normalization to freeze in this model")
+        raise ValueError("model has no batch normalization to freeze")
     for found in layers:
         _check(found)
     for name, layer, _, reason in others:
         warnings.warn(
             f"{name or 'the layer'} ({type(layer).__name__}) {reason}, and is not frozen: if it is a batch "
-            "normalization, say with batchnorm.torch.register what its class computes",
+            "normalization, register its class with batchnorm.torch.register",
             stacklevel=2,
         )
     thawed = [found for found in layers if not is_frozen(found.layer)]
@@ -74,7 +74,7 @@ def _found(model: nn.Module) -> tuple[list[Found], list[Found]]:
 
 
 def _check(found: Found) -> None:
-    """See that a layer can be frozen."""
+    """Raise an error unless a layer can be frozen."""
     name, layer, ours, reason = found
     said = f"{name or 'the layer'} ({type(layer).__name__})"
     if is_unsized(layer):
@@ -89,7 +89,7 @@ def _check(found: Found) -> None:
 
 def _learning(layer: nn.Module) -> tuple[str, ...]:
     known = adapter(type(layer))
-    others = () if known is None else known.then  # what its class calls after it, such as a PReLU, goes on learning
+    others = () if known is None else known.then  # what its class calls afterwards, such as a PReLU, keeps learning
     return tuple(
         name
         for name, parameter in layer.named_parameters()
@@ -108,15 +108,16 @@ def _freeze(found: Found, learned: tuple[str, ...]) -> None:
 
 
 def unfreeze(model: M) -> M:
-    """Undo `freeze`, in place: every layer has its class and its statistics again, and learns what it learned before.
-
-    A layer that was made with `RunningStatistics()` stays as it is.
+    """Undo `freeze`, in place: restore each layer's class, its source of statistics, and which parameters learn.
 
     Args:
-        model: Any module: what was frozen, or a part of it.
+        model: The model that was frozen, or a part of it.
 
     Returns:
-        `model`.
+        `model`. Layers that are not frozen stay as they are, as do those created with `RunningStatistics()`.
+
+    Raises:
+        TypeError: If `model` is not a module.
     """
     for layer in (found.layer for found in survey(model)):
         before = before_freeze(layer)

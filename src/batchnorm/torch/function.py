@@ -1,8 +1,8 @@
 """The stages of batch normalization in one autograd function.
 
-A device brings its stages in a module, such as `cpu` or `gpu`. Between forward and backward the function keeps `x`,
-the statistics, and whatever else the gradient of the activation needs. Nothing that PyTorch's own operations leave
-alone may be kept as it is: a caller may change the residual or the bias before the backward pass.
+The stages of a device are a module, such as `cpu` or `gpu`. Between forward and backward the function keeps `x`, the
+statistics, and whatever else the gradient of the activation needs. A caller may change the residual or the bias before
+the backward pass, because PyTorch's own operations do not keep them. So they may not be kept as they are.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 
 
 class How(NamedTuple):
-    """Everything the function needs besides tensors.
+    """Everything that the function needs besides tensors.
 
     Attributes:
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
@@ -103,7 +103,7 @@ def keeps_output(call: Call) -> bool:
 
 
 def own_residual(call: Call) -> Call:
-    """The same call, with a residual that only the backward pass can reach, if it needs one.
+    """The same call with a private copy of the residual, if the backward pass needs it.
 
     PyTorch's activations keep `z`, a tensor of their own. A copy of the residual takes the same memory.
     """
@@ -113,7 +113,7 @@ def own_residual(call: Call) -> Call:
 
 
 def _statistics(stages: Any, call: Call, mean: Tensor, var: Tensor) -> Tensor:
-    """These statistics in the layout of `How`: copies, because a later batch may change the originals."""
+    """Statistics in the layout of `How`, copied because a later batch may change the originals."""
     with torch.no_grad():
         found = torch.empty((3, 1, call.x.shape[1]), dtype=stages.STATISTICS, device=call.x.device)
         found[0].copy_(mean)
@@ -123,7 +123,7 @@ def _statistics(stages: Any, call: Call, mean: Tensor, var: Tensor) -> Tensor:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """`y`. The tensors of the call that may need a gradient come twice: PyTorch looks for them among the arguments."""
+    """`y` of a call. Tensors that may need a gradient are also arguments of their own, where PyTorch looks for them."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

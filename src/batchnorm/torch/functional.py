@@ -44,11 +44,11 @@ def batch_norm(
     running)`, with the unbiased variance.
 
     Args:
-        x: `(N, C, *spatial)`, of any strides; also under its name in PyTorch, `input`.
+        x: `(N, C, *spatial)`, of any strides. `input`, its name in PyTorch, is accepted instead.
         running_mean, running_var: `(C,)`; updated in place in training, required in evaluation. A batch whose
             statistics are not finite does not change them.
         weight, bias: `(C,)`, gamma and beta; 1 and 0 if None.
-        training: Whether to use the batch's statistics.
+        training: Whether to normalize by the batch's statistics.
         momentum: The weight of the new batch in the running statistics.
         eps: Added to the variance, in the square of the units of `x`.
         activation: None, or a name, or `(name, parameter)`: relu, relu6, leaky_relu (slope), silu, hardswish, elu
@@ -75,13 +75,13 @@ def batch_norm(
         NotImplementedError: If `x` does not have a floating-point type.
 
     Differs from `torch.nn.functional.batch_norm`:
-        1. `activation`, `residual`, `mask` and `statistics`.
+        1. It has the arguments `activation`, `residual`, `mask` and `statistics`.
         2. A batch whose statistics are not finite does not change the running statistics.
         3. On the CPU, statistics are float64 inside, and `x - mean` is computed before any multiplication: the error
            does not grow with `mean / std`. Small tensors whose mean is near 0 go to PyTorch's own operation, which is
-           as exact for them. Squares are summed in the type of the arithmetic, though: values of a channel that are
-           2^59 = 6e17 or more apart may overflow float32. Then the variance is infinite, `y` is `act(bias +
-           residual)`, as PyTorch's is, and the batch counts as one that is not finite.
+           as exact for them. Squares are summed in the type of the arithmetic, though: if the values of a channel are
+           2^59 = 6e17 or more apart, float32 may overflow. Then the variance is infinite, `y` is `act(bias +
+           residual)`, as in PyTorch, and the batch counts as not finite.
         4. Running statistics with a tangent are an error in training, too.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
@@ -99,7 +99,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
 
     Args:
         x: `(N, C, *spatial)`.
-        mask: As in `batch_norm`, but it may leave no position.
+        mask: As in `batch_norm`, but it may leave out all positions.
 
     Returns:
         The count, and arrays of `(C,)`; zeros if nothing counts.
@@ -122,11 +122,11 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
 
 
 def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | None) -> tuple[Tensor, str]:
-    """`batch_norm` for layers, which also count batches.
+    """`batch_norm` of arguments that are not checked yet, for layers that also count batches.
 
     Args:
         asked: The arguments of `Call.of`.
-        running: The running statistics. They move, unless the source normalizes by constants.
+        running: The running statistics. They move unless the source normalizes by constants.
         source: The source of the statistics; the batch if None.
 
     Returns:
@@ -148,8 +148,8 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
             call = call._replace(counts=None)
         if not call.is_eager and (plan.parts is not None or plan.group is not None) and is_tracing():
             raise RuntimeError(
-                f"torch.jit.trace cannot record {source!r}: the trace would repeat what this batch and this process "
-                "make of it; trace the model after model.eval()"
+                f"torch.jit.trace cannot record {source!r}: the trace would hold what depends on this batch and this "
+                "process; trace the model after model.eval()"
             )
         chosen = choose(call, plan)
     except Exception:
@@ -161,7 +161,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         with unseen():
             running = running.copy()
     outcome = chosen.compute(call, plan, running)
-    if outcome is None:  # it would have been less exact than the routes after it
+    if outcome is None:  # the route would have been less exact than the ones after it
         chosen = choose(call, plan, after=chosen)
         outcome = chosen.compute(call, plan, running)
         assert outcome is not None
@@ -183,7 +183,7 @@ def _record(running: Running, batch: Batch | None, plan: Plan, is_mapped: bool) 
 
 
 def _check_eps(eps: float, source: Statistics) -> None:
-    """Check that `eps` is what PyTorch takes, with its words."""
+    """Check `eps` as PyTorch does, with its message."""
     if not (eps > 0 or (source.needs_running and eps == 0)):
         wanted = "non-negative" if source.needs_running else "positive during training"
         raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")

@@ -1,9 +1,9 @@
-"""A layer, a residual and an activation: in one pass where the result is the same, otherwise one after the other.
+"""Compute a layer, a residual and an activation in one pass if the result is the same, otherwise one after the other.
 
 `follow(layer, x, residual, add, activation)` always means `activation(layer(x) + residual)`. Each call decides anew
-whether one kernel may compute all of it. Hooks that see a value in between, a residual of another shape or type, an
-activation without a kernel, or a layer of another class: with any of these, the three are called one after the other.
-So no change to a model between two calls can make the result wrong.
+whether one kernel may compute all of it. If hooks see a value in between, the residual has another shape or type, the
+activation has no kernel, or the layer is not ours, the three are called one after the other. So no change to a model
+between two calls can make the result wrong.
 """
 
 import operator
@@ -37,7 +37,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 def is_identity(module: Any) -> bool:
-    """Whether calling this module returns its input, and nothing else happens."""
+    """Whether calling this module does nothing but return its input."""
     plain = type(module) is nn.Identity or (type(module) in DROPOUTS and not module.training)
     return plain and not is_watched(module)
 
@@ -54,7 +54,7 @@ ADD: dict[str, Callable[[Any, Any], Any]] = {
     "+=": operator.iadd,
     "r+": lambda y, residual: residual + y,
 }
-"""How the source adds the residual; without fusion, it is added in the same way."""
+"""How the source adds the residual. Without fusion, it is added in the same way."""
 
 
 def follow(layer: Any, x: Any, residual: Any, add: str | None, activation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def follow(layer: Any, x: Any, residual: Any, add: str | None, activation: Any, 
     Returns:
         The result of the three one after the other; the same bits where they are not fused.
     """
-    # While a graph is traced, x is a symbol, and the layer and what follows it are recorded as they are.
+    # In a symbolic trace x is no tensor, and the layer and what follows it are recorded separately.
     if (
         isinstance(x, Tensor)
         and (add is None or _fits(residual, x))
@@ -128,13 +128,13 @@ def _in_one_pass(layer: Any, x: Tensor, residual: Tensor | None, activation: Act
     return y
 
 
-# --- A layer that calls what follows itself ---------------------------------------------------------------------------
+# --- Layers whose class calls what follows ----------------------------------------------------------------------------
 
 
 class Followed(_Layer):
-    """A layer of a class that itself calls something with the normalized values: `Adapter.then`.
+    """A layer whose class calls something with the normalized values: `Adapter.then`.
 
-    Each call decides anew, as in `follow`, whether the first thing that it calls is computed in the same pass.
+    Each call decides anew, as in `follow`, whether the first of these is computed in the same pass.
     """
 
     _adapter: Adapter
@@ -153,7 +153,7 @@ class Followed(_Layer):
 
 
 def steps(layer: Any) -> list[Any]:
-    """What the class of a layer calls with the normalized values, one after the other, without those that do nothing.
+    """What the class of a layer calls with the normalized values, in order, without identities.
 
     Args:
         layer: A batch normalization, ours or not.
@@ -164,7 +164,7 @@ def steps(layer: Any) -> list[Any]:
 
 
 def obstacle_inside(layer: Any) -> str | None:
-    """The reason why a layer is not fused now with the first thing that it calls itself; None if it is."""
+    """The reason why a layer cannot be fused now with the first of its `steps`; None if it can."""
     return (
         "the compiler fuses on its own" if torch.compiler.is_compiling() else _obstacle_of_activation(steps(layer)[0])
     )
@@ -184,7 +184,7 @@ _FRESH = {
     *(kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
     *(kind.forward for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
 }
-"""The forwards that return memory that nothing else refers to."""
+"""The forwards whose result shares no memory with anything else."""
 
 
 def can_wait(layer: Any, producer: Any) -> bool:

@@ -50,8 +50,8 @@ def is_available(device: torch.device) -> bool:
 def can_move(running: Running, x: Tensor) -> bool:
     """Whether the forward kernel can move these running statistics.
 
-    They must be dense and on the device of `x`. Their type must hold what float32 holds: then what is finite for the
-    kernel is finite for them.
+    They must be dense and on the device of `x`. Their type must have the range of float32, so that what is finite in
+    the kernel stays finite in them.
     """
     mean, var, batches, skipped = running.mean, running.var, running.batches, running.skipped
     if mean is None or var is None or mean.dtype is torch.float16 or var.dtype is torch.float16:
@@ -66,7 +66,7 @@ def can_move(running: Running, x: Tensor) -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernels can load `x` in whole vectors: adjacent channels must fill a whole number of them."""
+    """Whether the kernels can load `x` in whole vectors; if channels are adjacent, they must fill whole vectors."""
     if x.is_contiguous() and x.numel() != x.shape[0] * x.shape[1]:
         return True
     return x.shape[1] * x.element_size() % VECTOR == 0
@@ -303,7 +303,7 @@ def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
 
 
 def _dense_vectors(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias without gaps: kernels get addresses only."""
+    """Weight and bias without gaps, because kernels get addresses only."""
     weight, bias = call.weight, call.bias
     return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
@@ -316,5 +316,5 @@ def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
 
 
 def _counts(call: Call) -> Tensor | None:
-    """The counts without gaps: `(N, L)` and `(N*L, 1)` have the same memory."""
+    """The counts without gaps; `(N, L)` and `(N*L, 1)` are the same memory."""
     return None if call.counts is None else call.counts.contiguous()

@@ -1,9 +1,9 @@
-"""What other tools may take from a layer of ours, and where they are stopped.
+"""Attributes that stop PyTorch's tools from losing a part of our layers.
 
-Tools that fuse, synchronize or quantize ask `isinstance(module, _BatchNorm)`, and put a layer of their own in the place
-of ours. They know nothing of its activation and of the source of its statistics, which would be lost without a word.
-Two attributes see such a tool coming before it has changed anything: whoever computes a batch normalization in place of
-a layer must read its `eps`, and quantization gives every layer a `qconfig`.
+Tools that fuse, synchronize or quantize test `isinstance(module, _BatchNorm)`, and put a layer of their own in the
+place of ours. They do not know its activation and its source of statistics, which would be lost silently. Two
+attributes notice such a tool before it has changed anything: whatever replaces a batch normalization must read its
+`eps`, and quantization sets `qconfig` on every layer.
 """
 
 import sys
@@ -23,17 +23,17 @@ TOOLS = {
     "torch.utils.mkldnn": ("torch.utils.mkldnn.to_mkldnn", "batchnorm.torch.fold(model) first", False),
     "torch.ao.nn.quantized.modules.batchnorm": ("torch.ao.quantization", "batchnorm.torch.fold(model) first", False),
 }
-"""By the module that reads `eps`: the tool, what to call instead, and whether what it makes is trained."""
+"""For each module that reads `eps`: its tool, what to call instead, and whether the tool's result is trained."""
 
 
 class Eps:
-    """The attribute `eps` of a layer: a number, but not for tools that would lose something else of the layer."""
+    """The attribute `eps` of a layer: a number, except for tools that would lose another part of the layer."""
 
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         """The number.
 
         Raises:
-            RuntimeError: If one of `TOOLS` asks for it, and would lose an activation, or statistics.
+            RuntimeError: If one of `TOOLS` reads it that would lose an activation or statistics.
         """
         if layer is None:
             return self
@@ -57,11 +57,11 @@ class Eps:
 
 
 def _refuse(layer: Any, asking: str) -> None:
-    """Raise an error if this module belongs to a tool that would lose something."""
+    """Raise an error if the module that is reading belongs to a tool that would lose something."""
     if asking not in TOOLS:
         return
     tool, instead, trains = TOOLS[asking]
-    followed = getattr(type(layer), "_adapter", None)  # of another package's class, which computes more
+    followed = getattr(type(layer), "_adapter", None)  # the class of another package, which computes more
     lost = list(followed.then) if followed is not None else []
     if "activation" not in lost and getattr(layer, "activation", None) is not None:
         lost.append(f"activation={said(layer.activation)}")
@@ -73,7 +73,7 @@ def _refuse(layer: Any, asking: str) -> None:
 
 
 class QConfig:
-    """The attribute `qconfig` by which `torch.ao.quantization` says how a layer is to be quantized: only None."""
+    """The attribute `qconfig`, which tells `torch.ao.quantization` how to quantize a layer; it can only be None."""
 
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         if layer is None:
@@ -98,8 +98,8 @@ class QConfig:
 
 
 def unquantized(layer: Any) -> str:
-    """Why a layer is not quantized, and what to do."""
-    said = f"{type(layer).__name__}({layer.num_features}): torch.ao.quantization knows only PyTorch's own layers"
+    """The reason why a layer cannot be quantized, and what to do."""
+    said = f"{type(layer).__name__}({layer.num_features}): torch.ao.quantization supports only PyTorch's own layers"
     if layer.activation is None:
         return f"{said}; call batchnorm.torch.revert(model) first, or set qconfig = None to leave this one in float"
     return (

@@ -1,6 +1,6 @@
-"""The layers: PyTorch's own, computed by our kernels, with the activation inside.
+"""The layers: those of PyTorch, computed by our kernels, with the activation in the same pass.
 
-Each layer subclasses the class of the same name in `torch.nn`: it has the same constructor, parameters, buffers, state
+Each layer subclasses the class of the same name in `torch.nn`, with the same constructor, parameters, buffers, state
 dict and input checks. `SyncBatchNorm` is the exception; its docstring gives the reason.
 """
 
@@ -37,7 +37,7 @@ RUNNING, NOTHING = RunningStatistics(), Running()
 
 
 def counter(device: Any = None) -> Tensor:
-    """A counter at 0, which may go on in inference mode and outside it, wherever it is made."""
+    """A counter at 0, which can be increased in and outside inference mode, wherever it was created."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.long, device=device)
 
@@ -58,7 +58,7 @@ def _held(layer: Any, kind: str, name: str) -> Any:
 
 
 def _scripted(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`_Layer.forward` as `torch.jit.script` compiles it, in the part of Python that it knows."""
+    """`_Layer.forward` for `torch.jit.script`, in the subset of Python that it can compile."""
     self._check_input_dim(input)
     if self.training and not self._script_trains:
         raise RuntimeError("this batch normalization was scripted in evaluation: its statistics in training are Python")
@@ -88,7 +88,7 @@ def _scripted(self: Any, input: Tensor, residual: Tensor | None = None) -> Tenso
 
 
 class _Layer(_Base):
-    """The part that our layers share; the other base class of each is PyTorch's.
+    """The base class of our layers; the other base class of each is PyTorch's.
 
     `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`
 
@@ -105,9 +105,9 @@ class _Layer(_Base):
     Attributes:
         num_batches_skipped: The number of training batches that did not change the running statistics, because they
             were empty or because their own statistics were not finite (most often an overflow under mixed precision).
-            `num_batches_tracked` does not count them. This tensor is no buffer, so that the layer has the buffers of
-            PyTorch's: it is copied and pickled with the layer and moves with it, but it is in no state dict.
-            Exported and traced graphs, and the backward pass of a checkpoint, do not count.
+            `num_batches_tracked` does not count them. This tensor is not a buffer, so that the layer has exactly the
+            buffers of PyTorch's layer: it is copied, pickled and moved with the layer, but it is not in the state
+            dict. Exported and traced graphs, and the backward pass of a checkpoint, do not count.
 
     Raises:
         ValueError: If the name of the activation is unknown.
@@ -161,7 +161,7 @@ class _Layer(_Base):
             self.num_batches_skipped.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the counter, too: `to`, `cuda`, `share_memory`. What comes from the meta device starts anew."""
+        """Move the counter, too: `to`, `cuda`, `share_memory`. After the meta device all state is reset."""
         was_empty = self.num_batches_skipped.is_meta
         super()._apply(fn, recurse)
         with torch.inference_mode(False):
@@ -187,7 +187,7 @@ class _Layer(_Base):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load what PyTorch's layer loads. The counter starts anew, unless a version that saved it left its value."""
+        """Load what PyTorch's layer loads. The counter is reset, unless the state dict has it, as in early versions."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -199,7 +199,7 @@ class _Layer(_Base):
             skipped.copy_(state_dict[key]) if key in state_dict else skipped.zero_()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy or a pickle, also one of a version in which the counter was a buffer."""
+        """Restore a copy or a pickle, even of an early version in which the counter was a buffer."""
         super().__setstate__(state)
         if "num_batches_skipped" in self._buffers:
             skipped = self._buffers.pop("num_batches_skipped")
@@ -221,7 +221,7 @@ class _Layer(_Base):
         """Normalize `input`; in training, update the running statistics.
 
         Args:
-            input: `x`, `(N, C, *spatial)`; named as in the base class.
+            input: `x`, `(N, C, *spatial)`; the name is PyTorch's.
             residual: Like `x`, added before the activation.
             mask: `(N, *spatial)` or its first axes: the positions that count in the statistics, as in `batch_norm`.
 
@@ -233,7 +233,7 @@ class _Layer(_Base):
                 per channel.
             RuntimeError: If the number of channels or the floating-point types do not match.
         """
-        if isinstance(input, torch.fx.Proxy):  # a symbolic trace keeps layers of torch.nn whole, and so ours
+        if isinstance(input, torch.fx.Proxy):  # like a layer of torch.nn, ours is one call in a symbolic trace
             tracer: Any = input.tracer
             given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
@@ -249,7 +249,7 @@ class _Layer(_Base):
             raise type(error)(self._explain(str(error), input)) from error
 
     def _explain(self, problem: str, x: Tensor) -> str:
-        """Add the layer, and where it helps the shape, to the message."""
+        """Add the layer to the message, and the shape to PyTorch's error about the rank."""
         if problem.startswith("expected ") and problem.endswith(" input)"):  # PyTorch's check of the rank
             problem += f" of shape {tuple(x.shape)}; the axes are (N, C, *spatial), one sample is x.unsqueeze(0)"
         return f"{type(self).__name__}({self.num_features}): {problem}"
@@ -312,11 +312,11 @@ class _Layer(_Base):
 
     @property
     def _script_trains(self) -> bool:
-        """Whether the compiled layer can be trained: whether its statistics are known to `torch.batch_norm`."""
+        """Whether the compiled layer can be trained, that is, whether `torch.batch_norm` supports its statistics."""
         return self.statistics in (None, BatchStatistics(), RUNNING)
 
     def __prepare_scriptable__(self) -> Any:
-        """The layer, as `torch.jit.script` asks for it.
+        """The layer itself: `torch.jit.script` calls this before it compiles a module.
 
         Raises:
             RuntimeError: If the layer saves memory, which needs hooks in Python; if it is in training, by statistics
@@ -344,7 +344,7 @@ class _Layer(_Base):
         return self
 
     def extra_repr(self) -> str:
-        """PyTorch's text, with the activation and the statistics if they are set."""
+        """PyTorch's text, and the arguments of ours that are set."""
         text: str = super().extra_repr()
         if not isinstance(self.activation, nn.Module | None):  # PyTorch's text has the modules inside
             text += f", activation={said(self.activation)}"
@@ -388,12 +388,12 @@ class LazyBatchNorm3d(_Layer, nn.LazyBatchNorm3d):
 class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
     """Batch normalization with the statistics of all processes, on any device. See `torch.nn.SyncBatchNorm`.
 
-    It equals our other layers with `statistics=SyncStatistics(process_group)`, for inputs of any rank. It does not
-    subclass PyTorch's layer, because `DistributedDataParallel` rejects that one on the CPU.
+    It equals our other layers with `statistics=SyncStatistics(process_group)`, but accepts inputs of any rank. It does
+    not subclass PyTorch's layer, because `DistributedDataParallel` rejects that on the CPU.
 
     Differs from `torch.nn.SyncBatchNorm`:
         1. It works on the CPU, with gloo.
-        2. Processes may have different numbers of samples, including none; second derivatives are right.
+        2. Processes may have different numbers of samples, including none; second derivatives are correct.
         3. `convert_sync_batchnorm` gives the layers `SyncStatistics` and keeps their classes.
     """
 
@@ -424,7 +424,7 @@ class SyncBatchNorm(_Layer, nn.modules.batchnorm._BatchNorm):
 
     @property
     def process_group(self) -> Any:
-        """The process group that the constructor got."""
+        """The process group passed to the constructor."""
         return self._group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

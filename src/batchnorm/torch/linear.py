@@ -1,4 +1,4 @@
-"""Convolutions, linear layers and normalizations of PyTorch as arrays for folding, and back."""
+"""PyTorch's convolutions, linear layers and normalizations as arrays for folding, and back."""
 
 from typing import Any
 
@@ -69,17 +69,17 @@ def read_normalization(layer: Any) -> Normalization:
 
 
 def _tensor(layer: Any, name: str) -> Any:
-    """What the forward of a layer uses under a name."""
+    """The tensor that the forward of a layer uses under a name."""
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == name:  # the attribute is still that of the last call
+        if isinstance(hook, WeightNorm) and hook.name == name:  # the attribute is as old as the last call
             return hook.compute_weight(layer)
     return getattr(layer, name)
 
 
 def _make_plain(layer: Any) -> None:
-    """Replace the parametrizations of a layer by the weights that they make."""
+    """Replace the parametrizations of a layer by the weights that they compute."""
     if is_parametrized(layer):
-        # Not with `remove_parametrizations`: it takes them from the class, which copies of the layer share.
+        # Not with `remove_parametrizations`, which removes them from the class, and copies of the layer share it.
         values = {name: getattr(layer, name) for name in layer.parametrizations}
         del layer.parametrizations
         layer.__class__ = type(layer).__bases__[0]

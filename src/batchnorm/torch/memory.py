@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def save_memory(model: M, on: bool = True) -> M:
-    """Let our layers' outputs be made again in the backward pass, instead of keeping them.
+    """Recompute the outputs of our layers in the backward pass instead of keeping them.
 
     The operation after a layer keeps its input, our `y`, and our layer keeps `x`. With `save_memory`, `y` is made again
     from `x` by the kernel that made it first, at most once in a backward pass, and freed when the last operation has
@@ -32,7 +32,7 @@ def save_memory(model: M, on: bool = True) -> M:
     with the layer. A layer with a residual names its residual if a recipe makes that as well, or if another operation
     keeps it.
 
-    It does nothing where it could not help: in evaluation without gradients; in a compiled graph, whose compiler
+    It has no effect where it could not help: in evaluation without gradients; in a compiled graph, whose compiler
     decides what to keep; inside an activation checkpoint or `save_on_cpu`, which handle what is kept themselves; and in
     calls that only PyTorch's elementary operations can compute (route `"composed"`).
 
@@ -47,14 +47,14 @@ def save_memory(model: M, on: bool = True) -> M:
         ValueError: If the model has no layer of ours.
         RuntimeError: In a backward pass, if `x` or `y` was changed in place after it was kept: PyTorch's error. (A
             change through `y.data`, which PyTorch does not see either, must not come between the layer and what uses
-            `y`.) In a forward pass, if it calls `torch.func.grad`, which PyTorch does not combine with such hooks.
+            `y`.) In a forward pass that calls `torch.func.grad`, which PyTorch does not combine with such hooks.
 
-    Source: Bulo, Porzi & Kontschieder 2018, "In-place activated batchnorm", for the idea: theirs inverts the
+    Source: The idea is that of Bulo, Porzi & Kontschieder 2018, "In-place activated batchnorm", who invert the
     activation, which is not exact.
     """
     layers = [found.layer for found in survey(model) if found.ours]
     if not layers and on:
-        raise ValueError("this model has no layer of this package: convert(model, save_memory=True) makes them ours")
+        raise ValueError("model has no layer of this package: convert it with convert(model, save_memory=True)")
     for layer in layers:
         if on:
             layer.save_memory = True

@@ -1,6 +1,6 @@
-"""What happens around the batch normalizations of a model in one call of it.
+"""What comes before and after the batch normalizations of a model, observed in one call of it.
 
-Everything is seen by hooks that are removed afterwards, and by PyTorch's protocol for functions of tensors.
+The observers are hooks, which are removed afterwards, and PyTorch's protocol for functions of tensors.
 """
 
 import weakref
@@ -63,7 +63,7 @@ Seen = Callable[[str, Any, Tensor, Tensor | None], None]
 def watch_calls(
     layers: dict[str, Any], before: Seen, after: Callable[[str, Tensor], None] | None = None
 ) -> Iterator[None]:
-    """Call `before` with what comes into each of the layers, and `after` with what comes out."""
+    """Call `before` with the input of each layer, and `after` with its output."""
 
     def inwards(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,11 +87,11 @@ def watch_calls(
 
 
 class Surroundings(TorchFunctionMode):
-    """What is before and behind each layer in one call of the model.
+    """What comes before and after each layer in one call of the model.
 
     Attributes:
-        producers: The name of the convolution or linear layer whose output a layer takes, if nothing else takes it.
-        dropouts: The names of the dropouts that were called since the layer before.
+        producers: The convolution or linear layer whose output goes into a layer and nowhere else, by name.
+        dropouts: The names of the dropouts that were called since the previous layer.
         rectified: The layers whose output goes into a ReLU.
         checkpointed: The layers that were called inside an activation checkpoint.
     """

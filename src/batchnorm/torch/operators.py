@@ -1,8 +1,8 @@
 """The stages as registered operators, which the graphs of `torch.compile` can call.
 
 `batchnorm::forward` and `batchnorm::backward` normalize by the statistics of a batch, as `batch_norm` does in training
-on the CPU. The residual of `batchnorm::backward` is `y` if the call `keeps_output`. Inductor would generate its own
-loops instead, whose sums over a channel are slow.
+on the CPU. The residual of `batchnorm::backward` is `y` if the call `keeps_output`. Without these operators, Inductor
+generates loops of its own, whose sums over a channel are slow.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ LIBRARY.define(
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether the operators can compute this: statistics of the batch, on the CPU, in a type that the kernels know."""
+    """Whether the operators can compute this: by the statistics of the batch, on the CPU, in a supported type."""
     x, residual = call.x, call.residual
     return x.is_cpu and x.dtype in cpu.DTYPES and plan.is_simple and (residual is None or residual.dtype is x.dtype)
 
@@ -43,7 +43,7 @@ def compute(call: Call, plan: Plan, forward: Any = torch.ops.batchnorm.forward) 
     return Outcome(y, Batch(statistics[:2], mean, var, plan.count))
 
 
-# --- What they compute -----------------------------------------------------------------------------------------------
+# --- The implementations ---------------------------------------------------------------------------------------------
 
 
 def _asked(arguments: tuple[Any, ...]) -> tuple[Call, function.How]:
@@ -70,7 +70,7 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
         dx, d_weight, d_bias, d_residual = cpu.backward(
             dy, call, how, statistics[:, None], cpu.tables(call), (needs_x, needs_residual)
         )
-    # The outputs of an operator must not share memory, not even those that are not needed.
+    # The outputs of an operator must not share memory, even if they are not needed.
     return (
         call.x.new_empty(0) if dx is None else dx,
         call.x.new_empty(0) if call.weight is None else d_weight.to(call.weight.dtype, copy=True),
@@ -83,7 +83,7 @@ LIBRARY.impl("forward", _forward, "CPU")
 LIBRARY.impl("backward", _backward, "CPU")
 
 
-# --- Shapes and types, for graphs that have not run yet --------------------------------------------------------------
+# --- Shapes and types, for graphs under construction -----------------------------------------------------------------
 
 
 def _like_forward(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def _like_backward(
 
 
 def keep_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save what the gradients of `forward` need."""
+    """Keep what the gradients of `forward` need."""
     x, weight, bias, residual, counts, eps, activation, parameter = inputs
     y, statistics = output
     ctx.has_residual = residual is not None

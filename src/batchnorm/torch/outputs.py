@@ -1,4 +1,4 @@
-"""What a model gives for inputs, as arrays that can be compared with another model's."""
+"""The outputs of a model, as arrays that can be compared with those of another model."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ __all__ = ["arrays", "dtypes", "run"]
 
 
 def run(model: nn.Module, inputs: Any, axes: dict[str, int] | None = None) -> Any:
-    """The outputs of a model in its present mode, without gradients; neither model nor inputs are changed.
+    """The outputs of a model in its current mode, without gradients; neither the model nor the inputs change.
 
     Args:
         model: Any module.
@@ -28,7 +28,7 @@ def run(model: nn.Module, inputs: Any, axes: dict[str, int] | None = None) -> An
 
     def watch(name: str, layer: nn.Module) -> None:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x, *_rest = (*args, *kwargs.values())  # not every class calls it `input`
+            x, *_rest = (*args, *kwargs.values())  # its name differs between classes
             seen.setdefault(name, set()).add(x.dim())
 
         layer.register_forward_pre_hook(note, with_kwargs=True)
@@ -41,7 +41,7 @@ def run(model: nn.Module, inputs: Any, axes: dict[str, int] | None = None) -> An
     if isinstance(inputs, tuple | list):
         args = tuple(inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)  # both models draw the same
+        torch.manual_seed(0)  # both models draw the same random numbers
         y = model(*args, **kwargs)
     if axes is not None:
         axes |= {name: numbers.pop() for name, numbers in seen.items() if len(numbers) == 1}
@@ -49,7 +49,7 @@ def run(model: nn.Module, inputs: Any, axes: dict[str, int] | None = None) -> An
 
 
 def arrays(outputs: Any) -> dict[str, NDArray[Any]]:
-    """The tensors among outputs in float64 or complex128, by where they are in nested tuples, lists and the like."""
+    """The tensors among the outputs in float64 or complex128, by their path in nested tuples, lists and the like."""
     return {
         path: y.to(torch.complex128 if y.is_complex() else torch.float64).detach().cpu().numpy()
         for path, y in leaves(outputs, Tensor)

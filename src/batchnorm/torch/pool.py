@@ -1,4 +1,4 @@
-"""Moments merged over several processes, with the same result on all of them."""
+"""Moments merged over several processes, with the same result in each."""
 
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -17,10 +17,10 @@ FAILED = -1.0
 
 
 class Pool:
-    """The processes of a group; without `torch.distributed`, this process alone. A `whole.calibrate.Processes`.
+    """The processes of a group, or this process alone without `torch.distributed`: a `whole.calibrate.Processes`.
 
     Every process calls `agree` once, then `merge` as often as the others. If a process fails within `all_or_none`, the
-    others fail too, instead of waiting for it.
+    others fail, too, instead of waiting for it.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -33,7 +33,7 @@ class Pool:
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """Surround one call of `agree` or `merge` and what leads to it: if it fails here, it fails in all processes."""
+        """Surround one call of `agree` or `merge` and the code before it: an error here is one in all processes."""
         self._merged = False
         try:
             yield
@@ -49,7 +49,7 @@ class Pool:
             sizes: The number of channels of each layer.
 
         Raises:
-            RuntimeError: If their layers differ, or if one of them failed.
+            RuntimeError: If their layers differ, or if a process failed.
         """
         self._merged = True
         self.sizes = dict(sizes)
@@ -63,7 +63,7 @@ class Pool:
         """Add the samples, merge the moments, and unite the marked layers of all processes.
 
         Args:
-            samples: The number of samples that this process had.
+            samples: The number of samples that this process has seen.
             found: The moments of some of the layers.
             marked: The names of some of the layers.
 
@@ -102,9 +102,9 @@ class Pool:
         headers = self._gather(header)
         failed = [str(rank) for rank, theirs in enumerate(headers) if theirs[0] == FAILED]
         if failed:
-            raise RuntimeError(f"process {', '.join(failed)} of the group failed; here nothing has been changed")
+            raise RuntimeError(f"process {', '.join(failed)} of the group failed; nothing was changed here")
         if len({theirs[2] for theirs in headers}) > 1:
-            raise RuntimeError("the processes of the group do not have the same layers to work on")
+            raise RuntimeError("the processes of the group do not have the same layers")
         return headers
 
     def _gather(self, values: Any) -> list[Any]:

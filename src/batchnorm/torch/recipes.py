@@ -1,12 +1,12 @@
-"""Outputs that are not kept for the backward pass, because they can be made again.
+"""Recipes that recompute a layer's output in the backward pass, so that it need not be kept.
 
-The operation after a batch normalization keeps `y`, and the normalization itself keeps `x`, from which `y` follows at
-the price of one pass over memory. While a model runs, hooks of `torch.autograd.graph` see every tensor that is kept. In
-place of a `y` they keep a recipe, which makes the same bits when the backward pass asks for them.
+The operation after a batch normalization keeps `y`, and the normalization itself keeps `x`, from which one pass over
+memory recomputes `y`. While a model runs, hooks of `torch.autograd.graph` see every tensor that autograd keeps. In
+place of `y` they keep a recipe, which computes the same bits when the backward pass needs them.
 
-A recipe is found by the storage of the tensor that is kept, and only while that storage lives: a weak reference to it
-keeps its address from being used again. PyTorch does not check the versions of tensors that hooks have seen. So these
-hooks do, for every tensor: what was changed in place raises PyTorch's error.
+A recipe is looked up by the storage of the tensor that is kept, and only while that storage is alive: a weak reference
+keeps its address from being reused. PyTorch does not check the versions of tensors that pass through hooks. These hooks
+check every tensor and raise PyTorch's error if it was changed in place.
 """
 
 import threading
@@ -28,8 +28,8 @@ __all__ = ["Recipe", "Recipes", "active", "close_after", "follow_registrations",
 _autograd: Any = torch._C._autograd
 
 LONGEST = 12
-"""The longest chain of recipes in which each needs the next. A chain is made at once; a longer one is cut by keeping a
-tensor."""
+"""The longest chain of recipes in which each needs the next. A chain is recomputed as a whole; a longer one is cut by
+keeping a tensor."""
 
 
 class Kept:
@@ -54,7 +54,7 @@ class Kept:
 
 
 class Named:
-    """A tensor that a recipe makes, or a view of it."""
+    """A tensor that a recipe computes, or a view of it."""
 
     __slots__ = ("__weakref__", "_turn", "place", "recipe")
 
@@ -66,7 +66,7 @@ class Named:
             recipe.users += 1
 
     def get(self) -> Tensor:
-        """The tensor, made again.
+        """The tensor, recomputed.
 
         Raises:
             RuntimeError: If the original has been changed in place.
@@ -87,16 +87,16 @@ class Named:
 
 
 class Recipe:
-    """How to make `y` again.
+    """How to recompute `y`.
 
     Args:
         y: The original. It is not kept.
-        make: `make(*inputs)` returns its bits. Whatever it needs besides the inputs must be its own.
-        inputs: What keeps the inputs.
+        make: `make(*inputs)` returns the same bits. It must own whatever it needs besides the inputs.
+        inputs: The inputs, each kept or named.
 
     Attributes:
-        witness: A tensor without values that knows the version of `y`.
-        users: How many `Named` there are.
+        witness: A tensor without values that shares the version counter of `y`.
+        users: The number of `Named` tensors that this recipe computes.
     """
 
     depth: int
@@ -122,12 +122,12 @@ class Recipe:
         self._stream = 0
 
     def take(self, user: Named) -> Tensor:
-        """`y`, made at most once in a backward pass in which every user asks once; freed when the last one has asked.
+        """`y`, computed at most once in a backward pass in which every user asks once, and freed after the last one.
 
-        At the end of the backward pass it is freed in any case.
+        The end of the backward pass frees it in any case.
         """
         with self.lock:
-            if user._turn == self._turn:  # a graph that is retained: another pass
+            if user._turn == self._turn:  # the graph was retained, and this is another pass
                 self._turn, self._asked = self._turn + 1, 0
             user._turn = self._turn
             self._asked += 1
@@ -135,7 +135,7 @@ class Recipe:
             y = self._found if self._stream == stream else None
             if y is None:
                 with torch.no_grad():
-                    # In an input that a recipe makes, a later change of its original does not show.
+                    # A recomputed input is as it was, even if its original has been changed since.
                     given = [each.value() if isinstance(each, Named) else each.get() for each in self._inputs]
                     y = self._make(*given)
             self._stream = stream
@@ -154,7 +154,7 @@ class Recipe:
                 self._found = None
 
     def forget(self) -> None:
-        """Free `y`, if it waits for somebody."""
+        """Free `y` if it is held for another user."""
         with self.lock:
             self._found = None
 
@@ -192,10 +192,11 @@ class Recipes:
         self._expected: tuple[Callable[..., Tensor], Tensor] | None = None
 
     def note(self, y: Tensor, make: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> bool:
-        """Note how to make `y` from `x` and the residual, and return whether that pays.
+        """Note how to compute `y` from `x` and the residual, and return whether that saves memory.
 
-        A residual is named only if it is there anyway: because a recipe makes it, or because something keeps it, so
-        that PyTorch, too, would not allow to change it. Otherwise `y` is kept: the residual takes as much memory.
+        A recipe refers to a residual only if that is available anyway: a recipe computes it, or something else keeps
+        it, so that PyTorch would not allow changing it either. Otherwise `y` is kept: the residual would take as much
+        memory.
         """
         inputs: list[Kept | Named] = [self._find(x) or Kept(x)]
         if residual is not None:
@@ -212,7 +213,7 @@ class Recipes:
 
     @contextmanager
     def expecting(self, make: Callable[..., Tensor], z: Tensor) -> Iterator[None]:
-        """For one operation on `z`, which may keep its own output: this is how to make it."""
+        """Announce how to compute the output of one operation on `z`, which may keep that output."""
         self._expected = make, z
         try:
             yield
@@ -237,7 +238,7 @@ class Recipes:
         return kept
 
     def _find(self, t: Tensor) -> Kept | Named | None:
-        """What makes this tensor, or keeps it; None if nothing does."""
+        """What computes or keeps this tensor; None if nothing does."""
         key = t.untyped_storage()._cdata
         entry = self._found.get(key)
         if entry is not None:
@@ -245,7 +246,7 @@ class Recipes:
             if t._version == recipe.version and t.dtype is recipe.dtype and not t.is_neg() and not t.is_conj():
                 return Named(recipe, t)
             return None
-        kept = self._kept.get(key)  # alive, it keeps the storage alive, so this is the same one
+        kept = self._kept.get(key)  # while it is alive its storage is, too, so the address is the same storage
         if kept is None or kept.version != t._version or kept.tensor.dtype is not t.dtype:
             return None
         same = kept.tensor
@@ -262,7 +263,7 @@ def unpack(kept: Kept | Named) -> Tensor:
 
 
 class _Local(threading.local):
-    """The recipes of this thread, the module that began them, and whether the current layer wants one."""
+    """The recipes of this thread, the module whose call began them, and whether the current layer wants one."""
 
     recipes: Recipes | None = None
     owner = 0
@@ -279,14 +280,14 @@ def active() -> Recipes | None:
 
 @contextmanager
 def wanted() -> Iterator[None]:
-    """Let the normalization inside add to the recipes, if the innermost hooks are those of the recipes."""
+    """Let the normalization inside add recipes, if the innermost hooks are those of the recipes."""
     hooks = _autograd._top_saved_tensors_default_hooks(True)
     recipes = _local.recipes
     if recipes is None or hooks is None or hooks[0] != recipes.pack:
         if recipes is None and hooks is None and torch._C._current_graph_task_id() == -1 and is_eager():
             warnings.warn(
-                "a layer with save_memory=True was called outside of the forward of its model, where nothing can be "
-                "saved: call batchnorm.torch.save_memory(model) for the module that you call",
+                "a layer with save_memory=True was called outside the forward pass of its model, where it cannot save "
+                "memory: call batchnorm.torch.save_memory(model) with the module that you call",
                 stacklevel=2,
             )
         yield
@@ -299,13 +300,13 @@ def wanted() -> Iterator[None]:
 
 
 def open_before(module: nn.Module, args: Any) -> None:
-    """Begin recipes, unless a module around this one has, or something else handles what is kept."""
+    """Begin recipes, unless an enclosing module has done so or other hooks handle what is kept."""
     if torch.compiler.is_compiling():
         return
     if _local.recipes is not None:
         if _local.owner != id(module):
             return
-        close_after(module, args, None)  # a call that was interrupted
+        close_after(module, args, None)  # an earlier call was interrupted
     if (
         torch.is_grad_enabled()
         and is_eager()
@@ -350,7 +351,7 @@ _follows = False
 
 
 def follow_registrations() -> None:
-    """From now on, `install` in every module that gets a layer with `save_memory`, or a module that has one."""
+    """From now on, `install` recipes in every module that gets a layer with `save_memory` as a descendant."""
     global _follows
     if not _follows:
         _follows = True

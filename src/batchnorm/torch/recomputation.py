@@ -1,13 +1,13 @@
-"""Activation checkpoints of PyTorch: is this code a repetition, and what must they not see?
+"""PyTorch's activation checkpoints: whether one is repeating the current code, and how to hide operations from them.
 
 A checkpoint runs a part of a model again in the backward pass. The repetition must compute what the first pass did,
-but its batch has been counted already. A forward pass that somebody's own `backward` makes for the first time is no
-repetition, although a backward pass is under way. Libraries with checkpoints of their own, and networks that invert
-their layers, are not known here: they count a batch each time they repeat it, as with PyTorch's layers. So does a
-model that is compiled inside a checkpoint that is not, because its graph cannot see who runs it.
+but the batch has already been counted. A forward pass that a custom `backward` runs for the first time is not a
+repetition, although a backward pass is under way. Checkpoints of other libraries, and networks that invert their
+layers, are not recognized: they count a batch each time they repeat it, as they do with PyTorch's layers. So does a
+compiled model inside a checkpoint that is not compiled, because its graph cannot see what runs it.
 
 A selective checkpoint (`create_selective_checkpoint_contexts`) compares the operations of the two passes, and keeps
-results of the first for the second. The bookkeeping of running statistics is none of its business.
+results of the first for the second. The bookkeeping of running statistics must be hidden from it.
 """
 
 import sys
@@ -36,9 +36,9 @@ def is_inside() -> bool:
 def is_repetition() -> bool:
     """Whether a checkpoint of PyTorch is repeating the code that runs now.
 
-    The call stack tells. A checkpoint without reentrant autograd repeats inside `recompute_fn`. One with reentrant
-    autograd repeats inside `CheckpointFunction.backward`, which then calls `torch.autograd.backward`: what that runs
-    happens for the first time.
+    The call stack shows it. A checkpoint without reentrant autograd repeats inside `recompute_fn`. One with reentrant
+    autograd repeats inside `CheckpointFunction.backward`, which then calls `torch.autograd.backward`: whatever runs
+    inside that call is not a repetition.
     """
     if torch._C._current_graph_task_id() == -1:
         return False
@@ -73,6 +73,6 @@ def unseen() -> Iterator[None]:
 
 
 def _selective_modes() -> tuple[Any, ...]:
-    """The classes of the modes by which a selective checkpoint sees the first pass and the second."""
+    """The dispatch modes of a selective checkpoint, for its first pass and its second."""
     module = sys.modules.get(CHECKPOINT)
     return () if module is None else (module._CachingTorchDispatchMode, module._CachedTorchDispatchMode)

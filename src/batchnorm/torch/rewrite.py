@@ -1,7 +1,7 @@
-"""A module's class, rewritten to call its layers together with what follows them.
+"""Rewrite a module's class to call its layers together with what follows them.
 
-The methods are parsed, changed by `source`, and compiled again on the same lines of the same file, so that errors and
-breakpoints stay where one expects them. Nothing is traced or specialized: branches, loops and flags remain.
+The methods are parsed, changed by `syntax`, and compiled again on the same lines of the same file, so that errors and
+breakpoints appear where one expects them. Nothing is traced or specialized: branches, loops and flags remain.
 
 The new class is a subclass of the original with the same name. A module gets it by assignment to `__class__`, and keeps
 its parameters and hooks. It can be copied and pickled.
@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from batchnorm.torch import fuse
 from batchnorm.torch.activations import is_activation, recognize
 from batchnorm.torch.scripted import compiled_as
-from batchnorm.torch.source import FUSE, Names, Site, Source
+from batchnorm.torch.syntax import FUSE, Names, Site, Source
 
 __all__ = ["NotRewritten", "at_several_places", "forward_sequence", "neighbors", "origin", "original_class", "rewrite"]
 
@@ -64,7 +64,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """Pickle as a module of the original class, which is rewritten again, from its source then, on loading."""
+    """Pickle as a module of the original class, which is rewritten when it is loaded, from its source at that time."""
     reduced: Any = object.__reduce_ex__(self, max(2, protocol))
     return _restore, self._origin[:2], *reduced[2:]
 
@@ -88,7 +88,7 @@ def rewrite(module: nn.Module, shared: Container[nn.Module] = ()) -> type[nn.Mod
         A subclass of its class, with the same name and an `Origin`.
 
     Raises:
-        NotRewritten: If there is nothing to fuse, or if the class cannot be replaced unnoticed.
+        NotRewritten: If there is nothing to fuse, or if replacing the class would have other effects.
     """
     kind = original_class(module)
     if "forward" in vars(module):
@@ -133,7 +133,7 @@ def _has_pair(module: nn.Module) -> bool:
 
 def neighbors(modules: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module | None]]:
     """The members of a container, each with the next one."""
-    members = list(modules._modules.values())  # not `children()`, which names a module only once
+    members = list(modules._modules.values())  # `children()` would give a repeated module only once
     return zip_longest(members, members[1:])
 
 
@@ -188,7 +188,7 @@ def _methods(original: type[nn.Module]) -> Iterator[FunctionType]:
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
 _INTROSPECTIVE = {"locals", "vars", "dir", "eval", "exec", "_getframe"}
-"""With these, a method can see its variables in ways that its source does not show."""
+"""Functions by which a method can read its variables without naming them."""
 
 _FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
 
@@ -221,13 +221,13 @@ def _mentions(method: FunctionType, names: Names) -> bool:
 
 
 def _parse(method: FunctionType) -> ast.FunctionDef | None:
-    """The method's tree, with its lines and columns; None unless it certainly is the source of the running code.
+    """The method's tree, with its lines and columns; None unless it is certain to be the source of the running code.
 
-    It is not if the file has changed since it was loaded, or if a decorator replaced the method by another function.
+    It is not if the file has changed since it was loaded, or if a decorator has replaced the method.
     """
     try:
         lines, first = inspect.getsourcelines(method.__code__)
-        indented = lines[0][:1].isspace()  # then it needs a block around it
+        indented = lines[0][:1].isspace()  # then the source needs a block around it
         module = ast.parse("if True:\n" * indented + "".join(lines))
         ast.increment_lineno(module, first - 1 - indented)
         (tree,) = module.body[0].body if isinstance(module.body[0], ast.If) else module.body
@@ -274,8 +274,8 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _reason(original: type[nn.Module], methods: Iterable[FunctionType]) -> str:
-    """Why there was nothing to rewrite in a class."""
+    """The reason why there was nothing to rewrite in a class."""
     unread = [method.__name__ for method in methods if _parse(method) is None]
     if "forward" in unread:
         return f"the source of {original.__name__}.forward is not available"
-    return f"{original.__name__} does not call it and then, with nothing else in between, an activation"
+    return f"{original.__name__} does not call an activation directly after it"

@@ -1,6 +1,6 @@
 """The running statistics of a layer, and how they move.
 
-PyTorch's operation and the GPU's forward kernel may move them along with a batch. Everything else does it here.
+PyTorch's operation and the GPU's forward kernel may move the running statistics themselves. All other moves are here.
 """
 
 import math
@@ -16,14 +16,15 @@ __all__ = ["Running", "correction", "is_finite", "move", "update"]
 
 
 class Running(NamedTuple):
-    """The running statistics that belong to a call.
+    """The running statistics of a call.
 
     Attributes:
         mean, var: `(C,)`; None if there are none.
         momentum: The weight of the new batch; None for the average of all batches.
         batches: The counter of batches; None if there is none.
         skipped: The counter of skipped batches; None if there is none.
-        is_recomputed: Whether the batch was counted before, because an activation checkpoint repeats a forward pass.
+        is_recomputed: Whether the batch has been counted before, because an activation checkpoint repeats the forward
+            pass.
     """
 
     mean: Tensor | None = None
@@ -37,7 +38,7 @@ class Running(NamedTuple):
         """Check that the statistics fit `x`, and that they exist if they are needed.
 
         Raises:
-            RuntimeError: If they do not fit, are needed and missing, or should be differentiated.
+            RuntimeError: If they do not fit, are needed but missing, or would have to be differentiated.
             ValueError: If only one of the two is given.
         """
         if needed and (self.mean is None or self.var is None):
@@ -56,8 +57,8 @@ class Running(NamedTuple):
             forward_ad._current_level >= 0 and (_has_tangent(self.mean) or _has_tangent(self.var))
         ):
             raise RuntimeError(
-                "batch_norm is not differentiable with respect to running_mean and running_var: detach them, or give "
-                "constants that may be differentiated by a source of statistics of your own"
+                "batch_norm is not differentiable with respect to running_mean and running_var: detach them, or write "
+                "a source of statistics whose constants may be differentiated"
             )
 
     def rate(self, dtype: torch.dtype = torch.float64) -> float | Tensor:
@@ -71,7 +72,7 @@ class Running(NamedTuple):
         return (self.batches + 1).to(dtype).reciprocal()
 
     def copy(self) -> "Running":
-        """Copies of all, on which a repeated forward pass does exactly what the first one did."""
+        """Copies of all tensors, so that a repeated forward pass runs the same operations without an effect."""
         copies = [None if t is None else t.clone() for t in (self.mean, self.var, self.batches, self.skipped)]
         return Running(copies[0], copies[1], self.momentum, copies[2], copies[3], self.is_recomputed)
 
@@ -95,7 +96,7 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def correction(count: float | Tensor) -> float | Tensor:
-    """The factor from the biased to the unbiased variance: `count / (count - 1)`, or 1 where that is undefined."""
+    """The factor from the biased to the unbiased variance: `count / (count - 1)`, or 1 if that is undefined."""
     if isinstance(count, Tensor):
         return torch.where(count > 1, count / (count - 1), 1.0)
     return count / (count - 1) if count > 1 else 1.0
@@ -104,8 +105,8 @@ def correction(count: float | Tensor) -> float | Tensor:
 def update(running: Running, batch: Batch, unbiased: bool) -> None:
     """Move the running statistics towards those of a batch, in place, and count it: `definition.update_running`.
 
-    A batch that is empty, or whose statistics are not finite in the type of the running ones, does not change them and
-    is counted as skipped. Nothing waits for the device.
+    A batch that is empty, or whose statistics are not finite in the type of the running ones, does not change these and
+    counts as skipped. Nothing waits for the device.
 
     Args:
         running: The running statistics.
@@ -129,11 +130,11 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
 
     Args:
         running_mean, running_var: `(..., C)`. Changed in place.
-        batch: Mean and variance are `(..., C)`; the arithmetic has their type.
+        batch: Mean and variance are `(..., C)`, in the type of the arithmetic.
         rate: A number, or a tensor of that type that broadcasts.
 
     Returns:
-        Whether the batch's statistics are finite: a boolean where that is known at once, otherwise a tensor `(...)`.
+        Whether the batch's statistics are finite: a boolean if that is known at once, otherwise a tensor `(...)`.
     """
     # In the type of the buffers: a variance above 65504 is finite, but not in the float16 of `model.half()`.
     stored = batch.moments if running_var.dtype is batch.var.dtype else batch.moments.to(running_var.dtype)
@@ -149,7 +150,7 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
     olds, targets = [running_mean, running_var], [batch.mean, batch.var]
     is_exact = running_var.dtype is batch.var.dtype and running_mean.dtype is batch.var.dtype
     exact = olds if is_exact else [old.to(batch.var.dtype) for old in olds]
-    simply = torch.compiler.is_exporting()  # few tools that read an exported graph know operations on lists
+    simply = torch.compiler.is_exporting()  # few tools that read exported graphs support operations on lists
     if isinstance(rate, Tensor) or simply:
         news = [torch.lerp(old, new, rate) for old, new in zip(exact, targets, strict=True)]
     else:
@@ -171,7 +172,7 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all values are finite, and not so large that the sum of their squares is not."""
+    """Whether all values are finite, and the sum of their squares as well."""
     values = x.detach()
     if values.is_contiguous():  # the fastest test for a small tensor
         values = values.view(-1)

@@ -1,4 +1,4 @@
-"""What `torch.jit.script` compiles in the place of methods that are written in more of Python than it knows."""
+"""Substitutes that `torch.jit.script` compiles for methods whose Python it does not support."""
 
 import inspect
 from collections.abc import Callable
@@ -14,14 +14,14 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def compiled_as(source: Callable[..., Any]) -> Callable[[Method], Method]:
-    """Let `torch.jit.script` compile `source` in the place of a method; nothing else about the method changes.
+    """Let `torch.jit.script` compile `source` instead of a method, which does not change otherwise.
 
-    The compiler reads the source of the function that a method claims to wrap. It looks its names up where the method
-    is defined.
+    The compiler reads the source of the function that a method claims to wrap, but looks up names where the method is
+    defined.
     """
 
     def decorate(method: Any) -> Any:
-        method.__signature__ = inspect.signature(method)  # which would be that of `source`
+        method.__signature__ = inspect.signature(method)  # otherwise it would be that of `source`
         method.__wrapped__ = source
         return method
 

@@ -34,26 +34,26 @@ class Statistics:
     """Whether a call needs running statistics."""
 
     takes_mask = True
-    """Whether a mask means anything; if not, it is not even looked at."""
+    """Whether a mask has an effect; if not, it is ignored without a check."""
 
     def plan(self, call: Call, running: Running) -> Plan:
         """Plan the statistics by which a call is normalized.
 
         Args:
             call: The call.
-            running: The running statistics that belong to it.
+            running: Its running statistics.
 
         Returns:
             The plan.
 
         Raises:
             ValueError: If the call has too few values.
-            RuntimeError: If something else is missing.
+            RuntimeError: If running statistics or other requirements are missing.
         """
         raise TypeError(f"{type(self).__name__} is not a source of statistics: it needs a method `plan`")
 
     def fail(self, device: torch.device) -> None:
-        """Tell the other processes, which wait for this one, that it failed before its collective."""
+        """Tell the other processes, which are waiting for this one, that it failed before its collective."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class BatchStatistics(Statistics):
     unbiased: bool = True
 
     def plan(self, call: Call, running: Running) -> Plan:
-        """The whole batch, with the errors of `batch_norm`."""
+        """The whole batch; the errors are those of `batch_norm`."""
         count = _count_two(call)
         if isinstance(count, Tensor) or count != 0:
             return Plan(count, None, None, None, None, self.unbiased)
-        nothing = call.x.new_zeros(call.x.shape[1])  # the moments of nothing
+        nothing = call.x.new_zeros(call.x.shape[1])  # the moments of an empty batch
         return Plan(count, (nothing, nothing), unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
 class RunningStatistics(Statistics):
-    """The running statistics, in training too, unchanged: a frozen layer. Weight and bias may still learn."""
+    """The running statistics, in training as well, and unchanged: a frozen layer. Weight and bias may still learn."""
 
     needs_running = True
     takes_mask = False
@@ -155,7 +155,7 @@ class SyncStatistics(Statistics):
     """The statistics of the batches of all processes together, however the samples are split among them.
 
     A process may have no samples. All processes must call the layer, and its backward pass, equally often. Each pass
-    takes one collective. A layer of more than 256 channels that is wider than all layers before it takes one more.
+    needs one collective, and one more the first time that a layer is wider than 256 channels and all layers before it.
     Without `torch.distributed`, or in a group of one process, these are the statistics of the batch.
 
     Args:
@@ -175,7 +175,7 @@ class SyncStatistics(Statistics):
 
     @property
     def group(self) -> Group | None:
-        """The current group of processes; None if this one is alone."""
+        """The current group of processes; None if there are no others."""
         return Group.of(self.process_group)
 
     def plan(self, call: Call, running: Running) -> Plan:
@@ -208,7 +208,7 @@ class Renorm(Statistics):
 
     `y = xhat * r + d` before weight and bias, where
     `r = clip(std / running_std, 1/r_max, r_max)` and `d = clip((mean - running_mean) / running_std, -d_max, d_max)` are
-    constants in the backward pass. Without the clips, `y` would equal that of evaluation.
+    constants in the backward pass. Without the clips, `y` would be the same as in evaluation.
 
     Both limits grow with the layer's `num_batches_tracked`, which is in its state dict. For `warmup_steps` batches
     there is no correction (`r = 1, d = 0`). Then `r_max` grows linearly until `8 * warmup_steps` and `d_max` until
@@ -244,7 +244,7 @@ class Renorm(Statistics):
         if running.is_recomputed:
             raise RuntimeError(
                 "Renorm() cannot be inside an activation checkpoint: it corrects towards the running statistics, which "
-                "have moved when the forward pass is repeated. Leave the layer out of the checkpoint"
+                "have moved by the time the forward pass is repeated. Leave the layer out of the checkpoint"
             )
         old_mean, old_var = running.mean, running.var
         if old_mean is None or old_var is None:
@@ -289,7 +289,7 @@ class Renorm(Statistics):
 
 
 def expect(statistics: Any) -> None:
-    """Check that this is a source of statistics or None.
+    """Raise an error unless `statistics` is a source of statistics or None.
 
     Raises:
         TypeError: If `statistics` is neither.
@@ -303,18 +303,18 @@ def expect(statistics: Any) -> None:
 
 
 def _count_two(call: Call) -> float | Tensor:
-    """The total count of the values of each channel, of which there must be at least two, or none."""
+    """The total count of each channel's values, of which there must be at least two, or none."""
     if not call.is_eager and is_tracing():
         tracer: Any = torch._C
         state = tracer._get_tracing_state()
-        tracer._set_tracing_state(None)  # sizes are numbers, for the errors of this batch
+        tracer._set_tracing_state(None)  # now sizes are numbers, so that this batch can be checked
         try:
             _count_two(call)
         finally:
             tracer._set_tracing_state(state)
         return call.total()
     if call.counts is not None and is_symbolic():
-        return call.total()  # what is the same for all values cannot depend on them
+        return call.total()  # a graph for all values cannot check some of them
     values = call.positions()
     if values != 1 and call.counts is None:
         return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)  # pyright: ignore[reportReturnType]

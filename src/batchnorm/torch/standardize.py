@@ -17,7 +17,7 @@ __all__ = ["Standardize"]
 
 
 _positive = WeakTensorKeyDictionary()
-"""Counts that were found positive, each with its version: to look at one on a GPU is to wait for the GPU."""
+"""Counts that were found positive, each with its version, because reading one on a GPU means waiting for the GPU."""
 
 
 def _is_positive(count: Tensor) -> bool:
@@ -32,10 +32,10 @@ def _is_positive(count: Tensor) -> bool:
 
 
 def _rounding(found: Moments) -> Any:
-    """A bound of the standard deviation that rounding gives to a constant channel, `(C,)`.
+    """A bound on the standard deviation that rounding can give to a constant channel, `(C,)`.
 
     All sums start from a value of the channel and are merged by differences, so a constant's mean is off by a few units
-    in the last place. Sums of weighted values, on other devices, add one for each value; they are independent.
+    in the last place. Sums of weighted values, on other devices, add an independent error for each value.
     """
     return np.finfo(np.float64).eps * (8 + np.sqrt(found.count)) * np.abs(found.mean)
 
@@ -44,8 +44,8 @@ class Standardize(nn.Module):
     """`y = (x - mean) / std` for each channel, and its inverse, with constants that `fit` takes from the data.
 
     Before a model it normalizes the inputs. After one, `inverse` turns its outputs into the units of the targets. A
-    constant channel is only centered: one whose standard deviation is not above `eps * (8 + sqrt(count)) * |mean|`,
-    with the `eps` of float64, which is what rounding may make of a constant.
+    constant channel is only centered. A channel counts as constant if rounding alone can explain its standard
+    deviation, which is then at most `eps * (8 + sqrt(count)) * |mean|` with the `eps` of float64.
 
     Args:
         num_features: The number of channels, `C`.
@@ -55,8 +55,8 @@ class Standardize(nn.Module):
     Attributes:
         mean: `(C,)`, in the units of the data. A buffer: it is saved with the model.
         std: `(C,)`, the square root of the biased variance; 1 for a constant channel.
-        count: The number of values per channel that were seen; 0 before `fit`. Without statistics, a call is an error;
-            in compiled graphs and under `torch.func`, where nothing can be raised, the result is NaN.
+        count: The number of values per channel in the data; 0 before `fit`. A call before `fit` is an error; in
+            compiled graphs and under `torch.func`, which cannot raise it, the result is NaN.
 
     Raises:
         ValueError: If `num_features` is not a positive integer.
@@ -91,18 +91,20 @@ class Standardize(nn.Module):
         get the same result.
 
         Args:
-            data: A tensor `(N, C, *spatial)`, or batches of such tensors. Of a tuple or a list, the first item is used.
-            select: Returns the tensor of a batch, if it is another one: `lambda batch: batch["image"]`.
-            mask: Returns which positions of a batch count, as in `batch_norm`.
-            process_group: Of `torch.distributed`; the default one if None.
+            data: A tensor `(N, C, *spatial)`, or batches of such tensors. If a batch is a tuple or a list, its first
+                item is used.
+            select: `select(batch)` returns another part of a batch: `lambda batch: batch["image"]`.
+            mask: `mask(batch)` returns which positions count, as in `batch_norm`.
+            process_group: A group of `torch.distributed`; the default group if None.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: If there are no data, if their second axis is not of `num_features`, or if they are not finite.
-            TypeError: If a batch holds no tensor.
-            RuntimeError: If another process failed. In all of these cases mean and std stay as they were.
+            ValueError: If there are no data, if the second axis does not have `num_features` channels, or if the data
+                are not finite.
+            TypeError: If a batch contains no tensor.
+            RuntimeError: If another process failed. In all these cases mean and std stay as they were.
         """
         pool = Pool(process_group)
         name = "data"
@@ -117,7 +119,7 @@ class Standardize(nn.Module):
                 seen = merge_moments(seen, moments(x, None if mask is None else mask(batch)))
             _, found, _ = pool.merge(0, {name: seen} if seen.count > 0 else {})
         if name not in found:
-            raise ValueError("there is nothing to fit to: the data has no values")
+            raise ValueError("there is nothing to fit to: the data have no values")
         mean, std = (
             torch.from_numpy(values).to(self.mean.dtype) for values in (found[name].mean, np.sqrt(found[name].var))
         )
@@ -149,7 +151,7 @@ class Standardize(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(
-                f"Standardize({self.num_features}) takes (N, {self.num_features}, *spatial), got {tuple(x.shape)}"
+                f"Standardize({self.num_features}) needs shape (N, {self.num_features}, *spatial), got {tuple(x.shape)}"
             )
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +175,10 @@ class Standardize(nn.Module):
             `y`, in the shape of `x`, without units.
 
         Raises:
-            ValueError: If the second axis of `x` is not of `num_features`.
+            ValueError: If the second axis of `x` does not have `num_features` channels.
             RuntimeError: If there are no statistics yet.
         """
-        if isinstance(x, torch.fx.Proxy):  # a symbolic trace records it as one call
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace records the module as one call
             tracer: Any = x.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         mean, std = self._constants(x)
@@ -192,7 +194,7 @@ class Standardize(nn.Module):
             `x`, in the shape of `y` and in the units of the data.
 
         Raises:
-            ValueError: If the second axis of `y` is not of `num_features`.
+            ValueError: If the second axis of `y` does not have `num_features` channels.
             RuntimeError: If there are no statistics yet.
         """
         mean, std = self._constants(y)

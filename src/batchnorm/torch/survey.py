@@ -1,8 +1,8 @@
-"""Which batch normalizations a model has, and which of them a tool may touch.
+"""Which batch normalizations a model has, and which of them a tool may change.
 
-A layer counts as a batch normalization if it computes what one computes: if it has the forward of PyTorch's class, of
-ours, or of another class that is known (`adapters`). A subclass that inherits the forward counts; one that has its own
-does not, since it may normalize something else.
+A layer counts as a batch normalization if it has the forward of PyTorch's class, of ours, or of another known class
+(`adapters`). A subclass that inherits the forward counts; one with a forward of its own does not, because it may
+compute something else.
 """
 
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ class Found(NamedTuple):
     """One batch normalization of a model.
 
     Attributes:
-        name: Where it is, as in `named_modules`; empty if it is the model itself.
+        name: Its name, as in `named_modules`; empty if it is the model itself.
         layer: The layer.
         ours: Whether its class is ours, or inherits our forward.
-        reason: Why it may compute something else, to be read after its name; empty if it does not.
+        reason: Why it may compute something else, as a phrase that follows its name; empty if it does not.
     """
 
     name: str
@@ -34,17 +34,17 @@ class Found(NamedTuple):
 
 
 def expect_module(model: Any) -> None:
-    """Check that this is a module.
+    """Raise an error unless `model` is a module.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If it is not one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def survey(model: nn.Module) -> list[Found]:
-    """All batch normalizations of a model, and what resembles one, each once, in the order of `named_modules`."""
+    """All batch normalizations of a model and everything that resembles one, each once, as in `named_modules`."""
     expect_module(model)
     return [
         Found(name, module, is_ours(module), deviation(module))
@@ -54,7 +54,7 @@ def survey(model: nn.Module) -> list[Found]:
 
 
 def deviation(layer: nn.Module) -> str:
-    """Why a layer may compute something other than a batch normalization, to be read after its name; empty if not."""
+    """Why a layer may not compute a batch normalization, as a phrase that follows its name; empty if it does."""
     kind, known = type(layer), adapter(type(layer))
     if known is not None:
         for name in ("weight", "bias", "running_mean", "running_var", *(["eps"] if known.eps is None else [])):
@@ -77,5 +77,5 @@ def keeps_statistics(layer: Any) -> bool:
 
 
 def is_frozen(layer: Any) -> bool:
-    """Whether a layer normalizes by its running statistics in training, too, and leaves them as they are."""
+    """Whether a layer normalizes by its running statistics in training as well, without changing them."""
     return layer.statistics == RunningStatistics() if is_ours(layer) else is_always_frozen(type(layer))

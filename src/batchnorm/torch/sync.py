@@ -18,7 +18,7 @@ a gradient, the number of positions that the mask keeps, and their total count."
 
 FIRST_WIDTH = 256
 _widths: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
-"""The number of channels for which the rows of each group have room: all rows of a group have the same length."""
+"""The number of channels for which the rows of each group have room. All rows of a group have the same length."""
 
 
 class Group:
@@ -31,7 +31,7 @@ class Group:
 
     @staticmethod
     def of(group: Any) -> "Group | None":
-        """The processes of a `torch.distributed` group; None if this one is alone."""
+        """The processes of a `torch.distributed` group; None if there are no others."""
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise RuntimeError("a process group was given, but torch.distributed is not initialized")
@@ -45,11 +45,11 @@ class Group:
         """Count, mean and biased variance over all processes, differentiable, from those of this process.
 
         Args:
-            x: The tensor of these moments. Its channels, its type and whether it needs a gradient must be the same in
-                all processes.
+            x: The tensor of these moments. All processes must agree on its channels, its type and whether it needs a
+                gradient.
             positions: The number of its positions that count; 0 for a process without samples.
             count: Their total count, a number or a tensor.
-            mean, var: `(C,)`; zeros where nothing counts.
+            mean, var: `(C,)`; zeros if nothing counts.
 
         Returns:
             Tensors of float64.
@@ -85,7 +85,7 @@ class Group:
         return sums
 
     def fail(self, device: torch.device) -> None:
-        """Tell the other processes, which wait in `pool`, that this one failed before it could call `pool`."""
+        """Tell the other processes, which are waiting in `pool`, that this one failed before it could call `pool`."""
         self._gather(self._row([FAILED], device))
 
     def _row(self, header: list[int], device: torch.device) -> Tensor:
@@ -100,7 +100,7 @@ class Group:
             _widths[self.group] = channels
 
     def _require(self, rows: Tensor, kind: int) -> Tensor:
-        """The headers of the rows, if they match."""
+        """The headers of the rows; an error if they do not match."""
         about = rows[:, :HEADER].cpu()
         failed = [rank for rank, flag in enumerate(about[:, 0].tolist()) if flag == FAILED]
         if failed:
@@ -118,7 +118,7 @@ class Group:
         if len(set(needs)) > 1:
             raise RuntimeError(
                 f"x needs a gradient in only some of the processes: {self._each(needs)}; their backward pass would "
-                "wait forever for the others"
+                "wait for the others forever"
             )
         assert set(about[:, 0].tolist()) == {kind}, "equal numbers of channels need rows of equal length"
         return about
@@ -137,9 +137,9 @@ class Group:
             collective(*tensors, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"synchronized batch normalization: process {self.rank} of {self.size} waited for the others in vain. "
-                "One of them has ended, or the processes called different numbers of synchronized layers or of their "
-                f"backward passes. ({error})"
+                f"synchronized batch normalization: process {self.rank} of {self.size} waited for the others in vain: "
+                "one of them has ended, or the processes called different numbers of synchronized layers or of their "
+                f"backward passes ({error})"
             ) from error
 
 

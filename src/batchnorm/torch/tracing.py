@@ -1,9 +1,9 @@
-"""What a model computes, as graphs that show what each value is used for.
+"""Graphs of what a model computes, which show every use of a value.
 
-A model is traced by `torch.fx`: its code runs once with symbols in place of tensors, and every operation on a symbol
-becomes a node of a graph. The graph is a proof only if the code does the same for every input. So a model that asks a
-symbol for something unknown (its size, its sign, its type) counts as one that cannot be traced. An optional argument
-may be given or left out: both ways are traced.
+`torch.fx` traces a model: its code runs once with symbols in place of tensors, and every operation on a symbol becomes
+a node of a graph. The graph is a proof only if the code does the same for every input. So a model that asks a symbol
+for something unknown (its size, its sign, its type) cannot be traced. Calls with and without an optional argument are
+traced separately.
 
 If a model cannot be traced, each of its children is traced on its own.
 """
@@ -62,11 +62,11 @@ def duplicate(value: T) -> T:
 
 
 class _Value(fx.Proxy):
-    """A value about which nothing is known, not even whether it is a tensor."""
+    """A value of which nothing is known, not even whether it is a tensor."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # pyright: ignore
-        """Asked for by `isinstance`; `torch.fx` would answer that the value is not a tensor."""
+        """Read by `isinstance`, to which `torch.fx` would answer that the value is not a tensor."""
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return type(self)
         raise TraceError("what it does depends on the type of a value")
@@ -116,7 +116,7 @@ def _normalizations(module: nn.Module) -> list[str]:
 
 def _trace(model: nn.Module, path: str, given: dict[str, Any]) -> Flow:
     """The values in one module of a model, called with the given arguments; all others are unknown."""
-    root = duplicate(model.get_submodule(path))  # its code may write to it
+    root = duplicate(model.get_submodule(path))  # its code may change it
     owners = {id(tensor): name for name, inner in root.named_modules() for _, tensor in leaves(vars(inner), Tensor)}
     tracer = _Tracer()
     graph = tracer.trace(root, given or None)
@@ -141,7 +141,7 @@ def _trace_every_way(model: nn.Module, path: str) -> tuple[Flow, ...]:
         raise TraceError("it has been replaced")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise TraceError("it takes any keyword arguments")
+        raise TraceError("it accepts any keyword argument")
     choices = [
         [{}, {parameter.name: None}] if parameter.default is None else [{parameter.name: False}, {parameter.name: True}]
         for parameter in parameters
@@ -160,7 +160,7 @@ def trace(model: nn.Module) -> tuple[list[tuple[Flow, ...]], dict[str, str]]:
     without a default are assumed to be given.
 
     Args:
-        model: Any module; it is left as it is.
+        model: Any module, which does not change.
 
     Returns:
         For each part, a flow for each way to call it; and for every normalization in no part, the reason.
@@ -181,7 +181,7 @@ def trace(model: nn.Module) -> tuple[list[tuple[Flow, ...]], dict[str, str]]:
             try:
                 parts.append(_trace_every_way(model, path))
                 return
-            except Exception as error:  # the model's own code, which does not expect symbols, may raise anything
+            except Exception as error:  # the model's code does not expect symbols and may raise anything
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 reason = f"the forward of {type(module).__name__} cannot be traced: {first}"
         for name, _ in module.named_children():

@@ -1,8 +1,8 @@
 """Batch normalization inside `torch.func`: an ensemble under `vmap` is one batch normalization with more channels.
 
 `grad`, `vjp` and `vmap`, nested in any order, reach the kernels; `jvp` and `functionalize` need elementary operations.
-Running statistics move as they would without a transform. If `vmap` maps over them, each moves by its own batch; if it
-does not, they move by all the batches together, as if these were one batch.
+Running statistics move as they would without a transform. If `vmap` maps over them, each moves by its own batch;
+otherwise they move by all batches together, as if these were one batch.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def active() -> bool:
 
 
 def takes(call: Call, plan: Plan) -> bool:
-    """Whether the operators can compute this, and the active transforms end in plain tensors."""
+    """Whether the operators can compute this call, and there are plain tensors inside all active transforms."""
     known = _functorch.TransformType.Vmap, _functorch.TransformType.Grad
     return (
         active()
@@ -42,11 +42,11 @@ def compute(call: Call, plan: Plan) -> Outcome:
     return operators.compute(call, plan, forward=_Forward.apply)
 
 
-# --- The operators, folded -------------------------------------------------------------------------------------------
+# --- The operators under vmap ----------------------------------------------------------------------------------------
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Fold the ensemble's axis `dim`, if there is one, into the channels: `(N, B*C, *spatial)`, or `(B*C,)`."""
+    """Merge the ensemble's axis `dim`, if there is one, with the channels: `(N, B*C, *spatial)`, or `(B*C,)`."""
     if t is None:
         return None
     channels = 1 if t.dim() - (dim is not None) > 1 else 0
@@ -69,7 +69,7 @@ def _unfold(t: Tensor, size: int) -> tuple[Tensor, int | None]:
 def _map(
     function: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...], mask: int
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The `vmap` rule of an operator: more channels; if each member has its own mask, one member after the other."""
+    """The `vmap` rule of an operator: more channels, or one member at a time if each has its own mask."""
     size = info.batch_size
     if in_dims[mask] is None:
         folded = (
@@ -128,9 +128,9 @@ class _Backward(torch.autograd.Function):
 
 
 def _unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[int]]:
-    """The plain tensor under all wrappers, with the axes that `vmap` maps in front, and the levels of these axes.
+    """The plain tensor inside all wrappers, with the axes that `vmap` maps in front, and the levels of these axes.
 
-    Call it outside the transforms. With `levels`, each of these levels gets an axis, of length 1 where it has none.
+    Call it outside the transforms. With `levels`, each of these levels gets an axis, if need be of length 1.
     """
     dims = []
     while _functorch.is_functorch_wrapped_tensor(t):
@@ -149,7 +149,7 @@ def _unwrap(t: Tensor, levels: list[int] | None = None) -> tuple[Tensor, list[in
 
 
 def update(running: Running, batch: Batch, unbiased: bool) -> None:
-    """`running.update`, where `vmap` may have made ensembles of the statistics, of the batch, or of both."""
+    """`running.update` under `vmap`, which may map the running statistics, the batch, or both."""
     with temporarily_clear_interpreter_stack(), torch.no_grad():
         if running.mean is None or running.var is None:
             return _count(running, True)
@@ -187,7 +187,7 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
 
 
 def _count(running: Running, moved: bool | Tensor) -> None:
-    """Add to the counters of a layer. Where they belong to a whole ensemble, all of it counts, or any that skipped."""
+    """Add to the counters of a layer. A whole ensemble counts as skipped if any of its members does."""
     if running.batches is None:
         return
     told = torch.as_tensor(moved, device=running.batches.device)

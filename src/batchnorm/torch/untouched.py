@@ -1,4 +1,4 @@
-"""A model is run as in training, and is afterwards as it was: buffers, modes, gradients, random states."""
+"""Run a model in training and leave it as it was: its buffers and modes, and the random states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from batchnorm.whole import randomness
 __all__ = ["random_states_kept", "untouched"]
 
 COUNTER = "num_batches_skipped"
-"""What a layer of ours counts without a buffer."""
+"""The counter of our layers that is not a buffer."""
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Let the model use copies of its buffers and counters; then give it its own again, and its modes.
+    """Let the model use copies of its buffers and counters, and restore its own and its modes afterwards.
 
-    The buffers themselves are not written to: a backward pass that is still to come may need them as they are.
+    The buffers themselves are never written to, because a later backward pass may need their values.
     """
     modes = [(module, module.training) for module in model.modules()]
     held = [(module, name, buffer) for module, _ in modes for name, buffer in module._buffers.items()]
@@ -45,7 +45,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """The random states of PyTorch on all devices in use, of NumPy and of Python are afterwards as they were."""
+    """Restore the random states of Python, of NumPy, and of PyTorch on all devices in use."""
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     metal = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None

@@ -1,10 +1,10 @@
-"""Watch the batch normalizations of a model while it trains.
+"""Record the batch normalizations of a model while it trains.
 
 ```
 with watch(model, every=10, to="statistics.csv") as seen:
     for x, y in loader:
         ...                      # the usual training step
-print(seen)                      # the last step in one line; `seen.records` has the last records
+print(seen)                      # the last step in one line; `seen.records` has the most recent records
 ```
 """
 
@@ -28,26 +28,26 @@ __all__ = ["Record", "watch"]
 class watch(Recorder):
     """A context manager that records each batch normalization of a model, step by step.
 
-    A step is a call of the model in training mode. It is recorded when the next one begins, or at the end, so that its
-    gradients are known. Between recorded steps there is nothing but a counter. Nothing of the model changes, except
-    that it has hooks while it is watched; a compiled model is compiled anew for them.
+    A step is a call of the model in training mode. It is recorded when the next step begins, or at the end, so that its
+    gradients are known. Steps that are not recorded cost one counter. The model does not change, but it has hooks while
+    it is watched, and a compiled model is compiled again because of them.
 
     Args:
         model: Any module with PyTorch's layers or ours.
-        every: Record every so many steps, the first one included.
-        to: Where the records go besides `records`: a `.csv` file; a folder, for TensorBoard; a writer with
+        every: Record one step in `every`, beginning with the first.
+        to: Where the records go in addition to `records`: a `.csv` file; a folder, for TensorBoard; a writer with
             `add_scalar`; or a function that is called with each `Record`.
-        keep: The number of records that are kept in memory, one for each layer and step.
-        live: Whether to show a line on stderr, where that is a terminal and rich is installed.
+        keep: The number of records to keep in memory. Each step gives one record per layer.
+        live: Whether to show a line on stderr, if that is a terminal and rich is installed.
 
     Attributes:
-        records: The last records.
+        records: The most recent records.
         steps: The number of training steps so far.
 
     Raises:
         ValueError: If the model has no batch normalization, or `every` or `keep` is not positive.
         InputError: If the file cannot be written, or TensorBoard is not installed.
-        TypeError: If records cannot go to `to`.
+        TypeError: If `to` is none of these.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class watch(Recorder):
         self.model, self.every = model, every
         self.layers: dict[str, Any] = {name: layer for name, layer, *_ in survey(model)}
         if not self.layers:
-            raise ValueError("there is no batch normalization in this model, so there is nothing to watch")
+            raise ValueError("model has no batch normalization, so there is nothing to watch")
         self._step: _Step | None = None
         self._hook: Any = None
 
@@ -88,8 +88,8 @@ class watch(Recorder):
             self.close()
         if kind is None and self.steps == 0:
             warnings.warn(
-                "watch saw no training step: the model was not called in training mode. Watch the module that is "
-                "called",
+                "watch saw no training step: the model was never called in training mode; watch the module that you "
+                "call",
                 stacklevel=2,
             )
 
@@ -115,7 +115,7 @@ class watch(Recorder):
 
 
 class _Step:
-    """One step that is recorded. Nothing waits for the device until `records`."""
+    """One recorded step. Nothing waits for the device before `records` is called."""
 
     def __init__(self, layers: dict[str, Any]) -> None:
         self.layers = layers
@@ -125,13 +125,13 @@ class _Step:
             self.handles.append(layer.register_forward_hook(self._watch(name), with_kwargs=True))
 
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         while self.handles:
             self.handles.pop().remove()
 
     def _watch(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any], y: Any) -> None:
-            # A checkpoint repeats a call in the backward pass, and a layer may be called again: the first call counts.
+            # Only the first call counts: a checkpoint repeats calls in the backward pass, and a layer may be reused.
             given = args[0] if args else kwargs.get("input")
             if name in self.found or not isinstance(given, Tensor) or not isinstance(y, Tensor) or not layer.training:
                 return
@@ -158,7 +158,7 @@ class _Step:
         return hook
 
     def records(self, step: int) -> list[Record]:
-        """What was found in each layer that was called."""
+        """A record of each layer that was called."""
         records = []
         for name, found in self.found.items():
             layer = self.layers[name]

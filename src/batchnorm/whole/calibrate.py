@@ -1,7 +1,7 @@
-"""Calibration: running statistics that are exactly those of the data, pooled over all of it.
+"""Calibration: running statistics that are exactly those of the data.
 
-`calibrate` is the tool without a framework. It reads the data, merges the moments of what comes into each layer, writes
-them, and says what it did. All that it asks of a framework is a `Model`.
+`calibrate` is independent of the framework. It reads the data, merges the moments of each layer's inputs, writes them,
+and reports what it did. It asks a framework's adapter, a `Model`, for everything else.
 """
 
 import sys
@@ -25,7 +25,7 @@ Statistics = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Mean and variance of each channel."""
 
 
-# --- What was done ----------------------------------------------------------------------------------------------------
+# --- The result -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Calibration:
     """What `calibrate` did.
 
     Attributes:
-        samples: The number of samples, over all processes; a batch whose number cannot be seen counts as one.
+        samples: The number of samples, over all processes; a batch of unknown size counts as one.
         changes: How much each layer changed: the largest difference in its normalized output, over its channels, for an
-            input one standard deviation from the mean. 0.01 is little, 1 is a standard deviation.
-        skipped: Why each of the other layers is as it was.
+            input one standard deviation from the mean. 0.01 is small; 1 is a standard deviation.
+        skipped: The reason why each other layer is unchanged.
     """
 
     samples: int
@@ -59,7 +59,7 @@ class Calibration:
         if self.changes:
             name = max(self.changes, key=self.changes.__getitem__)
             summary += f"; the largest change is {self.largest:.2g} standard deviations, in {_named(name)}"
-        return "\n".join([summary, *(f"  {_named(name)} is as it was: {why}" for name, why in self.skipped.items())])
+        return "\n".join([summary, *(f"  {_named(name)} is unchanged: {why}" for name, why in self.skipped.items())])
 
 
 def _counted(number: int, noun: str) -> str:
@@ -71,7 +71,7 @@ def _named(name: str) -> str:
 
 
 def change(old: Statistics, new: Statistics, eps: float) -> float:
-    """How far the normalized outputs of two pairs of statistics are apart: see `Calibration.changes`."""
+    """The distance between the normalized outputs of two pairs of statistics: see `Calibration.changes`."""
     (old_mean, old_var), (new_mean, new_var) = old, new
     with np.errstate(all="ignore"):
         old_rstd, new_rstd = reciprocal_std(old_var, eps), reciprocal_std(new_var, eps)
@@ -80,7 +80,7 @@ def change(old: Statistics, new: Statistics, eps: float) -> float:
         return float(np.max(np.nan_to_num(differences, nan=np.inf), initial=0.0))
 
 
-# --- What a framework brings ------------------------------------------------------------------------------------------
+# --- The adapter ------------------------------------------------------------------------------------------------------
 
 
 class Layer(NamedTuple):
@@ -88,7 +88,7 @@ class Layer(NamedTuple):
 
     Attributes:
         channels: The number of channels.
-        eps: What the layer adds to the variance.
+        eps: Added to the variance.
         dtype: The type of its running statistics, for error messages.
     """
 
@@ -98,9 +98,9 @@ class Layer(NamedTuple):
 
 
 See = Callable[[str, Moments | str], Statistics | None]
-"""Called with the name of a layer and the moments of its input, or the reason why it has none, before the layer runs.
+"""Called before a layer runs, with its name and the moments of its input, or the reason why these are unknown.
 
-It returns the statistics by which the layer must normalize this input; None means those that the layer has.
+It returns the statistics by which the layer must normalize this input; None means the layer's own.
 """
 
 
@@ -118,17 +118,17 @@ class Model(Protocol):
     def run(self, batch: Any, names: Collection[str], see: See) -> None:
         """Call the model on a batch.
 
-        The whole model evaluates meanwhile, and `see` is told what comes into the layers with these names. Afterwards
-        everything is as before, except for the statistics that `see` has returned.
+        Meanwhile the whole model evaluates, and `see` is called for the layers with these names. Afterwards everything
+        is as before, except for the statistics that `see` has returned.
         """
         ...
 
     def size(self, batch: Any) -> int | None:
-        """The number of samples in a batch, which has just been `run`; None if it cannot be seen."""
+        """The number of samples in a batch that has just been `run`; None if it is unknown."""
         ...
 
     def read(self, name: str) -> Statistics:
-        """The running statistics of a layer: copies."""
+        """Copies of the running statistics of a layer."""
         ...
 
     def write(self, name: str, mean: NDArray[np.float64], var: NDArray[np.float64]) -> None:
@@ -136,7 +136,7 @@ class Model(Protocol):
         ...
 
     def keep(self, name: str) -> Callable[[], None]:
-        """Remember the statistics of a layer; the function that is returned puts them back, to the bit."""
+        """Copy the statistics of a layer, and return a function that restores them, to the bit."""
         ...
 
 
@@ -144,7 +144,7 @@ class Processes(Protocol):
     """The processes that pool their statistics. Each calls `agree` once, then `merge` as often as the others."""
 
     def all_or_none(self) -> AbstractContextManager[None]:
-        """Surround one call of `agree` or `merge` and what leads to it: if it fails here, it fails in all processes."""
+        """Surround one call of `agree` or `merge` and the code before it: an error here is one in all processes."""
         ...
 
     def agree(self, sizes: Mapping[str, int]) -> None:
@@ -162,16 +162,16 @@ class Alone:
     """One process."""
 
     def all_or_none(self) -> AbstractContextManager[None]:
-        """Nobody waits."""
+        """Do nothing: no other process waits."""
         return nullcontext()
 
     def agree(self, sizes: Mapping[str, int]) -> None:
-        """There is nobody to agree with."""
+        """Do nothing: there is no other process."""
 
     def merge(
         self, samples: int, found: Mapping[str, Moments], marked: Collection[str] = ()
     ) -> tuple[int, dict[str, Moments], set[str]]:
-        """What this process has."""
+        """The arguments, as there is no other process."""
         return samples, dict(found), set(marked)
 
 
@@ -188,30 +188,30 @@ def calibrate(
     processes: Processes,
     progress: bool,
 ) -> Calibration:
-    """Set the running statistics of all layers to the statistics of what comes into them.
+    """Set the running statistics of all layers to the statistics of their inputs.
 
     For each layer and channel, over all `n` values: `running_mean = mean`, `running_var = var`, or `var * n/(n-1)` if
-    `unbiased`. Batches are merged by their counts, with the variance between them.
+    `unbiased`. Batches are merged by their counts, including the variance between them.
 
-    "parallel" takes one pass: each layer normalizes by the batch at hand. "sequential" takes several: a pass completes
-    the layers that, in every batch, ran only after layers that were complete, which evaluate with their new statistics.
+    "parallel" needs one pass: each layer normalizes by the current batch. "sequential" needs several: a pass completes
+    the layers that, in every batch, run only after complete layers, which evaluate with their new statistics.
 
     Args:
         model: The model.
         data: The batches.
         method: "parallel" or "sequential".
-        max_samples: Stop after the batch that reaches this number, in each process; None takes all.
+        max_samples: Stop after the batch that reaches this number of samples, in each process; None reads all.
         unbiased: Whether the running variance is the unbiased one.
         processes: The processes that pool their statistics.
-        progress: Whether to show a bar, where stderr is a terminal and rich is installed.
+        progress: Whether to show a progress bar, if stderr is a terminal and rich is installed.
 
     Returns:
         What was done.
 
     Raises:
-        ValueError: If there are no data, or no layer that they reach; if statistics are not finite; if `method` or
-            `max_samples` is wrong; if the data can be read only once and `method` is "sequential".
-        TypeError: If `data` gives no batches, or is one.
+        ValueError: If there are no data, or they reach no layer; if statistics are not finite; if `method` or
+            `max_samples` is invalid; if the data can be read only once and `method` is "sequential".
+        TypeError: If `data` is one batch, or not iterable.
 
     Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3; Chan et al. 1983 for the merging.
     """
@@ -227,7 +227,7 @@ def calibrate(
     with processes.all_or_none():
         if method == "sequential" and isinstance(data, Iterator):
             raise ValueError(
-                "method='sequential' reads the data once for each layer, and these can be read only once: "
+                "method='sequential' reads the data once for each layer, but an iterator can be read only once: "
                 "pass a data loader or a list"
             )
         found = model.find()
@@ -247,20 +247,20 @@ def calibrate(
                 seen.read(_watched(data, what, progress), max_samples)
                 samples, pooled, late = processes.merge(seen.samples, seen.found, seen.late)
             if samples == 0:
-                raise ValueError("there is nothing to calibrate with: the data gave no samples")
+                raise ValueError("there is nothing to calibrate with: the data have no samples")
             complete = {name: m for name, m in pooled.items() if name not in late} or dict(list(pooled.items())[:1])
             for name, moments in complete.items():
                 if moments.count > 1:
                     _write(model, name, layers[name].dtype, moments, unbiased)
                 else:
                     undo[name]()
-                    skipped[name] = "only one value came in, which has no variance"
+                    skipped[name] = "its input had only one value, which has no variance"
             left = [name for name in left if name not in complete]
             if method == "parallel" or not complete:
                 break
         for name in left:
             undo[name]()
-            skipped[name] = refused.get(name, "no sample came in through a call of this layer")
+            skipped[name] = refused.get(name, "no call of this layer had any samples")
         changes = {n: change(before[n], model.read(n), layer.eps) for n, layer in layers.items() if n not in skipped}
         skipped = {name: skipped[name] for name in found if name in skipped}
         if not changes:
@@ -270,13 +270,13 @@ def calibrate(
 
 
 class _Pass:
-    """One pass over the data, and what came into some layers.
+    """One pass over the data, and the inputs of some layers.
 
     Attributes:
         samples: The number of samples.
         found: The moments of each layer's inputs.
-        late: The layers that ever ran after another one of them.
-        refused: Why a layer has an input without moments.
+        late: The layers that ever ran after another of these layers.
+        refused: The reason why the moments of a layer's input are unknown.
     """
 
     def __init__(self, model: Model, names: Collection[str], normalize_by_batch: bool) -> None:
@@ -288,7 +288,7 @@ class _Pass:
         self._first: str | None = None
 
     def read(self, batches: Iterable[Any], max_samples: int | None) -> None:
-        """Call the model on the batches, until there are enough samples."""
+        """Call the model on the batches until there are enough samples."""
         for batch in batches:
             self._first = None
             self.model.run(batch, self.names, self._see)
@@ -312,26 +312,26 @@ class _Pass:
         so_far = self.found[name] = merge_moments(self.found[name], batch) if name in self.found else batch
         if not self.normalize_by_batch:
             return None
-        # A single value has no variance: the layer takes that of all values so far.
+        # A single value has no variance, so the layer uses that of all values so far.
         shown = so_far if batch.count == 1 else batch
         return shown.mean, shown.var if shown.count > 1 else np.ones_like(shown.var)
 
 
 def _write(model: Model, name: str, dtype: str, moments: Moments, unbiased: bool) -> None:
-    """Write the statistics of all the data, and see that the layer can hold them."""
+    """Write the statistics of all the data, and raise an error if the layer's type cannot hold them."""
     var = moments.var * (moments.count / (moments.count - 1) if unbiased else 1.0)
     with np.errstate(over="ignore"):
         model.write(name, moments.mean, var)
     if not all(np.isfinite(values).all() for values in model.read(name)):
         raise ValueError(
-            f"the statistics of what comes into {_named(name)} are not finite in {dtype}; nothing has been changed. "
-            "Look for NaN or infinity in the data, or in the layers before it"
+            f"the statistics of the inputs of {_named(name)} are not finite in {dtype}; nothing has been changed. Look "
+            "for NaN or infinity in the data, or in the layers before it"
         )
 
 
 @contextmanager
 def _undone_on_error(model: Model, names: Iterable[str]) -> Iterator[dict[str, Callable[[], None]]]:
-    """Give what puts each layer's statistics back. After an exception all are put back."""
+    """Yield a function for each layer that restores its statistics. After an exception all are restored."""
     undo = {name: model.keep(name) for name in names}
     try:
         yield undo

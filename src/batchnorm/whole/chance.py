@@ -1,8 +1,8 @@
 """What chance does to the statistics of a batch: the only source of thresholds in `diagnose`.
 
-A finding has to be both real and large. It is real if chance gives such a number less often than once in `1/ALPHA`
-reports; each test gets its share of that, by Bonferroni, so the number of channels and layers does not matter. It is
-large if it exceeds the error that statistics of `STABLE` values have.
+A finding must be both real and large. It is real if chance produces such a number in fewer than one of `1/ALPHA`
+reports; by Bonferroni each test gets an equal share of `ALPHA`, so the number of channels and layers does not matter.
+It is large if it exceeds the error of statistics of `STABLE` values.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 __all__ = ["ALPHA", "STABLE", "f_tail", "factor_of_two", "is_real", "noise"]
 
 ALPHA = 1e-3
-"""How often a check may say something of a healthy model by chance: once in a thousand reports."""
+"""How often a check may report a healthy model by chance: once in a thousand reports."""
 
 STABLE = 8
 """The fewest independent values per channel that give stable statistics.
@@ -31,7 +31,7 @@ def factor_of_two(count: float) -> float:
     """
     if count <= 1:
         return 1.0
-    known = 1e5  # a chi-square variable over its degrees of freedom is an F of a denominator that is known
+    known = 1e5  # a chi-square variable over its degrees of freedom is an F variable with a known denominator
     return f_tail(2.0, count - 1, known) + 1 - f_tail(0.5, count - 1, known)
 
 
@@ -47,12 +47,12 @@ def noise(count: float) -> float:
 
 
 def is_real(f: float, above: float, below: float, tests: int) -> bool:
-    """Whether chance hardly gives an F as large as this one in any of the tests.
+    """Whether chance hardly produces an F as large as this in any of the tests.
 
     Args:
         f: The largest ratio of variances, or the largest square of a number in standard errors.
         above, below: The degrees of freedom of the numerator and the denominator; 1 above for such a square.
-        tests: The number of tests, whose largest `f` this is.
+        tests: The number of tests of which `f` is the largest.
     """
     return f_tail(f, above, below) < ALPHA / max(1, tests)
 
@@ -93,7 +93,7 @@ def _fraction(x: float, a: float, b: float) -> float:
 
     Source: Olver et al. (eds.), "NIST Handbook of Mathematical Functions", 2010, equation 8.17.22.
     """
-    tiny = 1e-300  # stands for 0, by which nothing can be divided
+    tiny = 1e-300  # replaces 0 as a divisor
     value, front, back = 1.0, 1.0, 0.0
     for step in range(1, 20_000):
         m = step // 2

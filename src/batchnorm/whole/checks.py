@@ -1,4 +1,4 @@
-"""The checks: each looks at the evidence and yields findings. `chance` says where the thresholds come from."""
+"""The checks of `diagnose`: each reads the evidence and yields findings. `chance` explains the thresholds."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,20 +15,20 @@ __all__ = ["CHECKS", "gap"]
 Check = Callable[[Evidence, Remedies], Iterator[Finding]]
 
 WRONG = 1.0
-"""A normalized value has standard deviation 1. An error as large as that leaves nothing of it."""
+"""A normalized value has standard deviation 1. An error of this size is as large as the value itself."""
 
 SPARSE = 0.01
-"""A channel that is on for fewer than this share of values tells the next layer nothing about the others."""
+"""A channel that is on for a smaller share of values than this tells the next layer nothing about the others."""
 
 OVERFLOWS = 1 / 2000
-"""The share of steps that PyTorch's GradScaler makes overflow on purpose: it doubles its scale every 2,000 steps."""
+"""The share of steps that overflow because PyTorch's GradScaler doubles its scale every 2,000 steps."""
 
 
 # --- Running statistics -----------------------------------------------------------------------------------------------
 
 
 def non_finite_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """NaN, infinity or a negative variance; batches that were not finite."""
+    """A running statistic that is NaN, infinite or a negative variance; batches that were not finite."""
     for layer in evidence.layers.values():
         state = layer.state
         if state.mean is not None and state.var is not None:
@@ -41,8 +41,8 @@ def non_finite_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Fi
                     "error",
                     f"{bad.sum()} of {state.channels} channels have a running statistic that is NaN, infinite or "
                     "a negative variance",
-                    "A batch that was not finite has spoiled the running statistics, and evaluation with them. The "
-                    "layers of this package leave such a batch out.",
+                    "A batch that was not finite has spoiled the running statistics, and with them evaluation. The "
+                    "layers of this package skip such a batch.",
                     remedies.calibrate(),
                 )
         if layer.trained.unusable:
@@ -51,8 +51,8 @@ def non_finite_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Fi
                 state.name,
                 "non-finite-statistics",
                 "error",
-                f"{layer.trained.unusable} of {total} batches came in with NaN or infinity",
-                "The data, or a layer before this one, overflow. The first such layer is where to look.",
+                f"{layer.trained.unusable} of {total} batches contained NaN or infinity",
+                "The data or an earlier layer overflow. Look at the first layer that has this finding.",
                 remedies.finite(),
             )
         if state.skipped:
@@ -63,9 +63,9 @@ def non_finite_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Fi
                 "non-finite-statistics",
                 "warning" if share > OVERFLOWS else "info",
                 f"{state.skipped:,} of {seen:,} training batches were skipped, {share:.2%}",
-                "Batches that are not finite, or empty, did not move the running statistics. A gradient scaler causes "
-                "one overflow in 2,000 steps; more than that come from the data, a learning rate that is too large, or "
-                "half precision.",
+                "Batches that are empty or not finite did not change the running statistics. A gradient scaler causes "
+                "one overflow in 2,000 steps; if there are more, the data, a learning rate that is too large, or half "
+                "precision causes them.",
                 remedies.forget_skipped(state),
             )
 
@@ -76,13 +76,13 @@ def stale_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
         state = layer.state
         if state.mean is None or state.var is None or not np.isfinite([state.mean, state.var]).all():
             continue
-        cause = "Evaluation normalizes by statistics that are not those of the data."
+        cause = "Evaluation normalizes by statistics that do not match the data."
         if not (state.mean.any() or (state.var != 1).any()) and not state.batches:
             yield Finding(
                 state.name,
                 "stale-statistics",
                 "error",
-                f"mean 0 and variance 1 in all {state.channels} channels, as at the start",
+                f"mean 0 and variance 1 in all {state.channels} channels, their initial values",
                 f"The running statistics were never updated. {cause}",
                 remedies.calibrate(),
             )
@@ -97,14 +97,14 @@ def stale_statistics(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
                 "stale-statistics",
                 "error" if near.size >= WRONG else "warning",
                 f"{_number(near.size)} standard deviations from the data, {_number(near.errors)} standard errors",
-                f"The running statistics are not those of the data: they are from other weights or other data, or from "
-                f"batches that are not alike. {cause}",
+                f"The running statistics come from other weights, from other data, or from batches that differ from "
+                f"one another. {cause}",
                 remedies.calibrate(),
             )
 
 
 def train_eval_gap(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """The first layer whose inputs in evaluation do not have its running statistics, and what the model makes of it."""
+    """The first layer whose inputs in evaluation differ from its running statistics, and the effect on the output."""
     layers = [layer for layer in evidence.in_order() if layer.follows_batch]
     gaps = [(layer, gap) for layer in layers if (gap := layer.evaluated.distance(layer.state)).is_real]
     parted = [(layer, gap) for layer, gap in gaps if gap.size > noise(STABLE)]
@@ -119,15 +119,15 @@ def train_eval_gap(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
         "train-eval-gap",
         "error" if distance.size >= WRONG else "warning",
         f"{_number(distance.size)} standard deviations, {_number(distance.errors)} standard errors, between its input "
-        f"in evaluation and its running statistics; {len(parted)} of {len(layers)} layers part{effect}",
-        "In training the layer normalizes by the batch, in evaluation by its running statistics. Here the two part: "
-        "what the network learnt behind this layer does not hold in evaluation.",
+        f"in evaluation and its running statistics; {len(parted)} of {len(layers)} layers differ{effect}",
+        "In training the layer normalizes by the batch, in evaluation by its running statistics. From this layer on "
+        "the two differ, so evaluation does not compute what the network has learned.",
         remedies.calibrate(),
     )
 
 
 def _number(value: float) -> str:
-    """Two digits, or all before the point."""
+    """A number with two digits, or with all its digits before the point."""
     return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
@@ -142,7 +142,7 @@ def gap(layer: Layer) -> float | None:
 
 
 def dead_channel(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Channels whose output is constant, because of gamma or of the input, or off behind the activation."""
+    """Channels whose output is constant because of gamma or the input, or that the activation always turns off."""
     tests = sum(layer.state.channels for layer in evidence.layers.values())
     for layer in evidence.layers.values():
         state = layer.state
@@ -155,14 +155,14 @@ def dead_channel(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
             off = (layer.highest <= 0) & ~cut & ~still
         kinds: tuple[tuple[np.ndarray, str, Severity, Callable[[State, Sequence[int]], str]], ...] = (
             (cut, "gamma is 0 up to rounding", "warning", remedies.revive),
-            (off, "off for every value behind the activation", _by_share(off), remedies.turn_on),
+            (off, "the activation is off for every value", _by_share(off), remedies.turn_on),
         )
         for dead, what, severity, remedy in kinds:
             if dead.any():
                 yield _dead(layer, dead, what, severity, remedy(state, np.flatnonzero(dead).tolist()))
         if still.any():
             channels = np.flatnonzero(still).tolist()
-            # Without a layer before it, the input is that of the model, and some features of data are constant.
+            # Without a layer before it, the input is the model's own, and data often have constant features.
             known = layer.producer is not None
             remedy_line = remedies.redraw(layer, channels) if known else remedies.calibrate()
             yield _dead(layer, still, "the input is constant", "warning" if known else "info", remedy_line)
@@ -175,19 +175,19 @@ def _dead(layer: Layer, dead: np.ndarray, what: str, severity: Severity, remedy:
         "dead-channel",
         severity,
         f"{number} of {channels} channels ({number / channels:.0%}): {what}",
-        "The output of a dead channel does not depend on the input: it costs time and memory, and gives nothing. "
-        "Weight decay on gamma, a learning rate that is too large, and filters of zeros lead there.",
+        "The output of a dead channel does not depend on the input, so its time and memory are wasted. Causes are "
+        "weight decay on gamma, a learning rate that is too large, and filters of zeros.",
         remedy,
     )
 
 
 def _by_share(dead: np.ndarray) -> Severity:
-    """Some units that are always off are usual behind a ReLU; more off than on are not."""
+    """After a ReLU it is usual that some units are always off, but not that most are."""
     return "warning" if dead.mean() > 0.5 else "info"
 
 
 def _without_gamma(layer: Layer) -> np.ndarray:
-    """Where gamma is smaller than the rounding error of a sum over channels, so that the next layer cannot see it."""
+    """The channels whose gamma is lost in the rounding error of a sum over channels in the next layer."""
     weight = layer.state.weight
     if weight is None:
         return np.zeros(layer.state.channels, bool)
@@ -195,7 +195,7 @@ def _without_gamma(layer: Layer) -> np.ndarray:
 
 
 def _without_input(layer: Layer) -> np.ndarray:
-    """Where all inputs are the same, up to rounding."""
+    """The channels whose inputs are all the same, up to rounding."""
     moments, state = layer.trained.moments, layer.state
     if moments is not None:
         return np.asarray(moments.var <= (state.rounding * np.abs(moments.mean)) ** 2)
@@ -205,7 +205,7 @@ def _without_input(layer: Layer) -> np.ndarray:
 
 
 def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """A variance below eps: the output has a standard deviation of less than `1/sqrt(2)`, not 1."""
+    """Channels with a variance below eps, so that the output's standard deviation is below `1/sqrt(2)`, not 1."""
     for layer in evidence.layers.values():
         state = layer.state
         var = state.var if layer.trained.moments is None else layer.trained.moments.var
@@ -220,10 +220,10 @@ def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
             state.name,
             "eps-dominates",
             "warning" if small.sum() > alive.sum() / 2 else "info",
-            f"{small.sum()} of {state.channels} channels have a variance below eps = {state.eps:g}, {middle:.1e} in "
-            f"the median: their output has standard deviation {math.sqrt(middle / (middle + state.eps)):.2f}, not 1",
-            "The layer divides by sqrt(var + eps). Where eps is the larger part, it normalizes little, and its output "
-            "is small.",
+            f"{small.sum()} of {state.channels} channels have a variance below eps = {state.eps:g}, the median "
+            f"{middle:.1e}: their output has standard deviation {math.sqrt(middle / (middle + state.eps)):.2f}, not 1",
+            "The layer divides by sqrt(var + eps). Where eps is the larger part, the layer hardly normalizes, and its "
+            "output is small.",
             remedies.set_eps(state, float(var[small].min()) / 10),
         )
 
@@ -232,7 +232,7 @@ def eps_dominates(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
 
 
 def bias_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """A bias that the normalization behind it takes away again."""
+    """A bias that the following normalization removes again."""
     for layer in evidence.layers.values():
         producer = layer.producer
         if producer is None or producer.bias is None or not layer.follows_batch:
@@ -243,24 +243,24 @@ def bias_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
             "info",
             f"{producer.bias.size} biases of {producer.name or 'the layer before'} have no effect in training; the "
             f"largest is {np.abs(producer.bias).max(initial=0.0):.2g}",
-            "The layer subtracts the mean of the batch, and with it the bias before it: memory and time for nothing. "
-            "Make the layer before it with bias=False.",
+            "The layer subtracts the mean of the batch, and the bias with it, so the bias only costs memory and time. "
+            "Create the layer before it with bias=False.",
             remedies.drop_bias(layer.state, producer),
         )
 
 
 def dropout_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Dropout changes the variance in training only, so the running one is wrong in evaluation (Li 2018)."""
+    """Dropout changes the variance only in training, so the running variance is wrong in evaluation (Li 2018)."""
     layers = [layer for layer in evidence.in_order() if layer.follows_batch]
     shifts = [(layer, *_shift(layer)) for layer in layers]
     behind = any(layer.dropouts for layer in layers)
     for layer, ratio, real in shifts:
-        # A dropout that no module does is seen by its effect: then it is before the first layer that shifts.
+        # A dropout that is no module shows only in its effect: then it comes before the first layer that shifts.
         guilty = bool(layer.dropouts) or not behind
         if not (real and guilty):
             continue
-        # An error of the variance is large if it is larger than that of STABLE values, whose logarithm is off by
-        # sqrt(2/(n-1)). After `calibrate` the running variance is that of evaluation, and there is no error.
+        # The error of a variance is large if it exceeds that of STABLE values, whose logarithm is off by sqrt(2/(n-1)).
+        # After `calibrate` the running variance is that of evaluation, and there is no error.
         large = ratio > math.exp(math.sqrt(2 / (STABLE - 1)))
         wrong = large and layer.trained.distance(layer.state).size < layer.quiet.distance(layer.state).size
         names = ", ".join(layer.dropouts) or "dropout"
@@ -270,8 +270,8 @@ def dropout_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Find
                 "dropout-before-norm",
                 "warning" if wrong else "info",
                 f"the variance of its input changes by a factor of {ratio:.2f} when {names} is off",
-                "Dropout is on in training and off in evaluation, and the running variance is that of training. Put "
-                "dropout behind the last batch normalization, or calibrate, with dropout off, after training.",
+                "Dropout is on in training and off in evaluation, but the running variance is that of training. Move "
+                "dropout behind the last batch normalization, or calibrate after training, which turns dropout off.",
                 remedies.calibrate(),
             )
         if not behind:
@@ -279,7 +279,7 @@ def dropout_before_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Find
 
 
 def _shift(layer: Layer) -> tuple[float, bool]:
-    """The factor by which randomness changes the variance, and whether that is more than chance."""
+    """The factor by which dropout and the like change the variance, and whether it exceeds chance."""
     on, off = layer.trained, layer.quiet
     if on.moments is None or off.moments is None:
         return 1.0, False
@@ -293,7 +293,7 @@ def _shift(layer: Layer) -> tuple[float, bool]:
 
 
 def weight_decay_on_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Gamma and beta in a group of parameters that decay."""
+    """Weight decay on gamma and beta."""
     for layer in evidence.layers.values():
         if layer.decay > 0 and layer.state.learns:
             yield Finding(
@@ -301,17 +301,17 @@ def weight_decay_on_norm(evidence: Evidence, remedies: Remedies) -> Iterator[Fin
                 "weight-decay-on-norm",
                 "info",
                 f"gamma and beta decay by {layer.decay:g}",
-                "Weight decay is meant for weights whose scale a normalization takes away. On gamma it pulls channels "
-                "to 0, which nothing takes away. Some recipes do so on purpose.",
+                "Weight decay is meant for weights whose scale a normalization removes. On gamma it pulls channels "
+                "towards 0, and nothing undoes that. Some recipes do so on purpose.",
                 remedies.split_decay(),
             )
 
 
 def momentum_convention(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """PyTorch's momentum weighs the new batch, Keras' the old statistics: 0.1 in one is 0.9 in the other."""
+    """A momentum of the other convention: PyTorch's 0.1, the weight of the new batch, is Keras' 0.9."""
     for layer in evidence.layers.values():
         state, rate = layer.state, layer.state.update_rate
-        # Between the two conventions: values above 1/2 are used for old statistics, values below it for new ones.
+        # In practice the weight of the old statistics is above 1/2, and that of the new batch below it.
         if rate is None or rate <= 0.5 or state.is_frozen or state.mean is None:
             continue
         batches = (2 - rate) / rate
@@ -319,9 +319,9 @@ def momentum_convention(evidence: Evidence, remedies: Remedies) -> Iterator[Find
             state.name,
             "momentum-convention",
             "warning",
-            f"a new batch has weight {rate:g}: the running statistics are those of about {batches:.1f} batches",
+            f"a new batch has weight {rate:g}: the running statistics average about {batches:.1f} batches",
             "In PyTorch momentum is the weight of the new batch, in Keras and TensorFlow that of the old statistics. "
-            "This value fits the other convention.",
+            "This value looks like one of the other convention.",
             remedies.set_momentum(state, round(1 - rate, 6) or 0.1),
         )
 
@@ -330,7 +330,7 @@ def momentum_convention(evidence: Evidence, remedies: Remedies) -> Iterator[Find
 
 
 def small_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Too few independent values per channel, and no other process that has more."""
+    """Too few independent values per channel, even over all processes."""
     for layer in evidence.layers.values():
         count = _independent(layer, evidence)
         if count < STABLE and not _would_be_stable(layer, evidence):
@@ -339,7 +339,7 @@ def small_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
                 "small-batch",
                 "warning",
                 _noise(layer, count),
-                "So few values do not give stable statistics: training is noisy, and the running statistics are not "
+                "The statistics of so few values are not stable: training is noisy, and the running statistics are not "
                 "those that the network was trained with. Accumulating gradients does not help, because each forward "
                 "pass has its own statistics.",
                 remedies.renormalize(),
@@ -347,7 +347,7 @@ def small_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
 
 
 def unsynchronized(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Several processes, each with too few values, that do not pool them."""
+    """Several processes with too few values each, which do not pool them."""
     for layer in evidence.layers.values():
         count = _independent(layer, evidence)
         if count < STABLE and _would_be_stable(layer, evidence):
@@ -362,13 +362,13 @@ def unsynchronized(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
 
 
 def _would_be_stable(layer: Layer, evidence: Evidence) -> bool:
-    """Whether the values of all processes would be enough, if they were pooled."""
+    """Whether the values of all processes would be enough if they were pooled."""
     pooled = layer.state.is_synchronized or layer.state.group is not None
     return not pooled and _independent(layer, evidence) * evidence.processes >= STABLE
 
 
 def _independent(layer: Layer, evidence: Evidence) -> float:
-    """The number of independent values per channel that give the statistics; infinity if they are not the batch's."""
+    """The number of independent values behind a channel's statistics; infinity if they are not those of the batch."""
     if not layer.follows_batch or not layer.trained.batches:
         return math.inf
     return layer.trained.independent * _share(layer) * (evidence.processes if layer.state.is_synchronized else 1)
@@ -391,7 +391,7 @@ def _noise(layer: Layer, count: float) -> str:
 
 
 def correlated_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Batches that are less alike than batches of samples drawn at random."""
+    """Batches that differ more than batches of randomly drawn samples would."""
     found: list[tuple[Layer, float, float]] = []
     for layer in evidence.in_order():
         if not layer.follows_batch:
@@ -405,12 +405,12 @@ def correlated_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
             layer.state.name,
             "correlated-batch",
             "warning",
-            f"the means of {layer.trained.batches} batches vary up to {ratio:.0f} times as much as chance gives; "
+            f"the means of {layer.trained.batches} batches vary up to {ratio:.0f} times as much as by chance; "
             f"a batch of {layer.trained.batch_size:.0f} is worth {count:.1f} independent values; "
             f"seen in {len(found)} of {len(evidence.layers)} layers",
-            "The samples of a batch belong together (sorted data, one video or patient per batch), so each batch has "
-            "other statistics, and none has those of the data. Shuffle before training; statistics can be calibrated "
-            "afterwards, weights cannot.",
+            "The samples of a batch are related (sorted data, one video or patient per batch), so the statistics "
+            "differ from batch to batch, and no batch has those of the data. Shuffle before training; statistics can "
+            "be calibrated afterwards, weights cannot.",
             remedies.shuffle(),
         )
 
@@ -419,9 +419,9 @@ def correlated_batch(evidence: Evidence, remedies: Remedies) -> Iterator[Finding
 
 
 def half_frozen(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """Gamma and beta stand while the statistics move, or the reverse."""
+    """Gamma and beta are fixed but the statistics move, or the reverse."""
     if not evidence.is_training:
-        return  # the modes of evaluation say nothing of training
+        return  # modes in evaluation say nothing about training
     for layer in evidence.layers.values():
         state = layer.state
         if state.is_frozen or state.learns is None or state.mean is None:
@@ -441,8 +441,8 @@ def half_frozen(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
                 state.name,
                 "half-frozen",
                 "info",
-                "the statistics stand, because the layer evaluates while others train; gamma and beta learn",
-                "The next call of train() on the model moves the statistics again. Freeze the layer if it is to stay.",
+                "the statistics are fixed, because the layer evaluates while others train; gamma and beta learn",
+                "The next call of train() on the model lets the statistics move again. Freeze the layer to keep them.",
                 remedies.freeze(state),
             )
 
@@ -465,7 +465,7 @@ def recomputed(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
 
 
 def unused(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
-    """A layer that nothing calls; one whose calls in a step have different inputs."""
+    """A layer that is never called, or whose calls within a step have different inputs."""
     for layer in evidence.layers.values():
         state = layer.state
         if evidence.batches and layer.order is None:
@@ -474,7 +474,7 @@ def unused(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
                 "unused",
                 "info",
                 f"not called in {evidence.batches} batches",
-                "The forward pass never reaches the layer, so its parameters and statistics stay as they are.",
+                "The forward pass never reaches the layer, so its parameters and statistics never change.",
                 remedies.remove(state),
             )
         elif layer.calls > 1 and layer.follows_batch:
@@ -487,13 +487,13 @@ def unused(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
                     f"called {layer.calls} times in a step; the inputs of two calls are {apart:.2g} standard "
                     "deviations apart",
                     "Training normalizes each call by its own statistics, but the running statistics mix them, so "
-                    "evaluation fits none. Give each use a layer of its own, or freeze this one.",
+                    "evaluation fits neither. Use a separate layer for each call, or freeze this one.",
                     remedies.freeze_statistics(state),
                 )
 
 
 def _apart(calls: Sequence[Inputs]) -> float | None:
-    """How far apart the inputs of two calls are; None if they are alike."""
+    """The largest distance between the inputs of two calls; None if they are alike."""
     apart = [calls[0].distance_to(other) for other in calls[1:]]
     large = [distance.size for distance in apart if distance.is_real and distance.size > noise(STABLE)]
     return max(large) if large else None

@@ -1,4 +1,4 @@
-"""The outputs of two models on the same inputs: how far are they apart, and does rounding explain it?"""
+"""Compare the outputs of two models on the same inputs, and judge whether rounding explains the difference."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -6,25 +6,32 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ROUNDING", "Outputs", "OutputsDiffer", "compare", "difference", "is_noise", "rounding"]
+__all__ = ["BATCH", "ROUNDING", "SIZES", "Outputs", "OutputsDiffer", "compare", "difference", "is_noise", "rounding"]
 
 ROUNDING = {"float64": 1e-10, "float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
-"""How far apart rounding may bring the outputs, relative to the largest, by the types of a model's numbers."""
+"""The largest difference, relative to the largest output, that rounding explains in each type."""
+
+
+BATCH = 2
+"""The number of samples in random inputs."""
+
+SIZES = (8, 64, 256)
+"""Sizes to try, in turn, for the other axes of random inputs: a network may need more than a few pixels."""
 
 
 class OutputsDiffer(RuntimeError):
-    """The outputs of two models are not the same. The message says how far they are apart."""
+    """The outputs of two models differ. The message says by how much."""
 
 
 class Outputs(NamedTuple):
-    """What two models give for the same inputs.
+    """The outputs of two models for the same inputs.
 
     Attributes:
-        expected: The outputs of the original, by where they are: float64 or complex128, or what is not numbers.
+        expected: The outputs of the original, by their path: float64 or complex128, or of a type that is not numeric.
         found: Those of the other model.
-        dtypes: The types of the original's parameters and outputs, such as `"float32"`; others are ignored.
+        dtypes: The types of the original's parameters and outputs, such as `"float32"`; unknown types are ignored.
         explained: Whether rounding is known to explain any difference, because the parts of the models are the same.
-        notes: What has to be said of these outputs, such as which of them could not be compared.
+        notes: Remarks on these outputs, such as which of them could not be compared.
     """
 
     expected: Mapping[str, NDArray[Any]]
@@ -38,30 +45,30 @@ def compare(outputs: Outputs) -> float | None:
     """The largest difference between the outputs of two models, each relative to its own largest value.
 
     Args:
-        outputs: Of both models.
+        outputs: The outputs of both models.
 
     Returns:
         The difference; None if there are no outputs to compare.
 
     Raises:
-        OutputsDiffer: If rounding does not explain the difference, or if the outputs are not of the same shapes.
+        OutputsDiffer: If rounding does not explain the difference, or if the shapes differ.
     """
     expected, found, dtypes, explained, _ = outputs
     shapes, new_shapes = ({path: y.shape for path, y in of.items()} for of in (expected, found))
     if shapes != new_shapes:
-        raise OutputsDiffer(f"the folded model's outputs are not of the same shapes: {new_shapes}, not {shapes}")
+        raise OutputsDiffer(f"the folded model's outputs do not have the same shapes: {new_shapes}, not {shapes}")
     error = max((difference(y, found[path]) for path, y in expected.items()), default=None)
     limit = rounding(dtypes)
     if error is not None and not explained and not error <= limit:
         raise OutputsDiffer(
-            f"the folded model's outputs differ by {error:.1e} of the largest, where rounding explains {limit:.1e}: "
+            f"the folded model's outputs differ by {error:.1e} of the largest, but rounding explains only {limit:.1e}: "
             f"this model does something that its graph does not show, and must not be folded"
         )
     return error
 
 
 def rounding(dtypes: Iterable[str]) -> float:
-    """How far apart the outputs of a model may be for rounding: the coarsest of its types decides."""
+    """The largest difference between outputs that rounding explains; the coarsest type decides."""
     return max((ROUNDING[dtype] for dtype in dtypes if dtype in ROUNDING), default=min(ROUNDING.values()))
 
 
@@ -69,12 +76,12 @@ def difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
     """The largest difference between two arrays, relative to the largest finite value that is expected.
 
     Args:
-        expected: Numbers of any type; NaN and infinity are expected where they are.
-        found: The same, from the other model.
+        expected: An array of any type. NaN and infinity in it are expected as well.
+        found: The array of the other model.
 
     Returns:
-        The difference; infinity if the shapes are not the same, or if a number is not finite where the other array has
-        another one. What is not numbers, such as strings, is either equal, which is 0, or not, which is infinity.
+        The difference; infinity if the shapes differ, or if a number that is not finite has another counterpart. For
+        types that are not numeric, such as strings, 0 if the arrays are equal and infinity if not.
     """
     if expected.shape != found.shape:
         return float("inf")
@@ -90,15 +97,15 @@ def difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
 
 
 MARGIN = 10.0
-"""How many times as far as one more rounding of all weights moves it an output may be off for rounding."""
+"""Rounding explains a difference of up to this many times the effect of one more rounding of all weights."""
 
 
 def is_noise(outputs: Outputs, rounded: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether the original itself is as inexact as the outputs are apart: in some, the last digit of a weight counts.
+    """Whether the difference is not larger than the original's own error, which the last digits of its weights cause.
 
     Args:
-        outputs: Of both models, of the same shapes.
-        rounded: What the original gives if each of its weights is rounded once more.
+        outputs: The outputs of both models, of the same shapes.
+        rounded: The outputs of the original after each of its weights has been rounded once more.
     """
     limit = rounding(outputs.dtypes)
     return all(

@@ -1,7 +1,7 @@
 """Diagnosis: what is wrong with the batch normalizations of a model, and what to do about it.
 
-`diagnose` is the tool without a framework. It asks a framework's adapter, a `Model`, for the state of each layer and
-for what comes into it, and looks at both with all `checks`. Nothing in the model changes.
+`diagnose` is independent of the framework. It asks a framework's adapter, a `Model`, for the state and the inputs of
+each layer, and runs all `checks` on them. The model does not change.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -22,7 +22,7 @@ class Model(Protocol):
 
     @property
     def remedies(self) -> Remedies:
-        """The framework's words."""
+        """The lines of code that fix a problem in this framework."""
         ...
 
     def find(self) -> Mapping[str, Layer]:
@@ -36,28 +36,28 @@ class Model(Protocol):
     def run(self, batch: Any, evidence: Evidence) -> None:
         """Call the model on a batch: in training, in training without randomness, and in evaluation.
 
-        What comes into the layers is added to the evidence. Afterwards the model is as before.
+        Add the inputs of the layers to the evidence, and leave the model as it was.
         """
         ...
 
     def size(self, batch: Any) -> int | None:
-        """The number of samples in a batch; None if it cannot be seen."""
+        """The number of samples in a batch; None if it is unknown."""
         ...
 
 
 def diagnose(model: Model, data: Iterable[Any] | None, max_batches: int | None) -> Report:
-    """Look at a model with all checks.
+    """Run all checks on a model.
 
     Args:
         model: The model.
-        data: The batches; None for what the state alone tells.
-        max_batches: Read no more than this number; None reads all.
+        data: The batches; None checks the state alone.
+        max_batches: The largest number of batches to read; None reads all.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: If the model has no batch normalization, or if there are no data.
+        ValueError: If the model has no batch normalization, or the data have no batches.
         TypeError: If `data` is one batch.
     """
     if isinstance(data, Mapping | str) or (hasattr(data, "shape") and hasattr(data, "dtype")):
@@ -66,7 +66,7 @@ def diagnose(model: Model, data: Iterable[Any] | None, max_batches: int | None) 
         raise ValueError(f"max_batches must be positive, got {max_batches}")
     evidence = Evidence(model.find())
     if not evidence.layers:
-        raise ValueError("there is no batch normalization in this model, so there is nothing to diagnose")
+        raise ValueError("model has no batch normalization, so there is nothing to diagnose")
     if data is None:
         return judge(evidence, model.remedies, "without data")
     for batch in _some(data, max_batches, evidence):
@@ -80,7 +80,7 @@ def diagnose(model: Model, data: Iterable[Any] | None, max_batches: int | None) 
 
 
 def _some(data: Iterable[Any], most: int | None, evidence: Evidence) -> Iterator[Any]:
-    """The first batches; it is noted if there are more."""
+    """The first batches, noting in the evidence whether there are more."""
     batches = iter(data)
     yield from islice(batches, most)
     if most is not None and evidence.batches == most:
@@ -88,17 +88,17 @@ def _some(data: Iterable[Any], most: int | None, evidence: Evidence) -> Iterator
 
 
 def judge(evidence: Evidence, remedies: Remedies, read: str, notes: Iterable[str] = ()) -> Report:
-    """Look at the evidence with all checks.
+    """Run all checks on the evidence.
 
     Args:
-        evidence: What is known.
-        remedies: The framework's words.
-        read: What was read.
-        notes: What the report should say besides.
+        evidence: What is known about the model.
+        remedies: The framework's remedies.
+        read: What was read, in words.
+        notes: Further sentences for the report.
     """
     evidence.count_tests()
     found: list[Finding] = [finding for check in CHECKS for finding in check(evidence, remedies)]
-    found.sort(key=lambda finding: -SEVERITIES.index(finding.severity))  # otherwise as the checks come
+    found.sort(key=lambda finding: -SEVERITIES.index(finding.severity))  # within a severity in the order of the checks
     notes = list(notes)
     if evidence.batches and not evidence.is_complete:
         notes.append(f"Only the first {evidence.batches:,} batches were read; max_batches=None reads all.")

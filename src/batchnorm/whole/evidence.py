@@ -1,4 +1,4 @@
-"""What `diagnose` knows about a layer: its state, and what came into it, batch by batch."""
+"""The evidence of `diagnose`: the state of each layer, and the statistics of its inputs."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class State:
-    """A batch normalization as it is, without data.
+    """The state of a batch normalization, without data.
 
     Attributes:
         name: Its name in the model; empty if the model itself is the layer.
@@ -30,13 +30,13 @@ class State:
         channels: The number of channels.
         mean, var: `(C,)`: the running statistics; None if it keeps none.
         weight, bias: `(C,)`: gamma and beta; None where there is none.
-        eps: What it adds to the variance.
+        eps: Added to the variance.
         update_rate: The weight of a new batch in the running statistics; None for the average of all batches.
-        batches: The number of batches that have moved the running statistics; None if nobody counted.
-        skipped: The number of batches that have not, because they were not finite.
-        rounding: The relative error of rounding in the type of gamma.
-        trains: Whether it normalizes by statistics of the batch in training, and moves the running ones.
-        is_frozen: Whether it normalizes by its running statistics in training, by a setting that stays.
+        batches: The number of batches that have moved the running statistics; None if they were not counted.
+        skipped: The number of batches that were skipped because they were not finite.
+        rounding: The relative rounding error of gamma's type.
+        trains: Whether it normalizes by the statistics of the batch in training and moves the running ones.
+        is_frozen: Whether a lasting setting makes it normalize by its running statistics in training.
         learns: Whether gamma or beta learn; None if there are none.
         group: The number of samples whose statistics are taken together; None for the whole batch.
         is_corrected: Whether batch statistics are corrected towards the running ones, as in batch renormalization.
@@ -72,7 +72,7 @@ class State:
 
 
 class Producer(NamedTuple):
-    """The convolution or linear layer whose output goes into a normalization, and nowhere in between.
+    """The convolution or linear layer whose output goes straight into a normalization, and nowhere else.
 
     Attributes:
         name: Its name in the model.
@@ -85,14 +85,14 @@ class Producer(NamedTuple):
     bias: Array | None
 
 
-# --- What comes into a layer ------------------------------------------------------------------------------------------
+# --- The inputs of a layer --------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
     """The statistics of one input of a layer.
 
-    The two errors are those of sampling: they treat the samples as independent, but not the positions within one, since
-    the pixels of an image are alike.
+    The two errors are sampling errors. They treat the samples as independent, but not the positions within a sample,
+    because the pixels of an image are alike.
 
     Attributes:
         samples: The number of samples.
@@ -139,7 +139,7 @@ class Distance(NamedTuple):
     Attributes:
         size: The error of a normalized value, in standard deviations: a root mean square over values and channels.
         errors: The largest distance of a channel, in standard errors.
-        is_real: Whether chance hardly gives a distance like that.
+        is_real: Whether chance hardly produces such a distance.
     """
 
     size: float
@@ -149,12 +149,12 @@ class Distance(NamedTuple):
 
 @dataclass
 class Inputs:
-    """The statistics of all batches that came into a layer, without the batches.
+    """The statistics of all the batches that went into a layer.
 
     Attributes:
         batches: The number of batches.
         samples: The number of samples.
-        unusable: The number of batches that were not finite; they count in nothing else.
+        unusable: The number of batches that were not finite; nothing else counts them.
         moments: The moments of all values together.
         tests: The number of channels in all layers, each of which is tested.
     """
@@ -212,17 +212,17 @@ class Inputs:
         return self._freedom or max(0, self.batches - 1)
 
     def _per_sample(self, name: str) -> Array:
-        """`(C,)`: the variance of what one sample says of the mean, or of the variance."""
+        """`(C,)`: the variance of one sample's estimate of the mean, or of the variance."""
         if self._freedom:
             return np.asarray((self._mean2 if name == "mean" else self._var2) / self._freedom, np.float64)
-        # Batches of one sample: all that is known is how they differ from one another.
+        # With batches of one sample, only the differences between batches are known.
         return np.asarray(self._centers[name][1] / max(1, self.batches - 1), np.float64)
 
     @property
     def independent(self) -> float:
-        """The number of independent values per channel in a batch: that of the median channel.
+        """The number of independent values per channel in a batch, for the median channel.
 
-        As many independent values would have the standard error that the mean of a batch has: `1 + var / error^2`.
+        The mean of so many independent values has the standard error that the mean of a batch has: `1 + var / error^2`.
         """
         error2 = self._per_sample("mean") / self.batch_size
         moves = self.within > 0
@@ -235,8 +235,8 @@ class Inputs:
         """How much the means of the batches differ.
 
         Returns:
-            The number of independent values that would differ as much, over all channels; the largest ratio of the
-            variance between the batches to what chance gives; whether chance hardly gives such a ratio.
+            The number of independent values whose means would differ as much, over all channels; the largest ratio of
+            the variance between batches to that expected by chance; whether chance hardly produces such a ratio.
         """
         if self.batches < 2 or not self._freedom or self.moments is None:
             return math.inf, 1.0, False
@@ -253,9 +253,9 @@ class Inputs:
     def distance(self, state: State) -> Distance:
         """How far the running statistics are from the statistics of these inputs.
 
-        For an input of mean `m` and standard deviation `s`, the normalized value is wrong by `d = (m - mean)/std` on
-        average, and its standard deviation is `s/std` in place of 1. The running statistics may be off by the error of
-        a running average of batches of this size, and those of the inputs by their own.
+        For an input of mean `m` and standard deviation `s`, the normalized value is off by `d = (m - mean)/std` on
+        average, and its standard deviation is `s/std` instead of 1. Chance explains the sampling error of the inputs,
+        and that of a running average over batches of this size.
         """
         if self.moments is None or state.mean is None or state.var is None:
             return Distance(0.0, 0.0, False)
@@ -289,7 +289,7 @@ class Inputs:
         return Distance(size, math.sqrt(largest), is_real(largest, 1, freedom, 2 * self.tests))
 
     def varies_from(self, other: "Inputs", eps: float) -> bool:
-        """Whether these inputs have another variance than others, by more than chance."""
+        """Whether the variance of these inputs differs from that of others by more than chance."""
         largest = float(self._logarithm_errors2(other, eps).max())
         return is_real(largest, 1, min(self.freedom, other.freedom), self.tests)
 
@@ -310,21 +310,21 @@ class Inputs:
 
 @dataclass
 class Layer:
-    """A layer, and what the data showed of it.
+    """A layer, and what the data showed about it.
 
     Attributes:
         state: The layer.
-        order: Its place among the first calls of all layers; None if nothing called it.
+        order: Its place in the order of the layers' first calls; None if it was never called.
         calls: The largest number of calls in one step.
         trained: The inputs in training.
-        quiet: The inputs in training, but with everything random off.
+        quiet: The inputs in training, with everything random off.
         evaluated: The inputs in evaluation.
         by_call: The inputs in training, for each call of a step.
-        highest: `(C,)`: the largest outputs.
+        highest: `(C,)`: the largest output.
         is_rectified: Whether a ReLU follows, so that an output below 0 is off.
-        producer: What its input comes from; None if unknown.
-        dropouts: The names of the dropouts that were called since the layer before.
-        counted: How often a step has counted the batch: after the forward pass, and after the backward pass; None if
+        producer: The layer that computes its input; None if unknown.
+        dropouts: The names of the dropouts that were called since the previous layer.
+        counted: How often a step has counted the batch after the forward pass and after the backward pass; None if
             nothing was recomputed.
         decay: The weight decay of gamma and beta; 0 if there is none, or no optimizer was given.
     """
@@ -377,13 +377,13 @@ class Layer:
 
 @dataclass
 class Outputs:
-    """How far the outputs of training and evaluation are apart, both without anything random."""
+    """The distance between the outputs of training and evaluation, both with everything random off."""
 
     _difference2: float = 0.0
     _variance: float = 0.0
 
     def add(self, trained: Array, evaluated: Array) -> None:
-        """Count the outputs for a batch, whose first axis is the samples; two that have other shapes are left out."""
+        """Add the outputs for a batch, whose first axis is the samples; outputs of different shapes are skipped."""
         if trained.shape != evaluated.shape or trained.ndim == 0 or len(trained) < 2:
             return
         self._difference2 += float(np.sum((trained - evaluated) ** 2))
@@ -391,7 +391,7 @@ class Outputs:
 
     @property
     def gap(self) -> float | None:
-        """Their distance, in standard deviations of the output in training; None if they cannot be compared."""
+        """The distance in standard deviations of the output in training; None if the outputs cannot be compared."""
         if not (0 < self._variance < math.inf and math.isfinite(self._difference2)):
             return None
         return math.sqrt(self._difference2 / self._variance)
@@ -399,15 +399,15 @@ class Outputs:
 
 @dataclass
 class Evidence:
-    """All that is known of a model.
+    """All that is known about a model.
 
     Attributes:
         layers: Its batch normalizations, by name.
-        batches, samples: How many were read; 0 without data.
-        is_complete: Whether there were no more.
+        batches, samples: The numbers that were read; 0 without data.
+        is_complete: Whether all the data were read.
         processes: The number of processes that train.
-        is_training: Whether the model was training when it was looked at.
-        outputs: What the model gave.
+        is_training: Whether the model was in training when it was examined.
+        outputs: The model's outputs.
     """
 
     layers: Mapping[str, Layer]

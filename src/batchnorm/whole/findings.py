@@ -1,4 +1,4 @@
-"""What `diagnose` finds, and the numbers of a layer behind it."""
+"""The findings of `diagnose`, and the numbers of a layer that its report plots."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -20,8 +20,8 @@ class Finding:
         check: The name of the check.
         severity: "info" (nothing is wrong), "warning" (it costs accuracy or speed), "error" (evaluation is wrong).
         evidence: What was measured.
-        cause: Why, and what follows from it.
-        remedy: A line of code that mends it.
+        cause: Why it happens, and what follows from it.
+        remedy: A line of code that fixes it.
     """
 
     layer: str
@@ -34,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Profile:
-    """The numbers of a layer, for a picture.
+    """The numbers of a layer, for plots.
 
     Attributes:
         name: Its name.

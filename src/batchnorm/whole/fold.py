@@ -1,13 +1,13 @@
-"""Fold the batch normalizations of a model into the linear maps beside them, whatever the model is written in.
+"""Fold the batch normalizations of a model into the linear maps beside them, independently of the framework.
 
-In evaluation a normalization is `y = s*x + t`, two constants per channel. It goes
+In evaluation a normalization is `y = s*x + t`, with two constants per channel. It goes
 
 ```
-before    into the linear map that x comes from:    s*(A v + b) + t  =  (s*A) v + (s*b + t)
-after     into the linear map that y goes to:       A (s*x + t) + b  =  (A*s) x + (b + A t)
+before    into the linear map that computes x:    s*(A v + b) + t  =  (s*A) v + (s*b + t)
+after     into the linear map that uses y:        A (s*x + t) + b  =  (A*s) x + (b + A t)
 ```
 
-if nothing else sees the value in between. A framework brings a `Network`, which knows its graph and its layers;
+if nothing else sees the value in between. A framework's adapter, a `Network`, knows the graph and the layers;
 `fold_network` decides what goes where, computes the weights, and compares the outputs.
 """
 
@@ -31,15 +31,15 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class Folded(Generic[Model]):
-    """A model whose batch normalizations have gone into the layers beside them, and what became of each.
+    """A model with folded batch normalizations, and what became of each.
 
     Attributes:
-        model: The new model. The given one is left as it was.
-        folded: The layer that each normalization went into, in the order in which the normalizations run.
-        skipped: The reason why each of the others is still there.
+        model: The new model. The original has not changed.
+        folded: The layer into which each normalization was folded, in the order in which the normalizations run.
+        skipped: The reason why each of the others was not folded.
         max_error: The largest difference between the outputs of the two models on the example inputs, relative to the
             largest output; None if no outputs were compared.
-        notes: What else the comparison found, such as which outputs could not be compared.
+        notes: Further results of the comparison, such as which outputs could not be compared.
     """
 
     model: Model
@@ -61,11 +61,11 @@ class Folded(Generic[Model]):
         return "\n".join([head, *lines, *(f"  {note}" for note in self.notes)])
 
 
-# --- What a framework brings ------------------------------------------------------------------------------------------
+# --- The adapter ------------------------------------------------------------------------------------------------------
 
 
 class Stays(Exception):
-    """Why a normalization stays where it is, or does not go into a certain layer."""
+    """The reason why a normalization stays where it is, or cannot be folded into a certain layer."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Place:
 
     Attributes:
         layer: The name of the layer that computes it.
-        said: What reasons call it, such as `"Conv2d before it"`.
-        channels: Of a map after the normalization, the channel of each of its inputs, `(inputs,)`; None if input `c` is
-            channel `c`.
+        said: Its name in reasons, such as `"Conv2d before it"`.
+        channels: For a map after the normalization, the channel of each of its inputs, `(inputs,)`; None if input `c`
+            is channel `c`.
     """
 
     layer: str
@@ -89,11 +89,11 @@ Made = TypeVar("Made", covariant=True)
 
 
 class Network(Protocol[P, Made]):
-    """A copy of a model, which may be changed, and its graph."""
+    """A copy of a model, which folding may change, and its graph."""
 
     @property
     def constants(self) -> tuple[str, str, str, str, str]:
-        """What the framework calls mean, var, weight, bias and eps."""
+        """The framework's names of mean, var, weight, bias and eps."""
         ...
 
     def names(self) -> Iterable[str]:
@@ -104,12 +104,12 @@ class Network(Protocol[P, Made]):
         """The constants of a normalization.
 
         Raises:
-            Stays: If it cannot be folded, whatever is beside it.
+            Stays: If it cannot be folded into any layer.
         """
         ...
 
     def before(self, name: str) -> P:
-        """The linear map whose outputs the normalization takes.
+        """The linear map that computes the input of the normalization.
 
         Raises:
             Stays: If there is none, if something else sees its outputs, or if its outputs are not the channels.
@@ -117,23 +117,23 @@ class Network(Protocol[P, Made]):
         ...
 
     def after(self, name: str) -> P:
-        """The linear map that takes what the normalization gives.
+        """The linear map that uses the output of the normalization.
 
         Raises:
-            Stays: If there is none, if it does not take all of it, or if something else sees it.
+            Stays: If there is none, if it does not use the whole output, or if something else sees that.
         """
         ...
 
     def linear_map(self, place: P) -> LinearMap:
-        """What the layer computes; asked for once per layer, unless the map is not used.
+        """The linear map of a layer; requested only once per layer if it is used.
 
         Raises:
-            Stays: If the layer must stay as it is.
+            Stays: If the layer must not change.
         """
         ...
 
     def take_out(self, name: str, place: P) -> None:
-        """From now on `before` and `after` of the others see what is left of this normalization."""
+        """Let `before` and `after` of the other normalizations see only what remains of this one."""
         ...
 
     def finish(self, maps: Mapping[str, LinearMap]) -> Made:
@@ -141,7 +141,7 @@ class Network(Protocol[P, Made]):
         ...
 
     def outputs(self) -> Outputs | None:
-        """The outputs of the original and of the finished model; None without inputs to run them on."""
+        """The outputs of the original and of the finished model; None without inputs."""
         ...
 
 
@@ -149,19 +149,19 @@ class Network(Protocol[P, Made]):
 
 
 UNDONE = 4
-"""How many folds may be undone; a model where more of them change the outputs is not understood, and is refused."""
+"""The largest number of folds to undo; if more of them change the outputs, the model is refused."""
 
 
 def fold_network(network: Network[P, Model], again: Callable[[], Network[P, Model]] | None = None) -> Folded[Model]:
-    """Fold every normalization that can go into a layer beside it.
+    """Fold every normalization that fits into a layer beside it.
 
-    Each goes into the layer before it if it can, otherwise into the layer after it. Weights are computed in float64; a
-    map that would not be finite in the layer's own type is dropped, and its normalization stays. Where one has gone,
-    another may reach a linear map, or fit into one, so this is repeated until nothing changes.
+    Each goes into the layer before it if possible, otherwise into the layer after it. Weights are computed in float64;
+    a map that would not be finite in the layer's own type is dropped, and its normalization stays. After one has been
+    folded, another may reach a linear map, or fit into one, so this is repeated until nothing changes.
 
     Args:
-        network: A copy of the model, as its framework brings it.
-        again: Makes another such copy. With it, folds that change the outputs are found and undone.
+        network: A copy of the model, from the framework's adapter.
+        again: Returns another such copy. With it, folds that change the outputs are found and undone.
 
     Returns:
         The new model, and what became of each normalization.
@@ -190,12 +190,12 @@ def _to_blame(names: list[str], error: OutputsDiffer, again: Callable[[], Networ
     """The normalizations that must stay for the outputs to stay the same, and why, found by halving.
 
     Args:
-        names: All that were folded when the outputs changed.
-        error: By how much they did.
+        names: All normalizations that had been folded when the outputs changed.
+        error: The change of the outputs.
         again: As in `fold_network`.
 
     Raises:
-        OutputsDiffer: If they are more than `UNDONE`.
+        OutputsDiffer: If there are more than `UNDONE`.
     """
     sound: list[str] = []
     found: dict[str, str] = {}
@@ -226,7 +226,7 @@ def _to_blame(names: list[str], error: OutputsDiffer, again: Callable[[], Networ
 
 
 def _fold(network: Network[P, Model], left: Mapping[str, str]) -> Folded[Model]:
-    """Fold all that can be folded, except those that are left for a reason; nothing is compared."""
+    """Fold all that can be folded, except those that are left for a reason, without comparing outputs."""
     names = list(network.names())
     normalizations: dict[str, Normalization] = {}
     folded: dict[str, str] = {}
@@ -257,7 +257,7 @@ def _fold(network: Network[P, Model], left: Mapping[str, str]) -> Folded[Model]:
                 go(name, after=False)
             except Stays as reason:
                 reasons[name] = str(reason)
-        for name in reversed(reasons):  # of two before the same layer, the second has to go first
+        for name in reversed(reasons):  # of two normalizations before a layer, the second must be folded first
             try:
                 go(name, after=True)
             except Stays as reason:
@@ -273,7 +273,7 @@ def _fold(network: Network[P, Model], left: Mapping[str, str]) -> Folded[Model]:
 
 
 def _require_sound(normalization: Normalization, constants: tuple[str, ...]) -> None:
-    """Raise unless the constants of a normalization make it a finite linear map."""
+    """Raise an error unless a normalization is a finite linear map."""
     for name, values in zip(constants, normalization, strict=True):
         if values is not None and not np.isfinite(values).all():
             raise Stays(f"has {'an' if name[0] in 'aeiou' else 'a'} {name} that is not finite")
@@ -283,13 +283,13 @@ def _require_sound(normalization: Normalization, constants: tuple[str, ...]) -> 
 
 
 def _combined(map: LinearMap, normalization: Normalization, place: Place, after: bool) -> LinearMap:
-    """One map for both, if there is one."""
+    """One map that computes both."""
     if map.dtype not in LARGEST:
         raise Stays(f"{place.said} has weights of type {map.dtype}")
     channels = normalization.channels
     if after:
         if map.inputs != (channels if place.channels is None else len(place.channels)):
-            raise Stays(f"{place.said} takes {map.inputs} channels, not {channels}")
+            raise Stays(f"{place.said} has {map.inputs} input channels, not {channels}")
         combined = map.after(normalization, place.channels)
     else:
         if map.outputs != channels:

@@ -19,11 +19,11 @@ LARGEST = {
     "float16": float(np.finfo(np.float16).max),
     "bfloat16": 2.0**128 - 2.0**120,
 }
-"""The largest number of each type that weights may have."""
+"""The largest number of each type of weights."""
 
 
 class Normalization(NamedTuple):
-    """The constants of a batch normalization in evaluation, as `definition.fold_linear` takes them.
+    """The constants of a batch normalization in evaluation: arguments of `definition.fold_linear`.
 
     Attributes:
         mean, var: `(C,)`, the running statistics.
@@ -50,13 +50,13 @@ class Normalization(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What a convolution or a linear layer computes at each of its outputs: `matrix v + offset`.
+    """The linear map of a convolution or a linear layer, at each position of its output: `matrix v + offset`.
 
     Attributes:
         matrix: `(outputs, inputs of a group, *positions in the kernel)`.
         offset: `(outputs,)`.
-        groups: The number of groups that inputs and outputs are divided into; an output sees the inputs of its group.
-        dtype: The type of the layer's weights, such as `"float32"`, to which the numbers are rounded in the end.
+        groups: The number of groups of inputs and outputs; an output depends on the inputs of its group.
+        dtype: The type of the layer's weights, such as `"float32"`, to which the numbers are finally rounded.
     """
 
     matrix: Array
@@ -78,9 +78,9 @@ class LinearMap:
         """The normalization of the map's outputs: `(s*A) v + (b - mean)*s + bias` with `s = weight / sqrt(var + eps)`.
 
         Args:
-            normalization: With a channel for each output.
+            normalization: The normalization, with a channel for each output.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # `fits` finds it
+        with np.errstate(over="ignore", invalid="ignore"):  # `fits` detects it
             matrix, offset = fold_linear(self.matrix, self.offset, *normalization)
         return replace(self, matrix=matrix, offset=offset)
 
@@ -88,7 +88,7 @@ class LinearMap:
         """The map of normalized inputs: `A (s*x + t) + b = (A*s) x + (b + A t)`.
 
         Args:
-            normalization: Of the inputs.
+            normalization: The normalization of the inputs.
             channels: `(inputs,)`, the channel of each input; None if input `c` is channel `c`.
         """
         outputs, inputs, *positions = self.matrix.shape
@@ -115,7 +115,7 @@ def exchange_ends(kernel: Array, groups: int) -> Array:
         groups: The number of groups.
 
     Returns:
-        The other one of the two.
+        The other of the two.
     """
     parts = kernel.reshape(groups, len(kernel) // groups, *kernel.shape[1:]).swapaxes(1, 2)
     return parts.reshape(groups * parts.shape[1], *parts.shape[2:])

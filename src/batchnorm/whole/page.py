@@ -1,6 +1,6 @@
-"""The report of `diagnose` as one page: it works offline, in any browser, on a phone, and in light and dark.
+"""The report of `diagnose` as one page that works offline, in any browser, on a phone, and in light and dark.
 
-The plots are SVG, drawn here: the page runs no script and asks for nothing.
+The plots are SVG, drawn here. The page runs no script and makes no request.
 """
 
 import math
@@ -16,7 +16,7 @@ from batchnorm.whole.findings import Finding, Profile
 __all__ = ["page"]
 
 WIDTH, ROW, LABEL = 400, 22, 140
-"""In pixels of a phone; on larger screens the plots are larger."""
+"""In pixels of a phone; larger screens enlarge the plots."""
 
 LONGEST = 3.0
 """The gap with the longest bar. Larger ones are as long, so that one of them does not hide all others."""
@@ -52,7 +52,7 @@ def page(summary: str, notes: Sequence[str], groups: Sequence[Sequence[Finding]]
 
     Args:
         summary: One sentence.
-        notes: What else there is to say.
+        notes: Further sentences.
         groups: The findings of each check and severity.
         layers: All layers.
     """
@@ -110,17 +110,17 @@ def _gaps(layers: Sequence[Profile]) -> str:
     rows.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 20}"></line>')
     rows.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{limit:.2f}</text>')
     return (
-        "<h2>From training to evaluation</h2>\n<p>How far each layer's inputs in evaluation are from its running "
-        f"statistics, in standard deviations. Batches of {STABLE} independent values would be off as much as the "
-        "dashed line says.</p>\n" + _svg(height, "The gap between training and evaluation, layer by layer", rows)
+        "<h2>From training to evaluation</h2>\n<p>The distance of each layer's inputs in evaluation from its running "
+        f"statistics, in standard deviations. The dashed line is the error of batches of {STABLE} independent values."
+        "</p>\n" + _svg(height, "The gap between training and evaluation, layer by layer", rows)
     )
 
 
 def _spectra(layers: Sequence[Profile]) -> str:
     """Each layer's gammas and variances, from the smallest to the largest."""
     parts = [
-        "<h2>Spectra</h2>\n<p>Each layer's |gamma| and running variance, sorted, on a scale of powers of ten. A drop "
-        "at the left end is channels that die.</p>"
+        "<h2>Spectra</h2>\n<p>Each layer's |gamma| and running variance, sorted, on a logarithmic scale. A drop at the "
+        "left end means that channels are dying.</p>"
     ]
     for layer in layers:
         plots = [

@@ -1,4 +1,4 @@
-"""What porting a layer or a model to another framework reports."""
+"""The result of porting a layer or a model to another framework."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,11 +41,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Ported:
-    """A layer or model from the other framework, and what changed on the way.
+    """A layer or model from the other framework, and the changes.
 
     Attributes:
         model: The layer or model.
-        changes: What each layer writes differently, by the layer's name; '' for a single layer.
+        changes: What the two frameworks define differently in each layer, by the layer's name; '' for a single layer.
     """
 
     model: Any

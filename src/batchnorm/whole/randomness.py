@@ -11,8 +11,7 @@ __all__ = ["random_states_kept"]
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """They are afterwards as they were."""
-    # Of the old generator, which is global: the new ones belong to those who made them.
+    """Restore the random states of Python and of NumPy's global generator."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield

@@ -1,4 +1,4 @@
-"""What `watch` records of each layer and step, where it goes, and the line that shows it meanwhile."""
+"""What `watch` records for each layer and step, where the records go, and the line that shows the current state."""
 
 import csv
 import sys
@@ -19,14 +19,14 @@ class Record(NamedTuple):
     Attributes:
         step: The number of the training step, from 1.
         layer: The layer's name.
-        batch_mean, batch_var: Of the batch that came in; None if they are not known.
+        batch_mean, batch_var: Those of the input; None if they are not known.
         running_mean, running_var: The running statistics after the step; None if there are none.
         gap: The distance between the statistics of the batch and the running ones, in running standard deviations: a
             root mean square over the channels; None if one of the two is not known.
-        grad_out: The norm of the gradient that comes to the layer's output.
-        grad_in: The norm of the gradient at its input, with what comes there on other ways.
-        dead: The share of channels that are nowhere above 0 in the batch, so that a ReLU behind them is off.
-        skipped: The number of batches that were skipped since the start.
+        grad_out: The norm of the gradient with respect to the layer's output.
+        grad_in: The norm of the gradient with respect to its input, over all paths to the loss.
+        dead: The share of channels that are nowhere above 0 in the batch, so that a ReLU after them is off.
+        skipped: The number of batches skipped since the start.
     """
 
     step: int
@@ -47,15 +47,15 @@ Sink = str | Path | Callable[[Record], object] | Any
 
 
 class Recorder:
-    """Hands records on as they come, and keeps the last ones.
+    """Passes records on as they arrive, and keeps the most recent ones.
 
     Args:
-        to: Where the records go besides; nowhere else if None.
-        keep: The number of records that are kept.
-        live: Whether to show a line on stderr, where that is a terminal and rich is installed.
+        to: Where the records go in addition to `records`; nowhere else if None.
+        keep: The number of records to keep.
+        live: Whether to show a line on stderr, if that is a terminal and rich is installed.
 
     Attributes:
-        records: The last records.
+        records: The most recent records.
         steps: The number of training steps so far.
     """
 
@@ -95,11 +95,11 @@ class Recorder:
             self._closing.append(self._line.stop)
 
     def board(self, folder: Path) -> Any:
-        """A writer of TensorBoard's files, with `add_scalar`, `flush` and `close`."""
+        """A writer for TensorBoard, with `add_scalar`, `flush` and `close`."""
         raise TypeError(f"{type(self).__name__} does not know how to write for TensorBoard")
 
     def add(self, records: Sequence[Record]) -> None:
-        """Take the records of a step."""
+        """Add the records of a step."""
         for record in records:
             self.records.append(record)
             self._layers[record.layer] = record
@@ -111,13 +111,13 @@ class Recorder:
             self._line.update(str(self))
 
     def close(self) -> None:
-        """Close the file, and take the line away."""
+        """Close the file, and remove the line."""
         while self._closing:
             self._closing.pop()()
         self._write = self._flush = self._line = None
 
     def __str__(self) -> str:
-        """One line: the layers that are worst in the last step that was recorded."""
+        """One line: the worst layers in the last recorded step."""
         last = list(self._layers.values())
         parts = [f"step {self.steps:,}"]
         if gaps := [(record.gap, record.layer) for record in last if record.gap is not None]:
@@ -132,15 +132,15 @@ class Recorder:
 
 
 def _check(to: Any) -> Any:
-    """Where records go, with text as a path; what cannot be used fails before training."""
+    """The destination of the records, with text as a path; one that cannot be used fails here, before training."""
     if isinstance(to, str):
         to = Path(to)
     if isinstance(to, Path):
         if to.suffix == ".csv" or to.suffix == "":
             if to.suffix == "" and not find_spec("tensorboard"):
                 raise InputError(
-                    f"{to} is a folder for TensorBoard, which is not installed; pip install tensorboard brings it, or "
-                    "write a .csv file."
+                    f"{to} is a folder for TensorBoard, which is not installed; install it with pip install "
+                    "tensorboard, or write a .csv file."
                 )
             return to
         raise InputError(f"{to} is neither a .csv file nor a folder for TensorBoard; choose one of them.")
@@ -155,7 +155,7 @@ def _opened(path: Path) -> Any:
     try:
         return path.open("w", newline="", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path.") from error
 
 
 def _to_board(board: Any) -> Callable[[Record], None]:

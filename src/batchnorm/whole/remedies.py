@@ -1,6 +1,6 @@
-"""The lines of code that mend what `diagnose` finds, for each framework.
+"""The lines of code that fix what `diagnose` finds, for each framework.
 
-A line works when it is pasted: `model`, `data` and `optimizer` are what `diagnose` was called with.
+A line can be pasted as it is: `model`, `data` and `optimizer` are the arguments of `diagnose`.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ __all__ = ["Data", "Flax", "Keras", "PyTorch", "Remedies"]
 
 @dataclass(frozen=True)
 class Data:
-    """What is known of how the data are stored, for a line that shuffles or joins batches.
+    """How the data are stored, for a line that shuffles or joins batches.
 
     Attributes:
-        kind: "loader" (of PyTorch), "dataset" (of TensorFlow), "arrays" (a list of batches), "pairs" (a list of tuples
-            of them), or "" for anything else.
+        kind: "loader" (PyTorch's DataLoader), "dataset" (TensorFlow's), "arrays" or "tensors" (a list of batches),
+            "pairs" or "tensor pairs" (a list of tuples of them), or "" for anything else.
     """
 
     kind: str = ""
 
 
 class Remedies:
-    """What the frameworks have in common, and the names in which they differ.
+    """The remedies that the frameworks share, and the names in which they differ.
 
     Args:
         data: How the data are stored.
@@ -44,7 +44,7 @@ class Remedies:
         return self._import("calibrate") + "calibrate(model, data)"
 
     def freeze(self, state: State) -> str:
-        """Normalize by the running statistics, and let neither them nor gamma and beta change."""
+        """Normalize by the running statistics, and fix them as well as gamma and beta."""
         return self._import("freeze") + f"freeze({state.at}, affine=True)"
 
     def freeze_statistics(self, state: State) -> str:
@@ -68,19 +68,19 @@ class Remedies:
         raise TypeError(f"{type(self).__name__} does not say how to set a weight")
 
     def redraw(self, layer: Layer, channels: Sequence[int]) -> str:
-        """Draw the weights again that give some channels, and calibrate."""
+        """Draw new weights for some channels of the layer before, and calibrate."""
         raise TypeError(f"{type(self).__name__} does not say how to set a weight")
 
     def drop_bias(self, state: State, producer: Producer) -> str:
-        """Remove a bias, and change the running mean so that evaluation stays as it is."""
+        """Remove a bias, and change the running mean so that evaluation stays the same."""
         raise TypeError(f"{type(self).__name__} does not say how to drop a bias")
 
     def split_decay(self) -> str:
-        """Take gamma and beta out of the weight decay."""
+        """Exempt gamma and beta from weight decay."""
         raise TypeError(f"{type(self).__name__} does not say how to split an optimizer's parameters")
 
     def renormalize(self) -> str:
-        """Make small or dependent batches harmless."""
+        """Make training independent of small or related batches."""
         raise TypeError(f"{type(self).__name__} does not say what to do about small batches")
 
     def shuffle(self) -> str:
@@ -92,7 +92,7 @@ class Remedies:
         raise TypeError(f"{type(self).__name__} does not say how to pool statistics")
 
     def convert(self) -> str:
-        """Make the layers ours."""
+        """Replace the layers by ours."""
         return self._import("convert") + "convert(model)"
 
     def remove(self, state: State) -> str:
@@ -139,7 +139,7 @@ ENLARGE = {
 
 
 class PyTorch(Remedies):
-    """PyTorch's words."""
+    """Remedies for PyTorch."""
 
     package = "torch"
     eps, momentum, gamma, beta = "eps", "momentum", "weight", "bias"
@@ -149,7 +149,7 @@ class PyTorch(Remedies):
         return f"{state.at}.momentum = {update_rate:g}"
 
     def revive(self, state: State, channels: Sequence[int]) -> str:
-        """Through `data`, so that autograd does not mind."""
+        """Through `data`, so that autograd allows it."""
         return f"{state.at}.weight.data[{list(channels)}] = 1.0"
 
     def turn_on(self, state: State, channels: Sequence[int]) -> str:
@@ -170,7 +170,7 @@ class PyTorch(Remedies):
         return f"{state.at}.running_mean -= {producer.at}.bias.detach(); {producer.at}.bias = None"
 
     def split_decay(self) -> str:
-        """In place: learning rates and the optimizer's state stay."""
+        """In place, so that learning rates and the optimizer's state are kept."""
         return self._import("parameter_groups") + (
             "optimizer.param_groups[:] = parameter_groups(model, optimizer=optimizer)"
         )
@@ -188,13 +188,13 @@ class PyTorch(Remedies):
         return self._import("convert") + "model = convert(model)"
 
     def remove(self, state: State) -> str:
-        """An identity stands in, so that containers keep their numbering."""
+        """An identity takes its place, so that containers keep their numbering."""
         parent, _, name = state.name.rpartition(".")
         where = f"model.get_submodule({parent!r})" if parent else "model"
         return f"import torch; setattr({where}, {name!r}, torch.nn.Identity())"
 
     def finite(self) -> str:
-        """Of batches that are tensors, or tuples of them."""
+        """For batches that are tensors, or tuples of them."""
         return (
             "import torch; data = [batch for batch in data if all(torch.isfinite(t).all() "
             "for t in (batch if isinstance(batch, tuple | list) else [batch]))]"
@@ -206,7 +206,7 @@ class PyTorch(Remedies):
 
 
 class Keras(Remedies):
-    """Keras' words."""
+    """Remedies for Keras."""
 
     package = "keras"
     eps, momentum, gamma, beta = "epsilon", "momentum", "gamma", "beta"
@@ -238,14 +238,14 @@ class Keras(Remedies):
         )
 
     def drop_bias(self, state: State, producer: Producer) -> str:
-        """Keras has no way to remove a weight from a layer that is built: it becomes 0 and stops learning."""
+        """Keras cannot remove a weight from a built layer, so the bias becomes 0 and stops learning."""
         return (
             f"{state.at}.moving_mean.assign({state.at}.moving_mean - {producer.at}.bias); "
             f"{producer.at}.bias.assign(0 * {producer.at}.bias); {producer.at}.bias.trainable = False"
         )
 
     def split_decay(self) -> str:
-        """A new optimizer, because one that is built refuses; compile the model with it."""
+        """In a new optimizer, because one that is built refuses; compile the model with it."""
         return (
             "optimizer = type(optimizer).from_config(optimizer.get_config()); "
             "optimizer.exclude_from_weight_decay(var_names=['gamma', 'beta'])"

@@ -1,4 +1,4 @@
-"""What `diagnose` found, as an object, as text, as JSON and as a page."""
+"""The report of `diagnose`: an object that is also text, JSON and a page."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from batchnorm.whole.page import page
 __all__ = ["Report"]
 
 SHOWN = 6
-"""How many layers of one kind of finding the text names; the report has all."""
+"""The number of layers that the text names for one kind of finding; `findings` has all."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Report:
         findings: The worst first; within a severity, by check and in the order of the layers.
         layers: All batch normalizations.
         read: What was read, in words.
+        notes: Further sentences for the reader.
     """
 
     findings: tuple[Finding, ...]
@@ -53,7 +54,7 @@ class Report:
         return f"{layers}, {self.read}: {', '.join(counts) or 'nothing is wrong'}."
 
     def groups(self) -> Iterator[list[Finding]]:
-        """The findings of one check and severity together."""
+        """The findings, grouped by check and severity."""
         found: dict[tuple[str, Severity], list[Finding]] = {}
         for finding in self.findings:
             found.setdefault((finding.check, finding.severity), []).append(finding)
@@ -125,7 +126,7 @@ class Report:
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
     def to_html(self) -> str:
-        """One page that works offline and on a phone, with the gap of each layer, and spectra of gamma and variance."""
+        """One page that works offline and on a phone, with each layer's gap and its spectra of gamma and variance."""
         return page(self.summary, self.notes, list(self.groups()), self.layers)
 
 
@@ -138,7 +139,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _quartiles(values: Array | None) -> list[float | None] | None:
-    """Minimum, quartiles and maximum of the finite values; None where there is nothing."""
+    """Minimum, quartiles and maximum of the finite values; None without any."""
     if values is None:
         return None
     finite = values[np.isfinite(values)]

@@ -1,10 +1,10 @@
 """XLA's foreign function interface in pure Python: a function on NumPy arrays becomes a target of custom calls.
 
 XLA calls a C function with a `CallFrame`: the buffers of the arguments and results, and named attributes. The
-structures here are those of its header `xla/ffi/api/c_api.h`, of the versions in `VERSIONS`. Buffers are wrapped, not
+structures here are those of its header `xla/ffi/api/c_api.h` in the versions in `VERSIONS`. Buffers are wrapped, not
 copied. The size of every structure is checked before it is read. An exception in the function becomes an XLA error.
 
-XLA calls from threads of its own, without the lock of the interpreter; `ctypes` takes it for the time of a call.
+XLA calls from its own threads, without the interpreter's lock, which `ctypes` acquires for the duration of a call.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ VERSIONS = {(0, 1), (0, 2), (0, 3)}
 
 Version = tuple[int, int]
 Function = Callable[[list[NDArray[Any]], list[NDArray[Any]], dict[str, bytes]], None]
-"""A function of arguments, results, which it writes, and attributes."""
+"""A function of the arguments, the results, which it fills, and the attributes."""
 
 METADATA = 1  # XLA_FFI_Extension_Metadata
 EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
@@ -43,7 +43,7 @@ HUGE_PAGES = 14  # MADV_HUGEPAGE
 TYPES: dict[int, np.dtype[Any]] = {
     11: np.dtype(np.float32),
     12: np.dtype(np.float64),
-    16: np.dtype(np.uint16),  # bfloat16, as the kernels take it
+    16: np.dtype(np.uint16),  # bfloat16, in the form that the kernels read
 }
 """The NumPy types of XLA's `XLA_FFI_DataType`."""
 
@@ -160,7 +160,7 @@ def ask_for_large_pages(array: NDArray[Any]) -> None:
 
 
 def version(headers: str) -> Version | None:
-    """The version of the interface, from the header in a folder that comes with XLA; None if it is not a known one."""
+    """The version of the interface, read from XLA's headers; None if it is unknown."""
     try:
         text = Path(headers, "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
     except OSError:
@@ -189,7 +189,7 @@ def target(function: Function, version: Version) -> Any:
                 arguments, results = list(_buffers(frame.arguments)), list(_buffers(frame.results))
                 function(arguments, results, _attributes(frame.attributes))
             return None
-        except BaseException as error:  # nothing may leave a C function but an error of XLA's
+        except BaseException as error:  # a C function must not raise, only return an error of XLA's
             return _error(frame.api, f"batchnorm: {type(error).__name__}: {error}")
 
     return HANDLER(handle)
@@ -205,7 +205,7 @@ def _describe(extension: Any, version: Version) -> None:
 
 
 def _error(api: Any, message: str) -> int | None:
-    if not api:  # it only asks for the version, and refuses a target without one
+    if not api:  # XLA is only asking for the version, and refuses a target that returns none
         return None
     created: int = api.contents.create_error(
         ErrorArguments(ERROR_SIZE, None, message.encode(errors="replace"), INTERNAL)

@@ -1,7 +1,7 @@
 """The stages of batch normalization in `jax.numpy`, for any channel axis, differentiable to any order.
 
-`batchnorm.definition` defines them. A mean is kept as two numbers, `mean + low`: a float32 mean of a million standard
-deviations would otherwise cost all digits of `x - mean`.
+`batchnorm.definition` defines them. A mean is kept as two numbers, `mean + low`, because if the mean is a million
+standard deviations from 0, its rounding to float32 would cost all digits of `x - mean`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class How(NamedTuple):
-    """Everything about a normalization that is no array.
+    """Everything about a normalization that is not an array.
 
     Attributes:
         axis: The channel axis, not negative.
@@ -46,7 +46,7 @@ class How(NamedTuple):
     batch: int = 0
 
     def spread(self, arrays: Sequence[Any]) -> list[Any]:
-        """Weight, bias, residual and counts, from those that there are: None for the others."""
+        """Weight, bias, residual and counts, with None for those that are absent from `arrays`."""
         left = iter(arrays)
         return [next(left) if there else None for there in self[3:7]]
 
@@ -67,7 +67,7 @@ class Moments(NamedTuple):
 
 
 def arithmetic(dtype: Any) -> Any:
-    """The type in which data of a type are computed: float32 for half precision."""
+    """The type in which data of this type are computed: float32 for half precision, otherwise the same."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -104,7 +104,7 @@ def moments(x: Any, counts: Any, axis: int) -> Moments:
 
     Args:
         x: The batch, of float32 or float64.
-        counts: How much each position counts, with as many axes as `x`, to which it broadcasts; 1 if None. Values with
+        counts: How much each position counts, with as many axes as `x`, to which they broadcast; 1 if None. Values with
             count 0 are left out, even if they are NaN.
         axis: The channel axis of `x`.
 
@@ -119,19 +119,19 @@ def moments(x: Any, counts: Any, axis: int) -> Moments:
         return Moments(size, mean, low, jnp.sum(jnp.square(d), axes) / some - jnp.square(low))
     some, kept = jnp.where(size == 0, 1, size), counts > 0
     mean = jnp.sum(counts * jnp.where(kept, x, 0), axes) / some
-    d = jnp.where(kept, x - per_channel(mean, x, axis), 0)  # a product would not do: 0 * NaN is NaN
+    d = jnp.where(kept, x - per_channel(mean, x, axis), 0)  # not a product, because 0 * NaN is NaN
     low = jnp.sum(counts * d, axes) / some
     return Moments(size, mean, low, jnp.sum(counts * jnp.square(d), axes) / some - jnp.square(low))
 
 
 def merge(own: Moments, total: Callable[[Any], Any]) -> Moments:
-    """The moments of all parts together, by their counts: exact for any split, even if nothing counts in one.
+    """The moments of all parts together, by their counts: exact for any split, even if some parts are empty.
 
     `mean = sum n_i mean_i / n`, `var = sum n_i (var_i + (mean_i - mean)^2) / n`.
 
     Args:
         own: The moments of a part.
-        total: Of arrays `(2, ...)`, the sum over all parts.
+        total: Sums an array `(2, ...)` over all parts.
 
     Source: Chan, Golub & LeVeque 1983.
     """
@@ -174,9 +174,10 @@ def normalize(x: Any, mean: Any, low: Any, var: Any, weight: Any, bias: Any, res
     """`y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`, in the type of the arithmetic.
 
     Args:
-        x, residual: The batch and what is added before the activation; 0 if None.
+        x: The batch.
         mean, low, var: `(C,)`, or with as many axes as `x`; the mean is `mean + low`, and `low` is 0 if None.
-        weight, bias: `(C,)`, 1 and 0 if None.
+        weight, bias: `(C,)`; 1 and 0 if None.
+        residual: Added before the activation, like `x`; 0 if None.
         how: The rest.
 
     Source: Ioffe & Szegedy 2015, algorithm 1, lines 3 and 4.
@@ -208,7 +209,7 @@ def forward(x: Any, *arrays: Any, how: How) -> tuple[Any, Any, Any, Any]:
 
     Args:
         x: The batch, of any floating-point type.
-        arrays: Those of weight, bias, residual and counts that there are.
+        arrays: Weight, bias, residual and counts, without those that are absent.
         how: The rest.
     """
     weight, bias, residual, counts = how.spread(arrays)
@@ -218,7 +219,7 @@ def forward(x: Any, *arrays: Any, how: How) -> tuple[Any, Any, Any, Any]:
 
 
 def gradients(dy: Any, mean: Any, low: Any, var: Any, x: Any, *arrays: Any, how: How) -> tuple[Any, ...]:
-    """The gradients of `x` and of weight, bias and residual, those that there are.
+    """The gradients of `x` and of the weight, bias and residual that are present.
 
     `dx = weight*rstd * (dz - (sum dz + xhat * sum dz*xhat) / count)`, `d_residual = dz = dy * act'(z)`.
 
@@ -252,7 +253,7 @@ def gradients(dy: Any, mean: Any, low: Any, var: Any, x: Any, *arrays: Any, how:
         through = through / _divisor(count(x, None, how.axis))
     else:
         size = count(x, counts, how.axis)
-        # The product alone would not do: a value of count 0 takes nothing from the sums, even if they are not finite.
+        # Not the product alone: a value of count 0 must get 0 from the sums, even if they are not finite.
         through = jnp.where(counts > 0, counts / spread(jnp.where(size == 0, 1, size)) * through, 0)
     dx = spread(rstd if weight is None else rstd * weight) * (dz - through)
     found = [dx.astype(x.dtype)]

@@ -40,13 +40,13 @@ DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 """The types that the kernels support."""
 
 FORWARD, BACKWARD = "batchnorm_forward", "batchnorm_backward"
-"""The names of the targets."""
+"""The names of the custom calls."""
 
 
 def pay(x: Any, arrays: Sequence[Any], how: How, groups: int = 1) -> bool:
     """Whether the kernels can compute this on a CPU, and should.
 
-    The program is for one device: a custom call in a program for several would first gather `x` on each.
+    They are used in programs for one device: in a program for several, a custom call would gather `x` on each.
 
     Args:
         x, arrays, how: As in `formula.forward`.
@@ -59,22 +59,22 @@ def pay(x: Any, arrays: Sequence[Any], how: How, groups: int = 1) -> bool:
         and x.dtype in DTYPES
         and (residual is None or residual.dtype == x.dtype)
         and (counts is None or counts.shape[how.axis] == 1)  # the kernels count the same positions in all channels
-        and jax.typeof(x).sharding.mesh.empty  # neither in a `shard_map` nor with an explicit sharding
+        and jax.typeof(x).sharding.mesh.empty  # neither inside `shard_map` nor with an explicit sharding
         and registered()
     )
 
 
 @functools.cache
 def registered() -> bool:
-    """Whether XLA has the targets; it does not if its interface has a version that is not known."""
+    """Register the targets with XLA once, and return whether that worked; it fails if XLA's version is unknown."""
     version = call_frame.version(jax.ffi.include_dir())
     try:
         if version is None:
-            raise RuntimeError("its interface has a version that is not known")
-        # Here, because in XLA's threads the smallest numbers are 0, which NumPy would note for the whole process.
+            raise RuntimeError("its interface has an unknown version")
+        # Imported here because XLA's threads flush denormal numbers to 0, which NumPy would note for the whole process.
         from batchnorm.kernels import launch  # noqa: F401
 
-        jax.local_devices(backend="cpu")  # a target that is refused while a backend starts would keep it from starting
+        jax.local_devices(backend="cpu")  # first, because a backend cannot start once a target has been refused
         for name, function in (FORWARD, _forward), (BACKWARD, _backward):
             handler = call_frame.target(function, version)
             _handlers.append(handler)
@@ -87,7 +87,7 @@ def registered() -> bool:
 
 
 _handlers: list[Any] = []
-"""XLA may call them as long as the process lives."""
+"""Kept because XLA may call them as long as the process lives."""
 
 
 def _finish(process: int) -> None:
@@ -101,7 +101,7 @@ def _finish(process: int) -> None:
     for array in jax.live_arrays():
         if not array.is_deleted():
             array.block_until_ready()
-    for device in jax.local_devices(backend="cpu"):  # programs whose results nobody holds come before this one
+    for device in jax.local_devices(backend="cpu"):  # this runs after programs whose results nobody holds
         (jax.device_put(np.zeros(1), device) + 1).block_until_ready()
 
 

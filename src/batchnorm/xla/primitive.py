@@ -1,11 +1,11 @@
-"""Batch normalization as primitives of JAX's, which a CPU computes by our kernels.
+"""Batch normalization as JAX primitives, which our kernels compute on a CPU.
 
 `forward` is `y` and the statistics of the batch, `tangent` its derivative along a direction, and `backward` the
 transpose of that. Between forward and backward only `x`, the statistics and the small arguments are kept. A higher
 derivative is that of the formula. `vmap` adds an axis to every array, and the kernels take one normalization after the
 other. Programs for other devices, or for several, and exported ones are made from the formula.
 
-The statistics are for keeping: derivatives with respect to them are taken to be zero.
+The statistics have no derivative: they are returned to be kept, not to be differentiated.
 """
 
 import functools
@@ -25,7 +25,7 @@ __all__ = ["batch_norm"]
 
 def batch_norm(x: Any, arrays: Sequence[Any], how: How) -> tuple[Any, Any, Any, Any]:
     """`y`, and mean, low and var of the batch: `formula.forward`."""
-    if how.counts:  # in full, as the kernels take them
+    if how.counts:  # the kernels need one count for every position
         shape = list(x.shape)
         shape[how.axis] = 1
         arrays = [*arrays[:-1], jnp.broadcast_to(arrays[-1], shape)]
@@ -33,7 +33,7 @@ def batch_norm(x: Any, arrays: Sequence[Any], how: How) -> tuple[Any, Any, Any, 
 
 
 # --- What each primitive computes -------------------------------------------------------------------------------------
-# `primals` are x and those of weight, bias, residual and counts that there are; the counts have no derivative.
+# `primals` are x and the weight, bias, residual and counts that are present; the counts have no derivative.
 
 
 def _for_each(compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +62,7 @@ def _y(primals: Sequence[Any], how: How) -> Callable[..., Any]:
 
 @_for_each
 def _tangent(*operands: Any, how: How) -> tuple[Any]:
-    """The derivative of `y`: of the statistics, the primals, and the tangents of those that have one."""
+    """The derivative of `y`. The operands are the statistics, the primals, and the tangents of differentiable ones."""
     size = _learnable(how)
     primals, tangents = operands[3:-size], operands[-size:]
     return (jax.jvp(_y(primals, how), primals[:size], tangents)[1],)
@@ -70,7 +70,7 @@ def _tangent(*operands: Any, how: How) -> tuple[Any]:
 
 @_for_each
 def _backward(dy: Any, mean: Any, low: Any, var: Any, *primals: Any, how: How) -> tuple[Any, ...]:
-    """The gradients by reverse differentiation of the formula, itself differentiable."""
+    """The gradients, by differentiable reverse differentiation of the formula."""
     return tuple(jax.vjp(_y(primals, how), *primals[: _learnable(how)])[1](dy))
 
 
@@ -152,7 +152,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> l
 
 
 def _differentiated(compute: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """The derivative of a derivative: that of the formula, in which the statistics are functions of `x`."""
+    """The derivative of a derivative, from the formula, in which the statistics are functions of `x`."""
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], how: How) -> tuple[Any, Any]:
         given = [ad.instantiate_zeros(t) for t in tangents]

@@ -1,4 +1,4 @@
-"""Find where a method's source calls a layer and then its activation, and write it as one call.
+"""Find where a method's source calls a layer and then an activation, and rewrite the two as one call.
 
 `self.relu(self.bn(x))` becomes `follow(self.bn, x, None, None, self.relu)`, and so do
 
@@ -11,9 +11,9 @@ x = F.relu(x)                 if self.downsample is not None:
 ```
 
 The value between the calls may be left out only if nothing else can see it. The source shows this: the value has no
-name, or the statement that uses it reassigns its name, or its name is used nowhere else. Where the layer must wait for
-its residual, as on the right, nothing may change its input in the meantime. That depends on the modules, so both
-versions are written, and each call chooses between them.
+name, or the statement that uses it reassigns its name, or its name is used nowhere else. If the layer must wait for its
+residual, as on the right, nothing may change its input in the meantime. That depends on the modules, so both versions
+are written, and each call chooses between them.
 """
 
 import ast
@@ -49,7 +49,7 @@ class Site(NamedTuple):
     """A place where a layer and what follows it are now called together.
 
     Attributes:
-        layer: The layer, as in `Names`; `"bns[]()"` where all of `self.bns` are called one after the other.
+        layer: The layer, as in `Names`; `"bns[]()"` if all of `self.bns` are called one after the other.
         activation: The source of the activation: a callable, or the name of a method; None if nothing follows.
         args, kwargs: Its other arguments.
         residual: Whether a residual is added.
@@ -75,10 +75,10 @@ class Source(ast.NodeTransformer):
         self.names = names
         self.self = tree.args.args[0].arg
         self.globals: dict[str, Any] = method.__globals__
-        self.variables = _Variables(tree, method, self.self)
+        self.variables = Variables(tree, method, self.self)
         self.loop: ast.stmt | None = None  # the outermost enclosing loop
         self.group = _Group([], None)  # the statements that are being rewritten
-        self.waits: list[ast.expr] = []  # the conditions under which that is right
+        self.waits: list[ast.expr] = []  # the conditions under which the rewritten statements are correct
         self.sites: list[Site] = []
 
     def rewrite(self) -> bool:
@@ -108,7 +108,7 @@ class Source(ast.NodeTransformer):
             return self._write_group(_Group([statement], before, deepcopy(statement))) or [statement]
         if isinstance(statement, ast.For) and (chain := self._chain(statement)) is not None:
             return [chain]
-        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # `try` could see what is left out
+        if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # not `try`, which could see a missing value
             outer = self.loop
             if isinstance(statement, ast.For | ast.While):
                 self.loop = outer or statement
@@ -139,7 +139,7 @@ class Source(ast.NodeTransformer):
     def _find_group(self, statements: list[ast.stmt], before: ast.stmt | None) -> "_Group | None":
         """The first statements that call a layer, add a residual and apply an activation.
 
-        Statements between the layer and its residual move in front of both; then the layer has to wait.
+        Statements between the layer and its residual move before both, so that the layer has to wait.
         """
         match statements[0]:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in self.variables.own:
@@ -171,7 +171,7 @@ class Source(ast.NodeTransformer):
 
     def _sum(self, statements: list[ast.stmt], name: str) -> tuple[ast.expr, str, str] | None:
         """The residual that the first statement adds to the value of a name, how, and the name of the sum."""
-        if not statements or not self.variables.are_used_up(name, statements[0]):
+        if not statements or not self.variables.is_used_up(name, statements[0]):
             return None
         match statements[0]:
             case ast.AugAssign(target=ast.Name(id=target), op=ast.Add(), value=residual) if target == name:
@@ -187,17 +187,17 @@ class Source(ast.NodeTransformer):
         return None
 
     def _use(self, statements: list[ast.stmt], name: str) -> ast.Name | None:
-        """Where the first statement uses the value of a name, if the value is not needed afterwards."""
-        if not statements or not self.variables.are_used_up(name, statements[0]):
+        """The place where the first statement uses the value of a name, if the value is not needed afterwards."""
+        if not statements or not self.variables.is_used_up(name, statements[0]):
             return None
         value = statements[0].value if isinstance(statements[0], _SIMPLE) else None
-        return None if value is None else _first_use(value, name)
+        return None if value is None else first_use(value, name)
 
     def _write_group(self, group: "_Group") -> list[ast.stmt] | None:
         """The rewritten statements of the group; None if there is nothing to rewrite."""
         self.group, self.waits, sites = group, [], len(self.sites)
         last = self.visit(group.last)
-        if any(node is group.call for node in ast.walk(last)):  # nothing was found for it
+        if any(node is group.call for node in ast.walk(last)):  # the call has not been replaced
             del self.sites[sites:]
             return None
         new = [self.visit(statement) for statement in group.front]
@@ -242,7 +242,7 @@ class Source(ast.NodeTransformer):
                 pass
             case _:
                 return None
-        if not all(map(_is_plain, (*args, *(keyword.value for keyword in kwargs)))):
+        if not all(map(is_plain, (*args, *(keyword.value for keyword in kwargs)))):
             return None
         fusion = self._pending(z)
         return fusion and replace(fusion, activation=activation, args=args, kwargs=kwargs)
@@ -288,7 +288,7 @@ class Source(ast.NodeTransformer):
         match node:
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner == self.self:
                 return name
-            case ast.Subscript(value=modules, slice=index) if not _calls(index):
+            case ast.Subscript(value=modules, slice=index) if not has_call(index):
                 return f"{self._name(modules)}[]"
             case ast.Name(id=name) if name in self.variables.own:
                 return "[]"
@@ -298,8 +298,8 @@ class Source(ast.NodeTransformer):
         match node:
             case ast.Name(id=name):
                 return name in _FUNCTIONS
-            case ast.Attribute(value=owner, attr=name) if self.self not in _identifiers(owner):
-                return name in _FUNCTIONS and not _calls(owner)
+            case ast.Attribute(value=owner, attr=name) if self.self not in identifiers(owner):
+                return name in _FUNCTIONS and not has_call(owner)
         return self._name(node) in self.names.activations
 
     # --- What is allowed ---
@@ -307,7 +307,7 @@ class Source(ast.NodeTransformer):
     def _allows(self, fusion: "_Fusion") -> bool:
         """Whether the fused call does the same as the source."""
         residual = fusion.residual
-        late = fusion.late and residual is not None and _calls(residual)
+        late = fusion.late and residual is not None and has_call(residual)
         if residual is None:
             allowed = fusion.activation is not None
         else:
@@ -346,7 +346,7 @@ class Source(ast.NodeTransformer):
         attributes: list[str] = []
         for child in ast.walk(node):
             match child:
-                case ast.Name(id=name, ctx=ast.Store()) if name in hidden_names | _identifiers(call):
+                case ast.Name(id=name, ctx=ast.Store()) if name in hidden_names | identifiers(call):
                     return False
                 case ast.Name(id=name, ctx=ast.Load()) if name in hidden_names:
                     return False
@@ -369,9 +369,9 @@ class Source(ast.NodeTransformer):
         """
         called = [child.func for child in ast.walk(residual) if isinstance(child, ast.Call)]
         own = [child for child in ast.walk(residual) if isinstance(child, ast.Attribute) and child not in called]
-        if any(self.self in _identifiers(attribute) for attribute in own):
+        if any(self.self in identifiers(attribute) for attribute in own):
             return False
-        return self.variables.are_left_alone(_identifiers(residual), self.group.old, self.loop)
+        return self.variables.are_left_alone(identifiers(residual), self.group.old, self.loop)
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class _Group:
 
     Attributes:
         old: All of them.
-        before: The statement in front of `call`.
+        before: The statement before `call`.
         last: The last statement, with the value of `call` in place of its name.
         call: `layer(x)`, if its value had a name.
         sums: Sums that were separate statements, and how they added, as in `fuse.ADD`.
@@ -418,68 +418,6 @@ class _Group:
     between: list[ast.stmt] = field(default_factory=list)
 
 
-# --- Who uses a value, and when ---------------------------------------------------------------------------------------
-
-
-class _Variables:
-    """The names in a method; `own` are the names that only its own statements can see."""
-
-    def __init__(self, tree: ast.FunctionDef, method: FunctionType, me: str) -> None:
-        nodes = list(ast.walk(tree))
-        self.reads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-        self.reads += [n.target for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)]
-        self.assignments = [node for node in nodes if isinstance(node, ast.Assign)]
-        deleted = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Del)}
-        self.all = {*method.__code__.co_varnames, *method.__code__.co_freevars} - {me}
-        self.own = self.all - {*method.__code__.co_cellvars, *method.__code__.co_freevars} - deleted
-
-    def times_read(self, name: str, within: ast.stmt | None = None) -> int:
-        return sum(read.id == name and (within is None or _is_in(read, [within])) for read in self.reads)
-
-    def is_secret(self, name: str, statement: ast.stmt) -> bool:
-        """Whether only this method can see the value, and the statement uses it once."""
-        return name in self.own and self.times_read(name, statement) == 1
-
-    def are_used_up(self, name: str, statement: ast.stmt) -> bool:
-        """Whether the statement uses the value of a name once, and nothing can use it afterwards."""
-        if self.times_read(name, statement) != 1:
-            return False
-        match statement:
-            case ast.Return():
-                return True
-            case ast.Assign(targets=[ast.Name(id=target)]) | ast.AugAssign(target=ast.Name(id=target)):
-                return target == name or self.times_read(name) == 1
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=target), attr="add_"))):
-                return target == name
-        return self.times_read(name) == 1
-
-    def are_left_alone(self, names: set[str], old: list[ast.stmt], loop: ast.stmt | None) -> bool:
-        """Whether nothing uses the values of these names, or of names that may share them, after `old`."""
-        last = old[-1]
-        if isinstance(last, ast.Return):
-            return True
-
-        def again(node: ast.Name | ast.stmt, later: bool) -> bool:
-            in_order = (_place(node) > _place(last)) == later
-            return not _is_in(node, old) and (in_order or (loop is not None and _is_in(node, [loop])))
-
-        names = names & self.all
-        earlier = [_identifiers(assign) & self.all for assign in self.assignments if again(assign, later=False)]
-        for _ in earlier:
-            names = names.union(*(held for held in earlier if held & names))
-        if isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name):
-            names = names - {last.targets[0].id}
-        return not any(read.id in names and again(read, later=True) for read in self.reads)
-
-
-def _place(node: ast.expr | ast.stmt) -> tuple[int, int]:
-    return node.lineno, node.col_offset
-
-
-def _is_in(node: ast.expr | ast.stmt, statements: list[ast.stmt]) -> bool:
-    return any(_place(s) <= _place(node) < (s.end_lineno or 0, s.end_col_offset or 0) for s in statements)
-
-
 # --- Pieces of source -------------------------------------------------------------------------------------------------
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
@@ -489,7 +427,7 @@ _QUIET = (
     ast.Slice, ast.Tuple, ast.List, ast.IfExp, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.expr_context,
     ast.cmpop, ast.boolop, ast.unaryop, ast.operator,
 )  # fmt: skip
-"""What may stand between a layer and its residual: conditions and assignments, but no loops, jumps or definitions."""
+"""The nodes allowed between a layer and its residual: conditions and assignments, no loops, jumps or definitions."""
 
 _FUNCTIONS = {function.__name__ for function in FUNCTIONS}
 
@@ -498,37 +436,10 @@ def _call(function: str, *args: ast.expr) -> ast.Call:
     return ast.Call(ast.Attribute(ast.Name(FUSE, ast.Load()), function, ast.Load()), list(args), [])
 
 
-def _identifiers(node: ast.AST) -> set[str]:
-    return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
-
-
-def _calls(node: ast.AST) -> bool:
-    return any(isinstance(child, ast.Call | ast.Await | ast.Yield | ast.YieldFrom) for child in ast.walk(node))
-
-
-def _is_plain(node: ast.expr) -> bool:
-    """Whether this is a constant or a name, so that it may be evaluated at any time."""
-    plain = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.expr_context, ast.unaryop)
-    return all(isinstance(child, plain) for child in ast.walk(node))
-
-
 def _addends(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return left, right
         case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="add"), args=[left, right], keywords=[]):
             return left, right
-    return None
-
-
-def _first_use(node: ast.AST, name: str) -> ast.Name | None:
-    """Where the value of a name is used, if nothing is called before; a conditional might not use it at all."""
-    if isinstance(node, ast.Name):
-        return node if node.id == name else None
-    if isinstance(node, ast.Call | ast.BinOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.keyword):
-        for child in ast.iter_child_nodes(node):  # for these nodes, in the order of evaluation
-            if name in _identifiers(child):
-                return _first_use(child, name)
-            if _calls(child):
-                return None
     return None
