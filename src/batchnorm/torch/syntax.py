@@ -25,6 +25,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from batchnorm.torch.activations import FUNCTIONS, METHODS
+from batchnorm.torch.usage import Variables, first_use, has_call, identifiers, is_plain
 
 __all__ = ["FUSE", "Names", "Site", "Source"]
 
