@@ -171,7 +171,7 @@ class _Model:
         def watch(name: str, layer: Any, call: Callable[..., Any]) -> Callable[..., Any]:
             def normalize(x: Any, *args: Any, mask: Any = None, **more: Any) -> Any:
                 if args and name in self.inherit:
-                    args, more = (), {**more, "use_running_average": args[0]}
+                    args, more = (), {**more, "use_running_average": args[0]}  # type: ignore[misc]  # it is not empty here
                 told = more.get("use_running_average")
                 evaluates = bool(layer.use_running_average if told is None else told)
                 if mode == "trained":

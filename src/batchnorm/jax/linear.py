@@ -56,5 +56,5 @@ def _ends(layer: Any) -> tuple[int, int]:
 def _turned(layer: Any, matrix: Array) -> Array:
     """The positions of a transposed convolution run backward in Flax, unless it has `transpose_kernel`."""
     if isinstance(layer, nnx.ConvTranspose) and not layer.transpose_kernel:
-        return np.flip(matrix, range(2, matrix.ndim))
+        return np.flip(matrix, tuple(range(2, matrix.ndim)))
     return matrix

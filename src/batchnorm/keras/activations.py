@@ -40,6 +40,9 @@ WITH_PARAMETER: dict[str, Callable[[Any, float], Any]] = {
 OPERATIONS = {getattr(ops, name): name for name in FUSED if hasattr(ops, name) and name != "gelu"}
 """Functions of `keras.ops` that compute the same; `keras.ops.gelu` is an approximation."""
 
+RECTIFIERS = {(None, 0.0, 0.0): "relu", (6.0, 0.0, 0.0): "relu6"}
+"""What `ReLU(max_value, negative_slope, threshold)` is called."""
+
 LAYERS: dict[type, Callable[[Any], KerasActivation]] = {
     layers.Activation: lambda layer: layer.activation,
     layers.ELU: lambda layer: ("elu", float(layer.alpha)),
@@ -47,8 +50,6 @@ LAYERS: dict[type, Callable[[Any], KerasActivation]] = {
     layers.ReLU: lambda layer: RECTIFIERS.get((layer.max_value, layer.negative_slope, layer.threshold), layer),
 }
 """What layers compute, by names and functions where there are some. Exactly these types: a subclass may differ."""
-
-RECTIFIERS = {(None, 0.0, 0.0): "relu", (6.0, 0.0, 0.0): "relu6"}
 
 
 class Activation:

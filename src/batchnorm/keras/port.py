@@ -287,7 +287,8 @@ def _fit(name: str, layer: Any, others: tuple[str, ...], modules: list[Any]) -> 
         return
     parts = linear_parts(layer)
     found = [linear(module) for module in modules]
-    for at, (part, other) in enumerate(zip(parts or [None], found, strict=True)):
+    unknown: list[Any] = [None]
+    for at, (part, other) in enumerate(zip(parts or unknown, found, strict=True)):
         if part is None or other is None:
             raise wrong("cannot be ported: known are batch normalizations, Dense and convolutions", at)
         if problem := part.differs_from(other):

@@ -99,10 +99,10 @@ class QConfig:
 
 def unquantized(layer: Any) -> str:
     """The reason why a layer cannot be quantized, and what to do."""
-    said = f"{type(layer).__name__}({layer.num_features}): torch.ao.quantization supports only PyTorch's own layers"
+    problem = f"{type(layer).__name__}({layer.num_features}): torch.ao.quantization supports only PyTorch's own layers"
     if layer.activation is None:
-        return f"{said}; call batchnorm.torch.revert(model) first, or set qconfig = None to leave this one in float"
+        return f"{problem}; call batchnorm.torch.revert(model) first, or set qconfig = None to leave this one in float"
     return (
-        f"{said}, which have no activation; call batchnorm.torch.fold(model) first, or let a module of its own compute "
-        f"activation={said(layer.activation)}"
+        f"{problem}, which have no activation; call batchnorm.torch.fold(model) first, or let a module of its own "
+        f"compute activation={said(layer.activation)}"
     )

@@ -83,7 +83,8 @@ def _scripted(self: Any, input: Tensor, residual: Tensor | None = None) -> Tenso
     if residual is not None:
         z = z + residual
     if self._script_calls:
-        return self.activation(z)
+        y: Tensor = self.activation(z)
+        return y
     return activate(z, self._script_activation, self._script_parameter)
 
 
