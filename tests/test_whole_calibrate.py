@@ -241,7 +241,12 @@ def spoiled() -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("dtype", "data", "error", "words"),
     [
-        (np.float64, [draw(), spoiled()], ValueError, "inputs of a are not finite in float64; nothing has been changed"),
+        (
+            np.float64,
+            [draw(), spoiled()],
+            ValueError,
+            "inputs of a are not finite in float64; nothing has been changed",
+        ),
         (np.float16, [draw() * 1e6], ValueError, "inputs of a are not finite in float16; nothing has been changed"),
         (np.float64, Failing(), OSError, "disk"),
     ],
