@@ -557,7 +557,7 @@ def test_what_cannot_be_registered() -> None:
         bn.register(Own, statistics="running")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Inherits inherits the forward of Activated: it is known already"):
         bn.register(Inherits, then=["act"])
-    with pytest.raises(ValueError, match="OwnBigger inherits the forward of Own: register Own, if it computes"):
+    with pytest.raises(ValueError, match="OwnBigger inherits the forward of Own: register Own if it computes"):
         bn.register(OwnBigger)
     bn.register(Bare)
     assert bn.explain(bn.convert(nn.Sequential(Bare()))).rows[0].reason == "has no attribute weight"
