@@ -1,5 +1,7 @@
 """`python -m benchmarks`: measure on this machine, write the records as CSV, and write the README from them.
 
+Records of other machines stay in the CSVs; the last ones are of the machine that was measured last.
+
 It needs what `make bench` installs. Arguments choose the parts; `report` alone only rewrites the README.
 """
 
@@ -130,7 +132,9 @@ def main(
             continue
         total, runs = BENCHMARKS[name](settings)
         records = watch(runs, total, name)
-        table.write(out / "results" / f"{name}.csv", records, sources)
+        path = out / "results" / f"{name}.csv"
+        elsewhere = [record for record in table.read(path) if record["cpu"] != sources["cpu"]]
+        table.write(path, [*elsewhere, *(record | sources for record in records)], {})
         if name in (Name.LAYERS, Name.EVAL):
             console.print(comparison(records))
     report.write(out, HERE / "README.md")

@@ -11,6 +11,7 @@ from batchnorm.bench import layers
 from batchnorm.bench.cases import CASES, Case
 from batchnorm.bench.clock import Candidate, Record, interleave, records
 from batchnorm.kernels import launch
+from batchnorm.torch.allocator import reuse_memory
 
 KERNEL_CASES = [case for case in CASES if case.group == "network" and case.activation == "relu" and not case.residual]
 
@@ -47,6 +48,17 @@ def candidates(case: Case) -> dict[str, Candidate]:
     }
 
 
+def _reused(case: Case, seconds: float) -> list[Record]:
+    """The records of the layers where memory is reused."""
+    reuse_memory()
+    try:
+        whole = layers.candidates(case, "training")
+        pair = {f"{name}, reused": whole[of] for name, of in (("layer", "batchnorm"), ("eager", "eager"))}
+        return records(interleave(pair, seconds / 2), unit="eager, reused")
+    finally:
+        reuse_memory(False)
+
+
 def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
     """The records of forward + backward of each layer of real networks."""
     for case in KERNEL_CASES:
@@ -54,5 +66,7 @@ def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
             continue
         found = records(interleave(candidates(case), seconds))
         copy = next(record["median_us"] for record in found if record["candidate"] == "copy")
+        if case.large:
+            found += _reused(case, seconds)
         about = {"case": case.name, "group": case.group, "layout": case.layout, "large": int(case.large)}
         yield [about | record | {"copies": round(record["median_us"] / copy, 3)} for record in found]

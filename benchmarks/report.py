@@ -23,10 +23,12 @@ EMPTY = "Not measured.\n"
 
 def write(out: Path, template: Path) -> None:
     """Draw the pictures and fill in the template's sections: `out/results/*.csv` to `out/README.md`."""
-    tables: Tables = {name: table.read(out / "results" / f"{name}.csv") for name in NAMES}
+    everything: Tables = {name: table.read(out / "results" / f"{name}.csv") for name in NAMES}
+    tables = {name: _of_last_machine(records) for name, records in everything.items()}
     plots.draw(tables, out / "results")
     text = template.read_text(encoding="utf-8")
-    sections = {name: section(tables) or EMPTY for name, section in SECTIONS.items()}
+    of_all = {"environment": _environment(everything), "goals": _goals(everything)}
+    sections = {name: of_all.get(name) or section(tables) or EMPTY for name, section in SECTIONS.items()}
     for name, section in (sections | {"gpu": gpu.section(tables, markdown)}).items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         filled = f"{begin}{section}{end}"
@@ -34,6 +36,11 @@ def write(out: Path, template: Path) -> None:
         if found != 1:
             raise ValueError(f"{template} must have one section between {begin.strip()} and {end}, not {found}")
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _of_last_machine(records: list[Record]) -> list[Record]:
+    """The records of the machine that was measured last."""
+    return [record for record in records if record["cpu"] == records[-1]["cpu"]]
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -61,9 +68,18 @@ def _environment(tables: Tables) -> str:
 
 
 def _goals(tables: Tables) -> str:
-    told = {True: "met", False: "**missed**", None: "—"}
-    rows = ((goal.what, goal.wanted, goal.measured, told[goal.met]) for goal in goals.judge(tables))
-    return markdown(("", "wanted", "measured", ""), rows)
+    """What each machine has met."""
+    told = {True: "", False: ", **missed**", None: ""}
+    machines = dict.fromkeys(r["cpu"] for name, records in tables.items() if name not in gpu.NAMES for r in records)
+    found = [
+        goals.judge({name: [r for r in records if r["cpu"] == machine] for name, records in tables.items()})
+        for machine in machines or [""]
+    ]
+    rows = (
+        (same[0].what, same[0].wanted, *(f"{goal.measured}{told[goal.met]}" for goal in same))
+        for same in zip(*found, strict=True)
+    )
+    return markdown(("", "wanted", *(machines or ["measured"])), rows)
 
 
 def _summary(tables: Tables) -> str:
@@ -119,9 +135,24 @@ def _models(name: str) -> Callable[[Tables], str]:
             ratio = eager["median_us"] / converted["median_us"]
             rows.append((f"{eager['model']} {eager['layout']}", eager["shape"], *times, *share, f"{ratio:.2f}"))
         share = ("share of normalization", "share, converted") if name == "training" else ()
-        return markdown(("model", "batch", "eager, ms", "converted, ms", *share, "×"), rows)
+        text = markdown(("model", "batch", "eager, ms", "converted, ms", *share, "×"), rows)
+        reused = _reused(tables[name])
+        return text + "\n" * bool(reused) + reused
 
     return section
+
+
+def _reused(records: Sequence[Record]) -> str:
+    """The same steps where memory is reused, against eager PyTorch with and without that."""
+    rows = []
+    for eager, _ in _pairs(records):
+        same = [r for r in records if (r["model"], r["layout"]) == (eager["model"], eager["layout"])]
+        found = {r["candidate"]: r for r in same}
+        if "converted, reused" in found:
+            theirs, ours = found["eager, reused"], found["converted, reused"]
+            ratios = (f"{time['median_us'] / ours['median_us']:.2f}" for time in (eager, theirs))
+            rows.append((f"{eager['model']} {eager['layout']}", _time(theirs, 1e3), _time(ours, 1e3), *ratios))
+    return markdown(("memory reused", "eager, ms", "converted, ms", "× eager as it is", "× eager, reused"), rows)
 
 
 def _pairs(records: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -203,7 +234,7 @@ def _kernels(tables: Tables) -> str:
     for r in tables["kernels"]:
         rows.setdefault(r["case"], {})[r["candidate"]] = f"{r['copies']:.2f}"
     text = markdown(("case, in copies", *names), ((case, *(row[n] for n in names)) for case, row in rows.items()))
-    means = []
+    means, names = [], (*names, "layer, reused", "eager, reused")
     for layout in ("channels-first", "channels-last"):
         found = (summarize(copies(tables["kernels"], layout, name)) for name in names)
         means.append((layout, *(f"{f.mean:.2f}" if f else "—" for f in found)))

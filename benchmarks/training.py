@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from batchnorm.bench.clock import Candidate, Record, interleave, records
+from batchnorm.torch.allocator import reuse_memory
 from benchmarks.networks import QUICK, stepper, subjects
 
 NORMALIZATION = re.compile(r"batch_?norm|relu|threshold_backward|hardtanh|clamp|silu", re.IGNORECASE)
@@ -46,6 +47,12 @@ def steps(seconds: float, quick: bool) -> Iterator[list[Record]]:
         found = records(interleave(candidates, seconds))
         for record in found:
             record["share"] = round(share(candidates[record["candidate"]]), 3)
+        reuse_memory()
+        try:
+            reused = {f"{name}, reused": step for name, step in candidates.items()}
+            found += records(interleave(reused, seconds / 2), unit="eager, reused")
+        finally:
+            reuse_memory(False)
         yield [subject.about(x.shape) | record for record in found]
 
 

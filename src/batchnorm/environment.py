@@ -82,8 +82,11 @@ def cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    fields = [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+    first = dict(reversed(fields))
+    name = first.get("model name", platform.processor() or platform.machine())
+    # Clouds give several generations one name.
+    return f"{name} (family {first['cpu family']}, model {first['model']})" if "cpu family" in first else name
 
 
 def _version(package: str) -> str:

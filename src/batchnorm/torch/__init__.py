@@ -5,6 +5,7 @@ from batchnorm.extras import require
 require("torch")
 
 from batchnorm.torch.adapters import register
+from batchnorm.torch.allocator import reuse_memory
 from batchnorm.torch.calibrate import Calibration, calibrate
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.decay import parameter_groups
@@ -63,6 +64,7 @@ __all__ = [
     "freeze",
     "parameter_groups",
     "register",
+    "reuse_memory",
     "revert",
     "route",
     "save_memory",
