@@ -180,7 +180,10 @@ def test_a_case_that_is_not_there() -> None:
 def test_other_frameworks_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "installed", list)
     result = run("--jax", "--only", TINY)
-    assert (result.exit_code, result.stderr) == (2, "batchnorm: neither jax nor tensorflow is installed.\n")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "batchnorm: neither jax nor tensorflow is installed; install one of them, or leave out --jax.\n",
+    )
 
 
 # --- What follows from records ----------------------------------------------------------------------------------------

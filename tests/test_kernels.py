@@ -385,7 +385,7 @@ def test_an_output_is_repeated_by_the_kernel_that_made_it(tmp_path: Any) -> None
 def test_compiled_lazily_and_cached_on_disk(tmp_path: Any) -> None:
     code = CALL.format(shape=(2, 3, 4)) + (
         "from batchnorm.kernels import activations, by_row\n"
-        "kernel = launch.forward_kernel(by_row, activations.RELU, False, False, False)\n"
+        "kernel = launch.forward_kernel(by_row, activations.RELU, False, False, False, False)\n"
         "assert not kernel.signatures\n"
         "call()\n"
         "print(sum(kernel.stats.cache_hits.values()))"
@@ -398,7 +398,7 @@ def test_compiled_lazily_and_cached_on_disk(tmp_path: Any) -> None:
 NORMALIZE_NAN = """
 import numpy as np
 from batchnorm.kernels import activations, by_row, launch
-kernel = launch.normalize_kernel(by_row, activations.NONE, False, False, False)
+kernel = launch.normalize_kernel(by_row, activations.NONE, False, False, False, False)
 x = np.full((1, 2, 3), 0x7F81, np.uint16)
 y = np.empty_like(x)
 def call():
@@ -506,7 +506,7 @@ def test_without_compilation_kernels_are_plain_python() -> None:
         "import numpy as np\n"
         "from cases import ACTIVATIONS, DTYPES, problem\n"
         "from test_kernels import FLAGS, assert_bfloat16_exact, assert_exact, launch\n"
-        "kernel = launch.moments_kernel(launch.by_row, 0, False, False, False)\n"
+        "kernel = launch.moments_kernel(launch.by_row, 0, False, False, False, False)\n"
         "assert type(kernel) is type(problem)  # not compiled\n"
         "for shape in [(9, 3, 4), (2, 3, 70), (70, 2, 1)]:\n"
         "    assert_bfloat16_exact(shape)\n"

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from check_route import started  # noqa: F401, a fixture for every test
 from check_stages import DEVICE
 from torch import Tensor, nn
 
 from batchnorm import torch as bn
-from batchnorm.torch import gpu, routes
 from batchnorm.torch.recipes import Named, Recipes
 
 
@@ -30,16 +30,6 @@ class Block(nn.Module):
         return y
 
 
-@pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton route and no other, for the tensors of the interpreter, too."""
-    first = routes.ROUTES[0]
-    assert first.name == "triton"
-    taken = first._replace(takes=lambda call, plan: gpu.takes(call.x) and routes._stages_take(gpu, call, plan))
-    monkeypatch.setattr(routes, "ROUTES", (taken,))
-
-
-@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("statistics", [None, bn.GhostStatistics(2)], ids=["batch", "ghost"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_same_bits(statistics: Any, layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
