@@ -170,7 +170,7 @@ def test_the_first_layer_where_evaluation_parts() -> None:
     model.enter.kernel[...] *= 3
     parted = [f for f in diagnose(model, DATA).findings if f.check == "train-eval-gap"]
     assert [(f.layer, f.severity) for f in parted] == [("first", "error")]
-    assert "2 of 2 layers part; the model's output moves by" in parted[0].evidence
+    assert "2 of 2 layers differ; the model's output moves by" in parted[0].evidence
     mend(parted[0], model=model, data=DATA)
     assert found(model) == []
 
@@ -359,13 +359,13 @@ def everything_of(model: Any) -> Any:
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_nothing_changes(fails: bool, mode: str) -> None:
-    class Sows(Mlp):
+    class Keeps(Mlp):
         def __call__(self, x: Any) -> Any:
-            self.sow(nnx.Intermediate, "seen", x)
+            self.seen = nnx.Intermediate(jnp.asarray(x))
             self.calls = getattr(self, "calls", 0) + 1
             return super().__call__(x)
 
-    model = Sows(rate=0.5)
+    model = Keeps(rate=0.5)
     getattr(model, mode)()
     attributes, values = everything_of(model)
     drawn = np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
@@ -492,7 +492,7 @@ def test_frozen_layers_and_evaluation() -> None:
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"model must be a flax\.nnx\.Module, got int"):
         diagnose(3)
-    with pytest.raises(ValueError, match="there is no batch normalization in this model"):
+    with pytest.raises(ValueError, match="model has no batch normalization, so there is nothing to diagnose"):
         diagnose(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="the data gave no batches"):
         diagnose(Mlp(), [])

@@ -44,10 +44,27 @@ def _numpy(tensor: Tensor, case: Case) -> Any:
 
 
 def _jax(case: Case, mode: str, inputs: Sequence[Tensor], dy: Tensor) -> Candidate:
+    """JAX has float64 only where it is enabled. It is enabled for this candidate alone, not for the whole process."""
+    if case.dtype is not torch.float64:
+        return _jax_step(case, mode, inputs, dy)
+    import jax  # type: ignore[import-not-found, unused-ignore]
+    import jax.experimental  # type: ignore[import-not-found, unused-ignore]
+
+    enable = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # JAX 0.7 has only the second
+    with enable(True):
+        step = _jax_step(case, mode, inputs, dy)
+
+    def compute() -> Any:
+        with enable(True):
+            return step()
+
+    return compute
+
+
+def _jax_step(case: Case, mode: str, inputs: Sequence[Tensor], dy: Tensor) -> Candidate:
     import jax  # type: ignore[import-not-found, unused-ignore]
     import jax.numpy as jnp  # type: ignore[import-not-found, unused-ignore]
 
-    jax.config.update("jax_enable_x64", True)
     axes, shape = _axes(case)
     dtype = str(case.dtype).removeprefix("torch.")
     exact = "float32" if dtype == "bfloat16" else dtype

@@ -86,13 +86,14 @@ def treatment(optimizer: Any, model: Any) -> dict[Path, Treatment]:
     pure = getattr(nnx, "as_pure", None) or nnx.pure  # Flax 0.12.0 has only the second
     params = pure(nnx.state(model, wrt))
     zeros, ones = (jax.tree.map(make, params) for make in (jnp.zeros_like, jnp.ones_like))
+    update = jax.jit(tx.update)  # uncompiled, `optax.MultiSteps` would compile its branches anew in each step
     largest: dict[Path, list[float]] = {}
     try:
         start = tx.init(params)
         for step in STEPS:
             at = jax.tree.map(lambda leaf, step=step: leaf + step if _counts(leaf) else leaf, start)
-            moved = tx.update(ones, at, ones)[0]
-            decayed, still = (tx.update(zeros, at, values)[0] for values in (ones, zeros))
+            moved = update(ones, at, ones)[0]
+            decayed, still = (update(zeros, at, values)[0] for values in (ones, zeros))
             decay = jax.tree.map(lambda a, b: a - b, decayed, still)
             for place, tree in enumerate((moved, decay)):
                 for path, leaf in _flat(tree):

@@ -262,6 +262,8 @@ def _is_rectified(graph: Graph, call: Any) -> bool:
     if len(users) != 1 or users[0] is None:
         return False
     (eqn,) = users
+    while "call_jaxpr" in eqn.params and len(eqn.params["call_jaxpr"].eqns) == 1:
+        (eqn,) = eqn.params["call_jaxpr"].eqns  # what is inside a function with a derivative of its own, as `nnx.relu`
     below = [v.val for v in eqn.invars if hasattr(v, "val")]
     return eqn.params.get("name") in RECTIFIERS or (eqn.primitive.name == "max" and below == [0.0])
 

@@ -186,7 +186,7 @@ class _Network:
         if len(users) != 1 or users[0] is None:
             raise Stays("its output is used in several places, or by the caller")
         if len([v for v in users[0].invars if isinstance(v, Var)]) != 1:
-            raise Stays("what comes after it takes more than one array")
+            raise Stays("what comes after it uses more than one array")
         return users[0]
 
     def _is_silent(self, eqn: Any) -> bool:

@@ -307,7 +307,7 @@ class Flax(Remedies):
         """As large as the weights of the other channels."""
         assert layer.producer is not None
         kernel = f"{layer.producer.at}.kernel"
-        draw = "np.random.normal(0, v.std() or 0.1, v[..., rows].shape)"
+        draw = "np.random.normal(0, v.std() or 0.1, v[..., rows].shape).astype(v.dtype)"
         return (
             f"import numpy as np; v, rows = np.array({kernel}[...]), np.array({list(channels)}); "
             f"{self._set(kernel, '..., rows', draw)}; {self.calibrate()}"
