@@ -74,6 +74,13 @@ ACTIVATIONS: list[tuple[Any, Any]] = [
     ("tanh", "tanh"),
     ("gelu", "gelu"),
     (keras.activations.swish, "silu"),
+    (ops.relu, "relu"),
+    (ops.leaky_relu, ("leaky_relu", 0.2)),
+    (layers.ReLU(), "relu"),
+    (layers.ReLU(6), "relu6"),
+    (layers.LeakyReLU(0.3), ("leaky_relu", 0.3)),
+    (layers.ELU(0.5), ("elu", 0.5)),
+    (layers.Activation("tanh"), "tanh"),
 ]
 
 
@@ -107,7 +114,10 @@ def test_training_and_evaluation(shape: tuple[int, ...], axis: int) -> None:
 
 @pytest.mark.parametrize(("given", "meant"), ACTIVATIONS)
 def test_activations(given: Any, meant: Any) -> None:
-    assert_step(layer_for((4, 5, 6, 3), activation=given), draw((4, 5, 6, 3)), -1, meant, None, None)
+    layer = layer_for((4, 5, 6, 3), activation=given)
+    assert layer.activation.is_fused
+    assert layer.activation.layer is None
+    assert_step(layer, draw((4, 5, 6, 3)), -1, meant, None, None)
 
 
 def test_an_activation_that_no_kernel_has() -> None:
@@ -115,6 +125,44 @@ def test_an_activation_that_no_kernel_has() -> None:
     z, _ = definition.forward(x, numbers(layer.gamma), numbers(layer.beta), eps=EPS)
     close(layer(x, training=True), np.logaddexp(z, 0.0))
     assert BatchNormalization.from_config(layer.get_config()).activation.config == "softplus"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_no_kernel_has(training: bool) -> None:
+    layer, x = layer_for((6, 5), activation=layers.ReLU(1.5, negative_slope=0.1, threshold=0.5)), draw((6, 5))
+    gamma, beta = numbers(layer.gamma), numbers(layer.beta)
+    if training:
+        z, _ = definition.forward(x, gamma, beta, eps=EPS)
+    else:
+        rstd = definition.reciprocal_std(numbers(layer.moving_variance), EPS)
+        z = definition.normalize(x, numbers(layer.moving_mean), rstd, gamma, beta)
+    close(layer(x, training=training), np.where(z < 0.5, 0.1 * (z - 0.5), np.minimum(z, 1.5)))
+
+
+def test_a_layer_with_weights() -> None:
+    layer, x, dy = layer_for((6, 5), activation=layers.PReLU()), draw((6, 5)), draw((6, 5), 7, 0.0)
+    names = [variable.name for variable in layer.trainable_variables]
+    assert sorted(names) == ["alpha", "beta", "gamma"]
+    alpha = layer.activation.layer.alpha
+    alpha.assign([0.1, 0.2, 0.3, 0.4, 0.5])
+    gamma, beta, slopes = (numbers(v) for v in (layer.gamma, layer.beta, alpha))
+    z, _ = definition.forward(x, gamma, beta, eps=EPS)
+    found = step(layer, x, dy)
+    close(found.y, np.where(z > 0, z, slopes * z))
+    gradients = dict(zip(names, found.weights, strict=True))
+    close(gradients["alpha"], np.sum(np.where(z > 0, 0.0, z) * dy, 0))
+    dz = np.where(z > 0, 1.0, slopes) * dy
+    dx, d_gamma, d_beta, _ = definition.backward(dz, x, gamma, beta, eps=EPS)
+    close(found.dx, dx)
+    close(gradients["gamma"], d_gamma)
+    close(gradients["beta"], d_beta)
+
+
+def test_what_is_no_activation() -> None:
+    with pytest.raises(TypeError, match=r"must be a function or a layer, got a class: write ReLU\(\)"):
+        BatchNormalization(activation=layers.ReLU)
+    with pytest.raises(ValueError, match="saved under the name 'gelu', which is another function"):
+        BatchNormalization(activation=ops.gelu).get_config()  # an approximation, unlike `keras.activations.gelu`
 
 
 @pytest.mark.parametrize("kept", ["center", "scale", None])
@@ -488,6 +536,22 @@ def test_files_of_ours(tmp_path: Path) -> None:
     assert loaded.layers[1].get_config() == model.layers[1].get_config()
     assert loaded.layers[1].activation.config == ["leaky_relu", 0.3]
     np.testing.assert_array_equal(numbers(model(x)), numbers(loaded(x)))
+
+
+@pytest.mark.parametrize("activation", [layers.LeakyReLU(0.2), layers.ReLU(1.5), layers.PReLU()], ids=str)
+def test_files_with_layers_as_activations(activation: Any, tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((5,)), BatchNormalization(activation=activation), layers.Dense(2)])
+    model.layers[0].set_weights([0.1 + w + np.arange(5) for w in model.layers[0].get_weights()])
+    x = draw((6, 5))
+    model.save(tmp_path / "ours.keras")
+    model.save_weights(tmp_path / "ours.weights.h5")
+    fresh = keras.models.clone_model(model)
+    assert fresh.layers[0].activation.layer is not activation  # each has weights of its own
+    fresh.load_weights(tmp_path / "ours.weights.h5")
+    loaded = keras.models.load_model(tmp_path / "ours.keras")
+    for other in (fresh, loaded):
+        assert other.layers[0].activation.fused == model.layers[0].activation.fused
+        np.testing.assert_array_equal(numbers(model(x)), numbers(other(x)))
 
 
 def test_files_both_ways(tmp_path: Path) -> None:

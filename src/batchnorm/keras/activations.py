@@ -1,6 +1,6 @@
 """Activations by their Keras names, and which of them the kernels can fuse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import keras
@@ -73,6 +73,8 @@ class Activation:
     def __init__(self, given: Any = None) -> None:
         if isinstance(given, type):
             raise TypeError(f"activation must be a function or a layer, got a class: write {given.__name__}()")
+        if isinstance(given, dict):  # of a saved config
+            given = keras.activations.get(given)
         given = LAYERS.get(type(given), lambda given: given)(given)
         self.layer = given if isinstance(given, layers.Layer) else None
         if isinstance(given, list | tuple):
@@ -88,7 +90,9 @@ class Activation:
         self._pair = None
         if isinstance(given, str):
             given = OTHER_NAMES.get(given, given)
-        self.function = keras.activations.get(None if given is None else OPERATIONS.get(given, given))
+        if isinstance(given, Hashable):
+            given = OPERATIONS.get(given, given)
+        self.function = keras.activations.get(given)
         found = next((name for name in FUSED if keras.activations.get(name) is self.function), None)
         self.fused = None if found is None else FUSED[found]
         self.is_fused = found is not None
