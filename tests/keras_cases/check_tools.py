@@ -312,7 +312,7 @@ def test_data_and_models_that_cannot_be_used() -> None:
     model, x = functional(), draw((20, 5))
     for wrong, error, said in (
         ({"data": x}, TypeError, r"pass \[data\]"),
-        ({"data": []}, ValueError, "the data have no samples"),
+        ({"data": []}, ValueError, "the data gave no samples"),
         ({"data": iter([x]), "method": "sequential"}, ValueError, "can be read only once"),
         ({"data": [x], "method": "both"}, ValueError, "must be one of parallel, sequential, got 'both'"),
         ({"data": [x], "max_samples": 0}, ValueError, "must be positive"),

@@ -87,7 +87,7 @@ class _Model:
 
     def find(self) -> Mapping[str, Layer]:
         unbuilt = [name for name, layer in self.layers.items() if not layer.built]
-        if unbuilt and not (self.model.built and len(unbuilt) < len(self.layers)):  # else the model never calls them
+        if unbuilt:
             raise RuntimeError(
                 f"{unbuilt[0] or 'the layer'} does not know its size yet: call the model on one batch first"
             )
@@ -207,7 +207,7 @@ class _Around:
         leaves = {
             layer: self._watch(name, layer)
             for name, layer in named_layers(self.model).items()
-            if not list(layer._flatten_layers(include_self=False, recursive=False))
+            if id(layer) in self.names or not list(layer._flatten_layers(include_self=False, recursive=False))
         }
         self._stack.enter_context(_replaced(leaves))
         return self
@@ -324,8 +324,6 @@ def _at(model: Any, name: str, layer: Any) -> str:
 
 
 def _state(model: Any, name: str, layer: Any) -> State:
-    if not layer.built:
-        return State(name, _at(model, name, layer), type(layer).__name__, channels=0, learns=None)
     affine = [weight for weight in (layer.gamma, layer.beta) if weight is not None]
     frozen = getattr(layer, "frozen", None) is not None or not layer.trainable
     gamma = None if layer.gamma is None else to_float64(layer.gamma)
