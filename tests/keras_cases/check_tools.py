@@ -312,7 +312,7 @@ def test_data_and_models_that_cannot_be_used() -> None:
     model, x = functional(), draw((20, 5))
     for wrong, error, said in (
         ({"data": x}, TypeError, r"pass \[data\]"),
-        ({"data": []}, ValueError, "no samples"),
+        ({"data": []}, ValueError, "the data have no samples"),
         ({"data": iter([x]), "method": "sequential"}, ValueError, "can be read only once"),
         ({"data": [x], "method": "both"}, ValueError, "must be one of parallel, sequential, got 'both'"),
         ({"data": [x], "max_samples": 0}, ValueError, "must be positive"),
@@ -324,5 +324,5 @@ def test_data_and_models_that_cannot_be_used() -> None:
         calibrate(keras.Sequential([keras.Input((5,)), layers.Dense(3)]), [x])
     with pytest.raises(RuntimeError, match="call the model on one batch first"):
         calibrate(keras.Sequential([BatchNormalization()]), [x])
-    with pytest.raises(ValueError, match="only one value"):
+    with pytest.raises(ValueError, match="its input had only one value, which has no variance"):
         calibrate(model, [x[:1]])

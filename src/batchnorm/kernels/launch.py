@@ -261,31 +261,19 @@ def _launch(
     )
 
 
-def _guarded(
-    factory: Factory,
-    cut: Tiling,
-    x: Array,
-    residual: Array | None,
-    counts: Array | None,
-    weight: Array | None,
-    bias: Array | None,
-    activation: ActivationSpec,
-    *own: Any,
-    sum_dz: Array,
-    of_output: bool,
-) -> bool:
-    """`_launch` of a backward kernel, and again with the exact gradient of the activation if that may differ.
+def _guarded(launch: Callable[..., None], activation: ActivationSpec, sum_dz: Array) -> bool:
+    """Launch a backward kernel, and again with the exact gradient of the activation if that may differ.
 
-    It differs where the derivative is 0 and `dy` is not finite. Then `sum_dz` is not finite either.
+    It differs where the derivative is 0 and `dy` is not finite. Then `sum_dz`, which the kernel writes, is not finite
+    either.
 
     Returns:
         Whether the exact gradient was needed.
     """
-    given = factory, cut, x, residual, counts, weight, bias, activation, *own
-    _launch(*given, of_output=of_output)
-    if math.isfinite(sum_dz @ sum_dz) or _compiled(activation, arithmetic(x.dtype))[0] not in FLAT:
+    launch()
+    if math.isfinite(sum_dz @ sum_dz) or CODES[parse_activation(activation)[0]] not in FLAT:
         return False
-    _launch(*given, of_output=of_output, exact=True)
+    launch(exact=True)
     return True
 
 
@@ -359,10 +347,11 @@ def grad_sums(
         Whether `grad_input` must be `exact`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
-    return _guarded(
-        grad_sums_kernel, cut, x, residual, None, weight, bias, activation, dy, mean, rstd, sum_dz, sum_dz_xhat,
-        sum_dz=sum_dz, of_output=of_output,
+    launch = functools.partial(
+        _launch, grad_sums_kernel, cut, x, residual, None, weight, bias, activation,
+        dy, mean, rstd, sum_dz, sum_dz_xhat, of_output=of_output,
     )  # fmt: skip
+    return _guarded(launch, activation, sum_dz)
 
 
 def grad_input(
@@ -498,11 +487,12 @@ def backward(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     if cut.fused(x):
-        _guarded(
-            backward_kernel, cut, x, residual, counts, weight, bias, activation,
+        launch = functools.partial(
+            _launch, backward_kernel, cut, x, residual, counts, weight, bias, activation,
             dy, mean, rstd, count, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
-            sum_dz=sum_dz, of_output=of_output,
+            of_output=of_output,
         )  # fmt: skip
+        _guarded(launch, activation, sum_dz)
         return
     exact = grad_sums(
         dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat, of_output=of_output, cache=cache

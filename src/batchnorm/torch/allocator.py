@@ -16,7 +16,7 @@ def reuse_memory(enabled: bool = True) -> None:
     """Let the whole process keep the memory of freed CPU tensors for new ones.
 
     By default, glibc returns the memory of a tensor of more than 32 MB to the system when it is freed, and the system
-    clears the pages of the next one at first touch. That is half of the time of a large layer, ours or PyTorch's. With
+    clears the pages of the next one at first touch, a large part of the time of a layer that is limited by memory. With
     this switch the memory stays in the process: it grows to the peak and stays there, also while nothing is computed.
     Nothing else changes. It is the same as to start Python with `MALLOC_TRIM_THRESHOLD_` at `2147483647` and
     `MALLOC_MMAP_MAX_` at `0`.

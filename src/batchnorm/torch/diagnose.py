@@ -29,7 +29,7 @@ from batchnorm.torch.survey import is_frozen, is_unsized, keeps_statistics, surv
 from batchnorm.torch.tracing import leaves
 from batchnorm.torch.untouched import random_states_kept, untouched
 from batchnorm.whole import diagnosis as whole
-from batchnorm.whole.evidence import Evidence, Inputs, Layer, Producer, State
+from batchnorm.whole.evidence import Evidence, Layer, Producer, State
 from batchnorm.whole.findings import Finding
 from batchnorm.whole.remedies import Data, PyTorch
 from batchnorm.whole.report import Report
@@ -152,12 +152,7 @@ class _Model:
             if layer.order is None:
                 layer.order, order = order, order + 1
             seen = moments_of(x, mask)  # in evaluation, too: padding is padding in both modes
-            getattr(layer, mode).add(seen)
-            if mode == "trained":
-                layer.calls = max(layer.calls, number + 1)
-                while len(layer.by_call) <= number:
-                    layer.by_call.append(Inputs())
-                layer.by_call[number].add(seen)
+            layer.add(mode, number, seen)
 
         def leaves_layer(name: str, y: Any) -> None:
             if isinstance(y, Tensor) and y.numel():

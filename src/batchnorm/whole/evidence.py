@@ -361,6 +361,10 @@ class Layer:
             return
         with np.errstate(invalid="ignore", over="ignore"):
             new = batch(x.reshape(len(x), x.shape[1], -1), None if counts is None else counts.reshape(len(x), 1, -1))
+        self.add(mode, number, new)
+
+    def add(self, mode: str, number: int, new: Batch) -> None:
+        """Count an input that is summarized already; `mode` and `number` as in `takes`."""
         getattr(self, mode).add(new)
         if mode == "trained":
             self.calls = max(self.calls, number + 1)
