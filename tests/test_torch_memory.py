@@ -175,6 +175,18 @@ def test_autocast(packed: list[Any]) -> None:
     assert named(packed) > 0
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_mask_alone(activation: str) -> None:
+    one = nn.Sequential(nn.Conv2d(8, 8, 1), bn.BatchNorm2d(8, activation=activation), nn.Conv2d(8, 2, 1))
+    other = bn.save_memory(deepcopy(one))
+    mask = torch.rand(4, 6, 6) < 0.7
+    for module in (one[1], other[1]):
+        module.register_forward_pre_hook(lambda _, args, kw: (args, {"mask": mask}), with_kwargs=True)
+    x = batch()
+    with bn.route("numba"):
+        assert_same(gradients(one, x), gradients(other, x))
+
+
 def test_second_derivatives() -> None:
     one, other = pair(Block())
     x = batch().requires_grad_()
