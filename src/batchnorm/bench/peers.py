@@ -50,7 +50,8 @@ def _jax(case: Case, mode: str, inputs: Sequence[Tensor], dy: Tensor) -> Candida
     import jax  # type: ignore[import-not-found, unused-ignore]
     import jax.experimental  # type: ignore[import-not-found, unused-ignore]
 
-    enable: Any = getattr(jax, "enable_x64", None) or vars(jax.experimental)["enable_x64"]  # JAX 0.7 has the second
+    place: Any = jax if hasattr(jax, "enable_x64") else jax.experimental  # JAX 0.7 has it there
+    enable = place.enable_x64
     with enable(True):
         step = _jax_step(case, mode, inputs, dy)
 
