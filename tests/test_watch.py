@@ -137,6 +137,48 @@ def test_where_records_go(tmp_path: Path) -> None:
     assert ("4/gap", found.records[-1].gap, 2) in board.scalars
 
 
+def test_a_second_training_is_appended(tmp_path: Path) -> None:
+    model = network()
+    seen = watch(model, to=tmp_path / "seen.csv", live=False)
+    for number in (1, 2):
+        with seen:
+            steps(model, number)
+    rows = list(csv.DictReader((tmp_path / "seen.csv").read_text().splitlines()))
+    assert [(row["step"], row["layer"]) for row in rows] == [(step, layer) for step in "123" for layer in "14"]
+
+
+@pytest.mark.parametrize("by", ["folder", "writer"])
+def test_tensorboard(by: str, tmp_path: Path) -> None:
+    """Read back from the file by TensorBoard itself."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = network()
+    model[:2].requires_grad_(False)
+    writer = None if by == "folder" else SummaryWriter(str(tmp_path / "run"))
+    with watch(model, 2, to=writer or tmp_path / "run", live=False) as found:
+        steps(model, 5)
+    if writer is not None:
+        writer.close()
+    (file,) = (tmp_path / "run").iterdir()
+    seen = {
+        (value.tag, event.step): float(make_ndarray(value.tensor))
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
+    expected = {
+        (f"{record.layer}/{name}", record.step): float(np.float32(value))
+        for record in found.records
+        for name, value in record._asdict().items()
+        if name not in ("step", "layer") and value is not None
+    }
+    assert {step for _, step in seen} == {1, 3, 5}
+    assert ("1/grad_in", 1) not in seen, "what has no gradient has no curve"
+    assert seen == expected
+
+
 def test_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
 
@@ -166,6 +208,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"neither a \.csv file nor a folder"):
         watch(model, to="seen.txt")
     with pytest.raises(InputError, match="cannot be written"), watch(model, to=tmp_path / "none" / "seen.csv"):
+        pass
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("batchnorm.whole.recording.find_spec", lambda name: True)
+    with pytest.raises(InputError, match=r"cannot be written \(File exists\)"), watch(model, to=tmp_path / "file"):
         pass
     monkeypatch.setattr("batchnorm.whole.recording.find_spec", lambda name: None)
     with pytest.raises(InputError, match="TensorBoard, which is not installed"):

@@ -6,7 +6,6 @@ model.fit(x, y, callbacks=[Watch(every=10, to="statistics.csv")])
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,37 +15,6 @@ from batchnorm.keras.models import normalizations, to_float64
 from batchnorm.whole.recording import Record, Recorder, Sink
 
 __all__ = ["Record", "Watch"]
-
-
-class _Recorder(Recorder):
-    """A recorder that writes for TensorBoard with TensorFlow if that is the backend, and otherwise with PyTorch."""
-
-    def board(self, folder: Path) -> Any:
-        """A writer for TensorBoard."""
-        if keras.backend.backend() == "tensorflow":
-            return _Board(folder)
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder))
-
-
-class _Board:
-    """TensorFlow's writer, with the methods of PyTorch's."""
-
-    def __init__(self, folder: Path) -> None:
-        import tensorflow as tf
-
-        self.writer, self.scalar = tf.summary.create_file_writer(str(folder)), tf.summary.scalar
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        with self.writer.as_default():
-            self.scalar(name, value, step)
-
-    def flush(self) -> None:
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class Watch(keras.callbacks.Callback):
@@ -59,8 +27,8 @@ class Watch(keras.callbacks.Callback):
 
     Args:
         every: Record one step in `every`, beginning with the first.
-        to: Where the records go in addition to `records`: a `.csv` file; a folder, for TensorBoard; a writer with
-            `add_scalar`; or a function that is called with each `Record`.
+        to: Where the records go in addition to `records`: a `.csv` file, which is replaced; a folder, for TensorBoard;
+            a writer with `add_scalar`; or a function that is called with each `Record`.
         keep: The number of records to keep in memory. Each step gives one record per layer.
         live: Whether to show a line on stderr, if that is a terminal and rich is installed. Off by default, because
             `fit` has a line of its own.
@@ -79,7 +47,7 @@ class Watch(keras.callbacks.Callback):
         if every < 1:
             raise ValueError(f"every must be positive, got {every}")
         self.every = every
-        self.recorder = _Recorder(to, keep, live)
+        self.recorder = Recorder(to, keep, live)
         self.layers: dict[str, Any] = {}
         self.skipped: dict[str, int] = {}
         self._before: dict[str, tuple[Any, Any]] = {}

@@ -11,7 +11,6 @@ print(seen)                      # the last step in one line; `seen.records` has
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,8 +34,8 @@ class watch(Recorder):
     Args:
         model: Any module with PyTorch's layers or ours.
         every: Record one step in `every`, beginning with the first.
-        to: Where the records go in addition to `records`: a `.csv` file; a folder, for TensorBoard; a writer with
-            `add_scalar`; or a function that is called with each `Record`.
+        to: Where the records go in addition to `records`: a `.csv` file, which is replaced; a folder, for TensorBoard;
+            a writer with `add_scalar`; or a function that is called with each `Record`.
         keep: The number of records to keep in memory. Each step gives one record per layer.
         live: Whether to show a line on stderr, if that is a terminal and rich is installed.
 
@@ -92,12 +91,6 @@ class watch(Recorder):
                 "call",
                 stacklevel=2,
             )
-
-    def board(self, folder: Path) -> Any:
-        """PyTorch's writer for TensorBoard."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(folder))
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not model.training:

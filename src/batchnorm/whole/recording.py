@@ -74,16 +74,13 @@ class Recorder:
 
     def open(self) -> None:
         """Open the file, and show the line."""
-        if isinstance(self.to, Path) and self.to.suffix == ".csv":
-            file = _opened(self.to)
-            writer = csv.writer(file)
-            writer.writerow(Record._fields)
-            self._write, self._flush = writer.writerow, file.flush
-            self._closing.append(file.close)
-        elif isinstance(self.to, Path):
-            board = self.board(self.to)
-            self._write, self._flush = _to_board(board), board.flush
-            self._closing.append(board.close)
+        self.close()  # after a training that failed
+        if isinstance(self.to, Path):
+            try:
+                open_file = self._open_csv if self.to.suffix == ".csv" else self._open_board
+                open_file(self.to)
+            except OSError as error:
+                raise InputError(f"{self.to} cannot be written ({error.strerror}); choose another path.") from error
         elif self.to is not None:
             self._write = _to_board(self.to) if hasattr(self.to, "add_scalar") else self.to
         if self._live and sys.stderr.isatty() and find_spec("rich"):
@@ -94,9 +91,21 @@ class Recorder:
             self._line.start()
             self._closing.append(self._line.stop)
 
-    def board(self, folder: Path) -> Any:
-        """A writer for TensorBoard, with `add_scalar`, `flush` and `close`."""
-        raise TypeError(f"{type(self).__name__} does not know how to write for TensorBoard")
+    def _open_csv(self, path: Path) -> None:
+        file = path.open("a" if self.steps else "w", newline="", encoding="utf-8")  # a second training is appended
+        writer = csv.writer(file)
+        if not self.steps:
+            writer.writerow(Record._fields)
+        self._write, self._flush = writer.writerow, file.flush
+        self._closing.append(file.close)
+
+    def _open_board(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)  # with the exceptions of Python, not of a framework
+        from tensorboard.summary import Writer
+
+        board = Writer(str(folder))
+        self._write, self._flush = _to_board(board), board.flush
+        self._closing.append(board.close)
 
     def add(self, records: Sequence[Record]) -> None:
         """Add the records of a step."""
@@ -136,26 +145,21 @@ def _check(to: Any) -> Any:
     if isinstance(to, str):
         to = Path(to)
     if isinstance(to, Path):
-        if to.suffix == ".csv" or to.suffix == "":
-            if to.suffix == "" and not find_spec("tensorboard"):
-                raise InputError(
-                    f"{to} is a folder for TensorBoard, which is not installed; install it with pip install "
-                    "tensorboard, or write a .csv file."
-                )
+        if to.suffix == ".csv":
             return to
-        raise InputError(f"{to} is neither a .csv file nor a folder for TensorBoard; choose one of them.")
+        if to.suffix and not to.is_dir():
+            raise InputError(f"{to} is neither a .csv file nor a folder for TensorBoard; choose one of them.")
+        if not find_spec("tensorboard"):
+            raise InputError(
+                f"{to} is a folder for TensorBoard, which is not installed; install it with pip install tensorboard, "
+                "or write a .csv file."
+            )
+        return to
     if to is None or callable(to) or hasattr(to, "add_scalar"):
         return to
     raise TypeError(
         f"records go to a .csv file, a folder, a writer with add_scalar, or a function, got {type(to).__name__}"
     )
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return path.open("w", newline="", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path.") from error
 
 
 def _to_board(board: Any) -> Callable[[Record], None]:
