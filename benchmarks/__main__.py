@@ -22,6 +22,7 @@ from batchnorm.environment import columns
 from benchmarks import (
     folding,
     gradients,
+    healthy,
     jax_steps,
     keras_steps,
     kernels,
@@ -59,6 +60,7 @@ class Name(StrEnum):
     KERAS = "keras"
     JAX = "jax"
     WATCHING = "watching"
+    HEALTHY = "healthy"
     REPORT = "report"
 
 
@@ -102,6 +104,7 @@ BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]
     Name.KERAS: lambda s: (len(keras_steps.BACKENDS), keras_steps.run(s.seconds(4.0), s.quick)),
     Name.JAX: lambda s: (len(jax_steps.CASES), jax_steps.run(s.seconds(2.0), s.quick)),
     Name.WATCHING: lambda s: (len(watching.SUBJECTS), watching.run(s.seconds(10.0), s.quick)),
+    Name.HEALTHY: lambda s: (len(healthy.NETWORKS) * s.seeds, healthy.run(s.seeds, s.quick)),
 }
 """The parts: the number of runs of each, and their records. The seconds are per case."""
 
@@ -115,7 +118,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")] = False,
     others: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds of gradients, losses, small batches and the study.")
+        int, typer.Option(min=1, help="Number of seeds of gradients, losses, small batches, healthy networks and the study.")
     ] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Folder of README.md and results/. [default: benchmarks; quick: build/bench]")

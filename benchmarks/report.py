@@ -15,7 +15,8 @@ from benchmarks.gpu import report as gpu
 
 NAMES = (
     "layers", "eval", "kernels", "compiled", "variants", "training", "inference", "folding", "memory", "gradients",
-    "losses", "small", "keras", "jax", "verdicts", "watching", *gpu.NAMES,
+    "losses", "small", "keras", "jax", "verdicts", "watching",
+    "healthy", *gpu.NAMES,
 )  # fmt: skip
 MODES = {"layers": "forward + backward", "eval": "evaluation"}
 EMPTY = "Not measured.\n"
@@ -324,6 +325,21 @@ def _watching(tables: Tables) -> str:
     return markdown(("model", "batch", "layers", "step, ms", "recorded, ms", f"cost, every {every} steps"), lines)
 
 
+def _healthy(tables: Tables) -> str:
+    """The false alarms of each network, in all of its runs."""
+    runs: dict[str, list[Record]] = {}
+    for record in tables["healthy"]:
+        runs.setdefault(record["network"], []).append(record)
+    lines = [
+        (
+            network.replace("_", " "), str(len(found)), f"{min(r['accuracy'] for r in found):.1%}",
+            str(sum(r["false_alarms"] for r in found)),
+        )
+        for network, found in runs.items()
+    ]  # fmt: skip
+    return markdown(("network", "seeds", "lowest accuracy", "false alarms"), lines)
+
+
 def _jax(tables: Tables) -> str:
     """Times of our function, and how many times as long the others take."""
     records = tables["jax"]
@@ -362,5 +378,6 @@ SECTIONS: dict[str, Callable[[Tables], str]] = {
     "verdicts": _verdicts,
     "keras": _keras,
     "watching": _watching,
+    "healthy": _healthy,
     "jax": _jax,
 }

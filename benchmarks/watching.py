@@ -26,7 +26,7 @@ DIVISOR = 4
 def run(seconds: float, quick: bool) -> Iterator[list[Record]]:
     """The records of each model, before and after `convert`."""
     for subject in SUBJECTS:
-        shape = subject.shape(*QUICK) if quick else subject.shape(divisor=DIVISOR if len(subject.shape()) > 2 else 1)
+        shape = subject.shape(QUICK[0] if quick else None, DIVISOR if len(subject.shape()) > 2 else 1)
         [(x, target)] = subject.data(shape)
         found: list[Record] = []
         for name, model in subject.pair().items():
