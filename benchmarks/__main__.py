@@ -118,7 +118,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")] = False,
     others: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds of gradients, losses, small batches, healthy networks and the study.")
+        int, typer.Option(min=1, help="Number of seeds of gradients, losses, small, healthy and verdicts.")
     ] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Folder of README.md and results/. [default: benchmarks; quick: build/bench]")
@@ -140,6 +140,8 @@ def main(
         table.write(path, [*elsewhere, *(record | sources for record in records)], {})
         if name in (Name.LAYERS, Name.EVAL):
             console.print(comparison(records))
+        if name is Name.HEALTHY:
+            console.print("False alarms of each seed", healthy.summary(records), sep="\n", highlight=False)
     report.write(out, HERE / "README.md")
     console.print(f"Written: {out / 'README.md'} and {out / 'results'}", markup=False, highlight=False, soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """False alarms of `diagnose`: what it says about networks that were trained well.
 
-Each network is trained on shuffled digits, and in evaluation it classifies others. Any warning or error is a false alarm.
+Each network is trained on shuffled digits. Any warning or error about it is a false alarm.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from batchnorm.torch.decay import parameter_groups
 from batchnorm.torch.diagnose import diagnose
 from batchnorm.torch.freeze import freeze
 
-__all__ = ["ALARMS", "NETWORKS", "alarms", "run", "train"]
+__all__ = ["ALARMS", "NETWORKS", "alarms", "run", "summary", "train"]
 
 ALARMS = ("warning", "error")
 """A finding for information says that nothing is wrong."""
@@ -139,3 +139,12 @@ def run(seeds: int, quick: bool) -> Iterator[list[Record]]:
             checks = "; ".join(f"{check} {number}" for check, number in Counter(found).items())
             about = {"network": network.__name__, "seed": seed, "accuracy": round(right, 4)}
             yield [about | {"false_alarms": len(found), "checks": checks}]
+
+
+def summary(records: list[Record]) -> str:
+    """A line for each network: the false alarms of each seed."""
+    lines = []
+    for network in dict.fromkeys(record["network"] for record in records):
+        found = [str(record["false_alarms"]) for record in records if record["network"] == network]
+        lines.append(f"{network}: {' '.join(found)}")
+    return "\n".join(lines)

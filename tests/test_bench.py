@@ -299,6 +299,10 @@ TABLES: goals.Tables = {
         | {"median_us": time, "q10_us": time, "q90_us": time}
         for more, time in (("", 1000.0), (", recorded", 1200.0))
     ],
+    "healthy": [
+        {"network": "two_layers", "seed": seed, "accuracy": 0.9 + 0.05 * seed, "false_alarms": 2 * seed, "checks": ""}
+        for seed in (0, 1)
+    ],
     "verdicts": [
         {"claim": "faster", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
         for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
@@ -415,6 +419,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| a | 10.0 (10.0 to 10.0) | 1.20 | 1.50 |" in section(text, "variants")
     assert "| jax 0.10.2 | mlp | 32 x 784 | 1.0 (1.0 to 1.0) | 0.9 (0.9 to 0.9) | 0.90 |" in section(text, "keras")
     assert "| mlp, eager | 256x64 | 3 | 1.0 (1.0 to 1.0) | 1.2 (1.2 to 1.2) | +2.0% |" in section(text, "watching")
+    assert "| two layers | 2 | 90.0% | 2 |" in section(text, "healthy")
     assert "| training | 16x4, channels in axis -1 | 1.0 (1.0 to 1.0) | 4.00 | — | 3.00 |" in section(text, "jax")
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
     assert "| faster | 1.25 to 2.50 ratio | 2 supported, 1 undecided |" in section(text, "verdicts")

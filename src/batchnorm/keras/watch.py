@@ -5,13 +5,13 @@ model.fit(x, y, callbacks=[Watch(every=10, to="statistics.csv")])
 ```
 """
 
-import math
 from typing import Any
 
 import keras
 import numpy as np
 
 from batchnorm.keras.models import normalizations, to_float64
+from batchnorm.whole.evidence import gap
 from batchnorm.whole.recording import Record, Recorder, Sink
 
 __all__ = ["Record", "Watch"]
@@ -97,8 +97,6 @@ class Watch(keras.callbacks.Callback):
         if not learning or layer.renorm or executed != 1 or rate == 0 or stood:
             return Record(self.recorder.steps, name, None, None, *averages, skipped=skipped)
         batch_mean, batch_var = (old + (new - old) / rate for old, new in ((old_mean, mean), (old_var, var)))
-        std = np.sqrt(var + layer.epsilon)
-        scale = np.sqrt(np.maximum(batch_var, 0) + layer.epsilon) / std
-        gap = math.sqrt(float((((batch_mean - mean) / std) ** 2 + (scale - 1) ** 2).mean()))
+        distance = gap(batch_mean, np.maximum(batch_var, 0), mean, var, layer.epsilon)
         batch = float(batch_mean.mean()), float(batch_var.mean())
-        return Record(self.recorder.steps, name, *batch, *averages, gap, skipped=skipped)
+        return Record(self.recorder.steps, name, *batch, *averages, distance, skipped=skipped)

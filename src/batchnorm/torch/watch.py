@@ -8,7 +8,6 @@ print(seen)                      # the last step in one line; `seen.records` has
 ```
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -19,9 +18,13 @@ from torch import Tensor, nn
 
 from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.survey import keeps_statistics, survey
+from batchnorm.whole.evidence import gap
 from batchnorm.whole.recording import Record, Recorder, Sink
 
 __all__ = ["Record", "watch"]
+
+PARTS = ("mean", "var", "running_mean", "running_var")
+"""What a record says of the batch and of the running statistics, in this order."""
 
 
 class watch(Recorder):
@@ -155,23 +158,17 @@ class _Step:
         records = []
         for name, found in self.found.items():
             layer = self.layers[name]
-            keeps = keeps_statistics(layer)
-            mean, var = (layer.running_mean.double(), layer.running_var.double()) if keeps else (None, None)
-            gap = None
-            batch_mean, batch_var = found["batch"].double().unbind() if "batch" in found else (None, None)
-            if batch_mean is not None and mean is not None and var is not None:
-                eps: Any = eps_of(layer)
-                std = (var + eps).sqrt()
-                scale = (batch_var + eps).sqrt() / std
-                gap = math.sqrt(float((((batch_mean - mean) / std).square() + (scale - 1).square()).mean()))
-            batch_mean, batch_var, mean, var = (
-                None if t is None else float(t.mean()) for t in (batch_mean, batch_var, mean, var)
-            )
+            known: dict[str, Any] = dict(zip(("mean", "var"), found["batch"], strict=True)) if "batch" in found else {}
+            if keeps_statistics(layer):
+                known |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
+            arrays = {name: tensor.detach().cpu().double().numpy() for name, tensor in known.items()}
+            distance = gap(**arrays, eps=eps_of(layer)) if len(arrays) == 4 else None
+            means = (float(arrays[part].mean()) if part in arrays else None for part in PARTS)
             grad_out, grad_in, dead = (
                 float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")
             )
             skipped = int(getattr(layer, "num_batches_skipped", 0))
-            records.append(Record(step, name, batch_mean, batch_var, mean, var, gap, grad_out, grad_in, dead, skipped))
+            records.append(Record(step, name, *means, distance, grad_out, grad_in, dead, skipped))
         return records
 
 

@@ -10,7 +10,7 @@ from batchnorm.whole.evidence import Evidence, Inputs, Layer, State
 from batchnorm.whole.findings import Finding, Severity
 from batchnorm.whole.remedies import Remedies
 
-__all__ = ["CHECKS", "gap"]
+__all__ = ["CHECKS"]
 
 Check = Callable[[Evidence, Remedies], Iterator[Finding]]
 
@@ -131,13 +131,6 @@ def _number(value: float) -> str:
     return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
-def gap(layer: Layer) -> float | None:
-    """The distance of a layer's inputs in evaluation from its running statistics; None if it is not known."""
-    if layer.evaluated.moments is None or layer.state.mean is None:
-        return None
-    return layer.evaluated.distance(layer.state).size
-
-
 # --- Channels ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +143,7 @@ def dead_channel(evidence: Evidence, remedies: Remedies) -> Iterator[Finding]:
         still = _without_input(layer) & ~cut
         off = np.zeros(state.channels, bool)
         # A channel that is on for 1% of the values is off in n independent ones with probability 0.99^n.
-        enough = math.log(ALPHA / tests) / math.log(1 - SPARSE)
+        enough = math.log(ALPHA / max(1, tests)) / math.log(1 - SPARSE)
         if layer.is_rectified and layer.highest is not None and layer.trained.samples >= enough:
             off = (layer.highest <= 0) & ~cut & ~still
         kinds: tuple[tuple[np.ndarray, str, Severity, Callable[[State, Sequence[int]], str]], ...] = (

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any, Protocol
 
-from batchnorm.whole.checks import CHECKS, gap
-from batchnorm.whole.evidence import Evidence, Layer, State
+from batchnorm.whole.checks import CHECKS
+from batchnorm.whole.evidence import Evidence, Layer
 from batchnorm.whole.findings import SEVERITIES, Finding, Profile
 from batchnorm.whole.remedies import Remedies
 from batchnorm.whole.report import Report
@@ -106,5 +106,8 @@ def judge(evidence: Evidence, remedies: Remedies, read: str, notes: Iterable[str
 
 
 def _profile(layer: Layer) -> Profile:
-    state: State = layer.state
-    return Profile(state.name, state.channels, gap(layer), state.weight, state.var)
+    state, gap = layer.state, None
+    if layer.evaluated.moments is not None and state.mean is not None:
+        gap = layer.evaluated.distance(state)
+    sizes = (None, None) if gap is None else (gap.size, gap.errors)
+    return Profile(state.name, state.channels, sizes[0], state.weight, state.var, sizes[1])

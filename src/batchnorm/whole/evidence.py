@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from batchnorm.definition import Moments, merge_moments
 from batchnorm.whole.chance import is_real
 
-__all__ = ["Batch", "Distance", "Evidence", "Inputs", "Layer", "Outputs", "Producer", "State", "batch"]
+__all__ = ["Batch", "Distance", "Evidence", "Inputs", "Layer", "Outputs", "Producer", "State", "batch", "gap"]
 
 Array = NDArray[np.float64]
 
@@ -131,6 +131,35 @@ def batch(x: Array, counts: Array | None = None) -> Batch:
     scale = samples / max(1, samples - 1) / count**2 if samples > 1 else 0.0
     mean_error2, var_error2 = (scale * (sums**2).sum(0) for sums in by_sample)
     return Batch(samples, Moments(count, mean, var), mean_error2, var_error2)
+
+
+def gap(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: float) -> float:
+    """How far the statistics of an input are from the running ones: the root mean square of `deviation`."""
+    return _size(*deviation(mean, var, running_mean, running_var, eps))
+
+
+def deviation(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: float) -> tuple[Array, Array]:
+    """How an input that is normalized by running statistics differs from one that is normalized by its own.
+
+    `shift = (mean - running_mean) / sqrt(running_var + eps)`; `scale = sqrt((var + eps) / (running_var + eps))`.
+
+    Args:
+        mean, var: `(C,)`: the statistics of the input.
+        running_mean, running_var: `(C,)`: the running statistics; a negative variance counts as 0.
+        eps: Added to the variances.
+
+    Returns:
+        The mean of the normalized values, `shift`, instead of 0, and the factor of their standard deviation, `scale`.
+    """
+    with np.errstate(all="ignore"):
+        floor = np.maximum(running_var, 0.0) + eps
+        return (mean - running_mean) / np.sqrt(floor), np.sqrt((var + eps) / floor)
+
+
+def _size(shift: Array, scale: Array) -> float:
+    """The error of a normalized value, as in `Distance`."""
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.mean(shift**2 + (scale - 1) ** 2)))
 
 
 class Distance(NamedTuple):
@@ -260,10 +289,7 @@ class Inputs:
         if self.moments is None or state.mean is None or state.var is None:
             return Distance(0.0, 0.0, False)
         with np.errstate(all="ignore"):
-            floor = np.maximum(state.var, 0.0) + state.eps
-            shift = (self.moments.mean - state.mean) / np.sqrt(floor)
-            scale = np.sqrt((self.moments.var + state.eps) / floor)
-            size = float(np.sqrt(np.mean(shift**2 + (scale - 1) ** 2)))
+            shift, scale = deviation(self.moments.mean, self.moments.var, state.mean, state.var, state.eps)
             exactness = 1 / self.samples + state.memory / self.batch_size
             mean_errors2 = (self.moments.mean - state.mean) ** 2 / (self._per_sample("mean") * exactness)
             logarithm2 = (2 * np.log(scale)) ** 2
@@ -271,7 +297,7 @@ class Inputs:
             differs = np.array([shift != 0, scale != 1])
             errors2 = np.where(differs, np.nan_to_num([mean_errors2, var_errors2], nan=0.0, posinf=np.inf), 0.0)
         largest = float(errors2.max(initial=0.0))
-        return Distance(size, math.sqrt(largest), is_real(largest, 1, self.freedom, 2 * self.tests))
+        return Distance(_size(shift, scale), math.sqrt(largest), is_real(largest, 1, self.freedom, 2 * self.tests))
 
     def distance_to(self, other: "Inputs") -> Distance:
         """How far other inputs are from these, in standard deviations of these."""
@@ -284,9 +310,8 @@ class Inputs:
             errors = [i._per_sample("mean") / i.samples for i in (self, other)]
             shift_errors2 = np.where(shift != 0, (other.moments.mean - self.moments.mean) ** 2 / sum(errors), 0.0)
             largest = float(max(np.nan_to_num(shift_errors2).max(), self._logarithm_errors2(other, 0.0).max()))
-        size = float(np.sqrt(np.mean(shift**2 + (scale - 1) ** 2)))
         freedom = min(self.freedom, other.freedom)
-        return Distance(size, math.sqrt(largest), is_real(largest, 1, freedom, 2 * self.tests))
+        return Distance(_size(shift, scale), math.sqrt(largest), is_real(largest, 1, freedom, 2 * self.tests))
 
     def varies_from(self, other: "Inputs", eps: float) -> bool:
         """Whether the variance of these inputs differs from that of others by more than chance."""

@@ -42,6 +42,7 @@ class Profile:
         gap: The distance between its inputs in evaluation and its running statistics, in standard deviations; None if
             there were no data, or no statistics.
         weight, var: `(C,)`: gamma and the running variance; None where there is none.
+        errors: The largest such distance of a channel, in standard errors; None as for `gap`.
     """
 
     name: str
@@ -49,3 +50,4 @@ class Profile:
     gap: float | None
     weight: Array | None
     var: Array | None
+    errors: float | None = None

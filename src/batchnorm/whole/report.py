@@ -116,6 +116,7 @@ class Report:
                 "name": layer.name,
                 "channels": layer.channels,
                 "gap": _finite(layer.gap),
+                "standard_errors": _finite(layer.errors),
                 "gamma": _quartiles(layer.weight),
                 "variance": _quartiles(layer.var),
             }
