@@ -100,6 +100,7 @@ def test_what_is_around_a_layer() -> None:
     before = numbers(model(X, training=False))
     mend(found, model=model)
     np.testing.assert_allclose(numbers(model(X, training=False)), before, atol=1e-5)
+    assert diagnose(model, DATA).findings == ()
     dropped = network(rate=0.5)
     layer = dropped.get_layer("second")
     layer.moving_variance.assign(2.0 * numbers(layer.moving_variance))  # as training with this dropout leaves it
@@ -122,6 +123,31 @@ def test_batches() -> None:
     (found, *_) = [f for f in diagnose(model, alike).findings if f.check == "correlated-batch"]
     assert found.layer == "first"
     after = mend(found, model=model, data=alike)["data"]
+    assert diagnose(model, after).findings == ()
+
+
+def test_small_batches_of_every_kind() -> None:
+    model, small = network(), [X[i : i + 4] for i in range(0, 160, 4)]
+    kinds: list[Any] = [[(x, np.zeros(len(x))) for x in small], (x for x in small)]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        kinds.insert(0, tf.data.Dataset.from_tensor_slices(X[:160]).batch(4))
+    for data in kinds:
+        found = next(f for f in diagnose(model, data).findings if f.check == "small-batch")
+        after = mend(found, model=model, data=data)["data"]
+        if after is data:  # a generator cannot be batched anew, so the layers are frozen: the last case
+            after = small
+        assert diagnose(model, after).findings == ()
+
+
+def test_batches_that_are_not_finite() -> None:
+    model, data = network(), [*DATA[:3], np.where(X[:32] > 2, np.inf, X[:32]), *DATA[4:]]
+    (found, *_) = diagnose(model, data).findings
+    assert (found.layer, found.check) == ("first", "non-finite-statistics")
+    assert found.evidence == "1 of 20 batches contained NaN or infinity"
+    after = mend(found, model=model, data=data)["data"]
+    assert len(after) == 19
     assert diagnose(model, after).findings == ()
 
 
@@ -162,6 +188,37 @@ class Twice(keras.Model):
 
     def call(self, x: Any, training: bool = False) -> Any:
         return self.norm(x, training=training) - self.norm(ops.flip(x, 0) + 3.0, training=training)
+
+
+class Forgetful(keras.Model):
+    """A layer that nothing calls, so that Keras never builds it, and one that was built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.extra = layers.BatchNormalization(name="norm"), layers.BatchNormalization(name="extra")
+        self.more = [layers.BatchNormalization(name="built")]
+        self.more[0].build((None, 4))
+
+    def build(self, shape: Any) -> None:
+        self.norm.build(shape)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.norm(x, training=training)
+
+
+def test_layers_that_nothing_calls() -> None:
+    model = Forgetful()
+    with pytest.raises(RuntimeError, match="norm does not know its size yet"):
+        diagnose(model, DATA)
+    model(X)
+    assert set(calibrate(model, DATA, progress=False).skipped) == {"extra", "built"}
+    model.more[0].moving_mean.assign(np.ones(4))
+    for remaining in (["extra", "built"], ["built"], []):
+        report = diagnose(model, DATA)
+        assert [(f.layer, f.check, f.severity) for f in report.findings] == [(n, "unused", "info") for n in remaining]
+        if remaining:
+            mend(report.findings[0], model=model)
+    assert np.isfinite(numbers(model(X))).all()
 
 
 def test_a_layer_with_two_calls() -> None:
@@ -256,6 +313,9 @@ def test_bad_input() -> None:
         diagnose(keras.Sequential([keras.Input((2,)), layers.Dense(2)]))
     with pytest.raises(ValueError, match="the data gave no batches"):
         diagnose(network(), [])
+    with pytest.raises(ValueError, match=r"fails on a batch of data of shape \(4, 3\): .*expected") as raised:
+        diagnose(network(), [X[:4, :3]])
+    assert "\n" not in str(raised.value)
     with pytest.raises(RuntimeError, match="does not know its size yet"):
         diagnose(keras.Sequential([layers.BatchNormalization()]))
 
@@ -285,3 +345,17 @@ def test_watch(ours: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model has no batch normalization, so there is nothing to watch"):
         plain.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[Watch()])
     assert ops.shape(model.get_layer("n").gamma) == (6,)
+
+
+def test_watch_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(name="n"), layers.Dense(1)])
+    model.compile("sgd", "mse")
+    watch = Watch(to=tmp_path / "run")
+    for _ in range(2):  # each `fit` writes a file of its own
+        model.fit(X[:64], np.zeros((64, 1)), verbose=0, callbacks=[watch])
+    events = [event for file in (tmp_path / "run").iterdir() for event in EventFileLoader(str(file)).Load()]
+    seen = {(value.tag, event.step) for event in events for value in event.summary.value}
+    assert seen >= {(f"n/{name}", step) for name in ("batch_mean", "running_var", "gap") for step in (1, 2, 3, 4)}

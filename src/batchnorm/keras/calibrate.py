@@ -98,6 +98,9 @@ class _Model:
     def find(self) -> Mapping[str, whole.Layer | str]:
         found: dict[str, whole.Layer | str] = {}
         for name, layer in normalizations(self.model).items():
+            if not layer.built and self.model.built:
+                found[name] = "nothing has called it, so it has no statistics"
+                continue
             if not layer.built:
                 raise RuntimeError(
                     f"{name or 'the layer'} does not know its size yet: call the model on one batch first"

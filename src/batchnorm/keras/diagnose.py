@@ -6,6 +6,7 @@ print(diagnose(model, dataset, optimizer=model.optimizer))        # checks of th
 ```
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,6 +33,8 @@ LINEAR = (
 )  # fmt: skip
 ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 """The relative error of rounding, of types that are rougher than float32."""
+COLORS = re.compile(r"\x1b\[\d*m")
+_UNBUILT = "{} does not know its size yet: call the model on one batch first"
 RECTIFIERS = (keras.activations.relu, keras.activations.relu6)
 
 
@@ -86,11 +89,9 @@ class _Model:
         self.training: dict[str, bool] = {}
 
     def find(self) -> Mapping[str, Layer]:
-        unbuilt = [name for name, layer in self.layers.items() if not layer.built]
-        if unbuilt:
-            raise RuntimeError(
-                f"{unbuilt[0] or 'the layer'} does not know its size yet: call the model on one batch first"
-            )
+        if not self.model.built:
+            name = next((name for name, layer in self.layers.items() if not layer.built), "")
+            raise RuntimeError(_UNBUILT.format(name or "the layer"))
         return {
             name: Layer(_state(self.model, name, layer), decay=self._decay(layer))
             for name, layer in self.layers.items()
@@ -110,7 +111,7 @@ class _Model:
     def run(self, batch: Any, evidence: Evidence) -> None:
         evidence.processes = _processes()
         around = None if evidence.batches else _Around(self.model, self.layers)
-        with eagerly():
+        with eagerly(), _explained(batch):
             self._pass(batch, evidence, "trained", around)
             trained = self._pass(batch, evidence, "quiet")
             evaluated = self._pass(batch, evidence, "evaluated")
@@ -130,6 +131,8 @@ class _Model:
             def watched(inputs: Any, training: Any = None, mask: Any = None) -> Any:
                 if mode == "trained":
                     self.training[name] = bool(training)
+                if not evidence.layers[name].state.channels:
+                    raise RuntimeError(_UNBUILT.format(name))
                 number = calls.get(name, 0)
                 calls[name] = number + 1
                 found, seen = evidence.reach(name), layer_input(inputs, mask, layer.axis, name)
@@ -224,6 +227,8 @@ class _Around:
             if producer is not None and self.uses[producer[0]] == 1:
                 path, made = producer
                 bias = None if made.bias is None else to_float64(made.bias)
+                if bias is not None and not made.bias.trainable and not bias.any():
+                    bias = None  # as the remedy leaves it
                 layer.producer = Producer(path, _at(self.model, path, made), bias)
 
     def _watch(self, name: str, layer: Any) -> Callable[..., Any]:
@@ -266,6 +271,24 @@ class _Around:
             is_relu = isinstance(layer, layers.ReLU) and not layer.negative_slope and not layer.threshold
             if is_relu or (getattr(layer, "activation", None) in RECTIFIERS and isinstance(layer, layers.Activation)):
                 self.rectified.add(self.normalized[id(x)][1])
+
+
+@contextmanager
+def _explained(batch: Any) -> Iterator[None]:
+    """Add the shapes of the batch to the model's errors, in one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        arrays = [leaf for leaf in keras.tree.flatten(batch) if hasattr(leaf, "shape")]
+        shapes = ", ".join(str(tuple(array.shape)) for array in arrays) or "no arrays"
+        # Keras says which call failed, then why, and then what the arguments were.
+        lines = [line for line in COLORS.sub("", str(error)).splitlines() if line.strip()]
+        said = [line for line in lines if not line.startswith("Exception encountered when calling")]
+        raise ValueError(
+            f"the model fails on a batch of data of shape {shapes}: {(said or lines or [''])[0]}"
+        ) from error
 
 
 @contextmanager
@@ -324,6 +347,8 @@ def _at(model: Any, name: str, layer: Any) -> str:
 
 
 def _state(model: Any, name: str, layer: Any) -> State:
+    if not layer.built:  # Keras builds a layer when it is called, so nothing has called this one
+        return State(name, _at(model, name, layer), type(layer).__name__, 0, learns=None)
     affine = [weight for weight in (layer.gamma, layer.beta) if weight is not None]
     frozen = getattr(layer, "frozen", None) is not None or not layer.trainable
     gamma = None if layer.gamma is None else to_float64(layer.gamma)

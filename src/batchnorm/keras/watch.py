@@ -59,7 +59,8 @@ class Watch(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Find the layers."""
-        self.layers = normalizations(self.model)
+        # A layer that is not built yet is one that the model does not call.
+        self.layers = {name: layer for name, layer in normalizations(self.model).items() if layer.built}
         if not self.layers:
             raise ValueError("model has no batch normalization, so there is nothing to watch")
         self.recorder.open()

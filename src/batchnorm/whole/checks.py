@@ -176,7 +176,7 @@ def _dead(layer: Layer, dead: np.ndarray, what: str, severity: Severity, remedy:
 
 def _by_share(dead: np.ndarray) -> Severity:
     """After a ReLU it is usual that some units are always off, but not that most are."""
-    return "warning" if dead.mean() > 0.5 else "info"
+    return "warning" if 2 * dead.sum() > dead.size else "info"
 
 
 def _without_gamma(layer: Layer) -> np.ndarray:
