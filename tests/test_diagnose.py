@@ -4,6 +4,7 @@ import copy
 import html.parser
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import batchnorm.torch as bn
 from batchnorm.torch import Finding, Report, diagnose, parameter_groups
 from batchnorm.whole import chance, evidence
+from batchnorm.whole.checks import CHECKS
 
 datasets = pytest.importorskip("sklearn.datasets")
 
@@ -235,6 +237,22 @@ def test_the_first_layer_where_evaluation_parts(model: Any, data: list[Tensor]) 
     assert diagnose(model, data).findings == ()
 
 
+@pytest.mark.parametrize("stretch", [0.0, 0.2])
+def test_small_gaps_that_add_up(stretch: float) -> None:
+    """A standard deviation that is off by a fifth is not large in one layer, but in twelve."""
+    torch.manual_seed(0)
+    parts = [nn.Linear(64, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU()]
+    model: Any = nn.Sequential(*(copy.deepcopy(part) for _ in range(12) for part in parts))
+    for layer in model[::3]:
+        nn.init.orthogonal_(layer.weight)
+    batches = [torch.randn(BATCH, 64) for _ in range(20)]
+    bn.calibrate(model, batches, progress=False)
+    for layer in model[1::3]:
+        layer.running_var *= (1 + stretch) ** 2
+    found = [f for f in diagnose(model, batches).findings if f.severity in FAULTS]
+    assert [(f.check, int(f.layer) > 3) for f in found] == ([("train-eval-gap", True)] if stretch else [])
+
+
 def test_dropout_that_no_module_does(data: list[Tensor]) -> None:
     class Functional(Mlp):
         def forward(self, x: Tensor) -> Tensor:
@@ -400,6 +418,15 @@ def test_a_layer_for_two_inputs(data: list[Tensor]) -> None:
     assert "called 2 times in a step" in found.evidence
     mend(found, model, data)
     assert "net.bn1" not in said(diagnose(model, data), "unused")
+
+
+def test_troubleshooting_says_what_diagnose_sees() -> None:
+    text = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    for section in text.split("\n## ")[1:]:
+        assert "diagnose" in section, section
+    named = set(re.findall(r"under\s`([a-z]+-[a-z-]+|recomputed|unsynchronized)`", text))
+    assert named <= {check.__name__.replace("_", "-") for check in CHECKS}
+    assert len(named) > 5
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
