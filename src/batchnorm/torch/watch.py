@@ -23,8 +23,8 @@ from batchnorm.whole.recording import Record, Recorder, Sink
 
 __all__ = ["Record", "watch"]
 
-PARTS = ("mean", "var", "running_mean", "running_var")
-"""What a record says of the batch and of the running statistics, in this order."""
+PARTS = ("batch_mean", "batch_var", "running_mean", "running_var")
+"""What `gap` compares."""
 
 
 class watch(Recorder):
@@ -158,17 +158,16 @@ class _Step:
         records = []
         for name, found in self.found.items():
             layer = self.layers[name]
-            known: dict[str, Any] = dict(zip(("mean", "var"), found["batch"], strict=True)) if "batch" in found else {}
+            known: dict[str, Any] = dict(zip(PARTS, found.get("batch", ()), strict=False))
             if keeps_statistics(layer):
                 known |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
-            arrays = {name: tensor.detach().cpu().double().numpy() for name, tensor in known.items()}
-            distance = gap(**arrays, eps=eps_of(layer)) if len(arrays) == 4 else None
-            means = (float(arrays[part].mean()) if part in arrays else None for part in PARTS)
-            grad_out, grad_in, dead = (
-                float(found[key]) if key in found else None for key in ("grad_out", "grad_in", "dead")
-            )
+            arrays = {part: tensor.detach().cpu().double().numpy() for part, tensor in known.items()}
+            compared = [arrays[part] for part in PARTS if part in arrays]
+            distance = gap(*compared, eps=eps_of(layer)) if len(compared) == len(PARTS) else None
+            numbers: dict[str, Any] = {part: float(array.mean()) for part, array in arrays.items()}
+            numbers |= {key: float(found[key]) for key in ("grad_out", "grad_in", "dead") if key in found}
             skipped = int(getattr(layer, "num_batches_skipped", 0))
-            records.append(Record(step, name, *means, distance, grad_out, grad_in, dead, skipped))
+            records.append(Record(step, name, gap=distance, skipped=skipped, **numbers))
         return records
 
 
