@@ -77,10 +77,7 @@ def repeat(call: Call, how: How, statistics: Tensor, affine: Tables, *, counted:
     arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid)
     for part, mean, _, rstd in zip(how.parts, *statistics.numpy(), strict=True):
         y_, x_, residual = _of_part(part, x, arrays)
-        if how.statistics is None:
-            launch.repeat(x_, residual, mean, rstd, *affine, call.activation, y_, counted=counted)
-        else:
-            launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
+        launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
     return y
 
 
