@@ -134,8 +134,7 @@ def masked_loads(stage: Any) -> int | None:
     """How many loads of vectors under a mask a stage has; None if there is no machine code, or none with AVX-512."""
     if not hasattr(stage, "py_func"):
         return None
-    fresh = numba.njit(**OPTIONS)(stage.py_func)  # what comes from disk has no assembly
-    fresh.__name__ = stage.__name__
+    fresh: Any = numba.njit(**OPTIONS)(stage.py_func)  # what comes from disk has no assembly
     calls.address(fresh, np.dtype(np.float32))
     (text,) = fresh.inspect_asm().values()
     return len(re.findall(r"vmovup[sd]\s+\S*\(%r\S*\), %[yz]mm\d+ \{%k", text)) if "%zmm" in text else None

@@ -170,7 +170,8 @@ def test_somebody_has_it(use: Callable[[Tensor, Tensor, list[Any]], None], decid
         use(x, compute(x), kept)
         held.append(kept[0])
     assert decided == [False]
-    np.testing.assert_allclose(*map(np.asarray, held), rtol=1e-4, atol=1e-5)
+    ours, theirs = map(np.asarray, held)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_that_two_branches_share_is_theirs(decided: list[bool]) -> None:

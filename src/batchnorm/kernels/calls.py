@@ -11,7 +11,7 @@ passes has these types.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -82,8 +82,7 @@ def _caller(stage: str) -> Callable[[Any, Any], float]:
 
         return types.float64(address, arguments), generate
 
-    called: Callable[[Any, Any], float] = call
-    return called
+    return cast(Callable[[Any, Any], float], call)
 
 
 def _fits(given: Any, expected: Any) -> bool:

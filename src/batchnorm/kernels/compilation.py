@@ -32,7 +32,7 @@ OPTIONS: _Options = {
 INLINED: Any = {**OPTIONS, "forceinline": True}
 
 
-class _WithoutCollector(event.Listener):  # type: ignore[misc]
+class _WithoutCollector(event.Listener):
     """Stops Python's search for cycles while a function of ours is compiled.
 
     Compilers make many objects and free few. In a process with a framework in memory, the search would take a fifth of

@@ -25,7 +25,8 @@ def is_ours(dy: Tensor) -> bool:
 
 def _references(t: Tensor) -> tuple[int, int, int]:
     """References to the Python object, to PyTorch's tensor, and to its memory."""
-    return sys.getrefcount(t), t._use_count(), torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+    tensor, memory = t._use_count(), torch._C._storage_Use_Count(t.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(t), tensor, memory
 
 
 @functools.cache
