@@ -24,7 +24,7 @@ from batchnorm.whole.recording import Record, Recorder, Sink
 __all__ = ["Record", "watch"]
 
 PARTS = ("batch_mean", "batch_var", "running_mean", "running_var")
-"""What `gap` compares."""
+"""What `gap` compares, in its order."""
 
 
 class watch(Recorder):
@@ -162,8 +162,10 @@ class _Step:
             if keeps_statistics(layer):
                 known |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
             arrays = {part: tensor.detach().cpu().double().numpy() for part, tensor in known.items()}
-            compared = [arrays[part] for part in PARTS if part in arrays]
-            distance = gap(*compared, eps=eps_of(layer)) if len(compared) == len(PARTS) else None
+            mean, var, running_mean, running_var = (arrays.get(part) for part in PARTS)
+            distance = None
+            if mean is not None and var is not None and running_mean is not None and running_var is not None:
+                distance = gap(mean, var, running_mean, running_var, eps_of(layer))
             numbers: dict[str, Any] = {part: float(array.mean()) for part, array in arrays.items()}
             numbers |= {key: float(found[key]) for key in ("grad_out", "grad_in", "dead") if key in found}
             skipped = int(getattr(layer, "num_batches_skipped", 0))
