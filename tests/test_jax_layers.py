@@ -23,10 +23,10 @@ from batchnorm.jax import (
     calibrate,
     fold,
     freeze,
+    route,
     unfreeze,
 )
 from batchnorm.jax.freeze import Frozen
-from batchnorm.xla import kernels
 
 
 def batches(*shape: int, number: int = 3) -> list[Any]:
@@ -39,10 +39,14 @@ def batches(*shape: int, number: int = 3) -> list[Any]:
     [{}, {"axis": 1, "use_scale": False}, {"dtype": jnp.bfloat16}, {"use_bias": False, "momentum": 0.5}],
     ids=str,
 )
-@pytest.mark.parametrize("small", [0, 1 << 60], ids=["kernels", "xla"])
-def test_steps_are_those_of_flax(options: dict[str, Any], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", small)
+@pytest.mark.parametrize("computed_by", ["kernels", "formula"])
+def test_steps_are_those_of_flax(options: dict[str, Any], computed_by: str) -> None:
     theirs, ours = (kind(5, rngs=nnx.Rngs(0), **options) for kind in (nnx.BatchNorm, BatchNorm))
+    with route(computed_by, "formula"):
+        _check_steps(theirs, ours, options)
+
+
+def _check_steps(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
     assert jax.tree.structure(nnx.state(theirs)) == jax.tree.structure(nnx.state(ours))
     bound = 0.04 if "dtype" in options else 1e-5
     for x in batches(8, 5, 5):
