@@ -340,6 +340,11 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], error: type[Exceptio
     assert "\n" not in str(caught.value)
 
 
+def test_a_traced_eps_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"eps must be a number, got a traced value of shape \(\)"):
+        jax.jit(lambda eps: batch_norm(np.ones((4, 3), np.float32), training=True, eps=eps)[0])(1e-3)
+
+
 def test_nothing_of_torch_is_imported() -> None:
     code = (
         "import sys, numpy as np, batchnorm.jax as ours\n"

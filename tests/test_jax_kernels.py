@@ -88,6 +88,7 @@ def test_a_route_overrules_the_size_rule() -> None:
     ("given", "said"),
     [
         ({"x": np.ones((4, 3), np.float16)}, "they do not have this type; x is float16 of shape (4, 3)"),
+        ({"x": np.ones((0, 3), np.float32)}, "it is empty"),
         ({"residual": np.ones((4, 3), jnp.bfloat16)}, "its residual is bfloat16"),
         ({"mask": np.ones((4, 3), bool)}, "its mask differs between the channels"),
         ({"axis_name": "data"}, "its statistics are those of several devices"),

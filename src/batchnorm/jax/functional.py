@@ -73,7 +73,7 @@ def batch_norm(
             only one value per channel in training; if running statistics are missing; if the activation is unknown;
             if `eps` is negative; if a mask that is not traced has a negative or infinite weight.
         TypeError: If `x` is not of a floating-point type; if `statistics` is not a source; if the activation is a
-            class.
+            class; if `eps` is traced.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
@@ -131,6 +131,10 @@ def _check(x: Any, axis: int, eps: float) -> int:
         raise ValueError(f"x must have at least two axes, samples and channels, got shape {x.shape}")
     if not (isinstance(axis, int) and -x.ndim <= axis < x.ndim):
         raise ValueError(f"axis must be one of the {x.ndim} axes of x, of shape {x.shape}, got {axis!r}")
+    if isinstance(eps, jax.core.Tracer):
+        raise TypeError(
+            f"eps must be a number, got a traced value of shape {eps.shape}: programs have it as a constant"
+        )
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     return axis % int(x.ndim)

@@ -84,6 +84,8 @@ def _problem(x: Any, arrays: Sequence[Any], how: How) -> str:
     *_, residual, counts = how.spread(arrays)
     if not isinstance(x.size, int):
         return "its size is not known"
+    if x.size == 0:
+        return "it is empty"
     if x.dtype not in DTYPES:
         return "they do not have this type"
     if residual is not None and residual.dtype != x.dtype:
