@@ -122,4 +122,29 @@ def judge(tables: Tables) -> list[Goal]:
         _judge("gradient, distance from a float64 run, in eager's distances: worst model", 2.0,
                gradient and gradient.high, f" ({gradient.highest})" if gradient else "", most=True)
     )  # fmt: skip
+    return goals + _in_jax(tables["jax"])
+
+
+def _in_jax(records: Sequence[Record]) -> list[Goal]:
+    """Those of `batchnorm.jax`, in whose ratios the others' times are the numerators."""
+    times: dict[tuple[str, str, int], dict[str, float]] = {}
+    for r in records:
+        times.setdefault((r["what"], r["case"], r["axis"]), {})[r["candidate"]] = r["median_us"]
+
+    def over(name: str, wanted: str, least: int = 0) -> Range | None:
+        return summarize({
+            f"{what}, {case}, axis {axis}": by[name] / by["batchnorm"]
+            for (what, case, axis), by in times.items()
+            if name in by and what.startswith(wanted) and prod(map(int, case.split(" x "))) >= least
+        })  # fmt: skip
+
+    goals = []
+    for what, wanted, found in (
+        ("forward + backward against the formula: worst case of 2^22 values and more", 4.0,
+         over("formula", "forward + backward", 1 << 22)),
+        ("forward + backward against the formula: worst case of all sizes", 1.0, over("formula", "forward + backward")),
+        ("step of training of a small residual network against Flax' layer: worst case", 1.3, over("flax", "step")),
+        ("a layer against Flax', without a backward pass too: worst case", 1.0, over("flax", "forward")),
+    ):  # fmt: skip
+        goals.append(_judge(f"JAX, {what}", wanted, found and found.low, f" ({found.lowest})" if found else ""))
     return goals

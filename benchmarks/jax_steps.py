@@ -1,6 +1,6 @@
 """BN + ReLU in JAX on the CPU: our function, the plain formula under `jax.jit`, Flax' layer; and a step of a network.
 
-The shapes are on either side of `batchnorm.xla.kernels.SMALL`, the size from which the kernels compute. `kernels` are
+The shapes are on either side of `batchnorm.xla.routes.SMALL`, the size from which the kernels compute. `kernels` are
 the kernels at every size: where they win, `SMALL` could be lower.
 """
 
@@ -64,8 +64,7 @@ def layer(shape: tuple[int, ...], axis: int, alone: bool) -> dict[str, Callable[
     import numpy as np
     from flax import nnx
 
-    from batchnorm.jax import batch_norm
-    from batchnorm.xla import kernels
+    from batchnorm.jax import batch_norm, route
 
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
@@ -85,23 +84,22 @@ def layer(shape: tuple[int, ...], axis: int, alone: bool) -> dict[str, Callable[
         norm.scale[...], norm.bias[...] = weight, bias
         return jax.nn.relu(norm(x))
 
-    def compiled(function: Callable[..., Any], small: int) -> Callable[[], Any]:
+    def compiled(function: Callable[..., Any], *names: str) -> Callable[[], Any]:
         def step(x: Any, weight: Any, bias: Any, dy: Any) -> Any:
             if alone:
                 return function(x, weight, bias)
             y, pull = jax.vjp(function, x, weight, bias)
             return y, pull(dy)
 
-        before, kernels.SMALL = kernels.SMALL, small
-        made = jax.jit(step).lower(x, weight, bias, dy).compile()
-        kernels.SMALL = before
+        with route(*names):
+            made = jax.jit(step).lower(x, weight, bias, dy).compile()
         return lambda: jax.block_until_ready(made(x, weight, bias, dy))
 
     return {
-        "batchnorm": compiled(ours, kernels.SMALL),
-        "kernels": compiled(ours, 0),
-        "formula": compiled(formula, kernels.SMALL),
-        "flax": compiled(flax, kernels.SMALL),
+        "batchnorm": compiled(ours),
+        "kernels": compiled(ours, "kernels"),
+        "formula": compiled(formula),
+        "flax": compiled(flax),
     }
 
 

@@ -193,18 +193,19 @@ def keras_on(backend: str) -> Check:
 
 
 def jax_layer() -> None:
-    """On both sides of the size rule, and the tools."""
+    """On both routes, and the tools."""
     import jax
     from flax import nnx
 
-    from batchnorm.jax import BatchNorm, batch_norm, calibrate, fold, freeze, unfreeze
+    from batchnorm.jax import BatchNorm, batch_norm, calibrate, fold, freeze, route, unfreeze
     from batchnorm.xla import kernels
 
     assert kernels.registered()
     x = images().transpose(0, 2, 3, 1).copy()
-    for kernels.SMALL in (0, 1 << 60):
-        y, pull = jax.vjp(lambda x: batch_norm(x, training=True, activation="relu")[0], x)
-        agree(BatchNorm(3, activation="relu", rngs=nnx.Rngs(0))(x), y)
+    for name in "kernels", "formula":
+        with route(name):
+            y, pull = jax.vjp(lambda x: batch_norm(x, training=True, activation="relu")[0], x)
+            agree(BatchNorm(3, activation="relu", rngs=nnx.Rngs(0))(x), y)
         agree(y.transpose(0, 3, 1, 2), definition.forward(x.transpose(0, 3, 1, 2), activation="relu")[0])
         dx, *_ = definition.backward(x.transpose(0, 3, 1, 2), x.transpose(0, 3, 1, 2), activation="relu")
         agree(pull(x)[0].transpose(0, 3, 1, 2), dx)

@@ -19,19 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
 
-from batchnorm.jax import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, batch_norm
+from batchnorm.jax import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, batch_norm, route
 from batchnorm.xla import kernels
 
 LAYOUTS = {"matrix": ((9, 5, 1), -1), "channels-last": ((4, 6, 7), -1), "channels-first": ((4, 6, 70), 1)}
 """`(N, C, L)` and the channel axis. The channels of an image with the channels last follow its positions."""
 
 
-@pytest.fixture(params=["kernels", "xla"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who computes: everything is as large as the size rule wants, or nothing is."""
-    monkeypatch.setattr(kernels, "SMALL", 0 if request.param == "kernels" else 1 << 60)
-    assert kernels.registered()
-    return str(request.param)
+@pytest.fixture(params=["kernels", "formula"])
+def computed_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The route that computes what it can."""
+    with route(request.param, "formula"):
+        assert kernels.registered()
+        yield str(request.param)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def position(mask: Any, layout: str) -> Any:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_values_and_gradients(route: str, layout: str, mask: bool, dtype: Any, x64: None) -> None:
+def test_values_and_gradients(computed_by: str, layout: str, mask: bool, dtype: Any, x64: None) -> None:
     shape, axis = LAYOUTS[layout]
     p = problem(shape, dtype, residual=True, mask=mask, offset=3.0)
     given = [laid(v, layout) for v in (p.x, p.residual)] + [p.weight, p.bias]
@@ -81,8 +81,8 @@ def test_values_and_gradients(route: str, layout: str, mask: bool, dtype: Any, x
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_activations(route: str, activation: ActivationSpec) -> None:
-    if route == "kernels" and activation not in ("relu", ("leaky_relu", 0.2)):
+def test_activations(computed_by: str, activation: ActivationSpec) -> None:
+    if computed_by == "kernels" and activation not in ("relu", ("leaky_relu", 0.2)):
         pytest.skip("the activations of the kernels have their own tests")
     p = problem((5, 3, 7), np.float32)
 
@@ -98,7 +98,7 @@ def test_activations(route: str, activation: ActivationSpec) -> None:
     assert relative_error(pull(jnp.asarray(p.dy))[0], dx) < 4 * tolerance(np.float32, 35)
 
 
-def test_half_precision_has_float32_statistics(route: str) -> None:
+def test_half_precision_has_float32_statistics(computed_by: str) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(100.0, 1.0, (64, 4)), jnp.bfloat16)  # E[x^2] - E[x]^2 would be noise
     y, running = batch_norm(x, np.zeros(4, np.float32), np.ones(4, np.float32), training=True, momentum=1.0)
@@ -111,7 +111,7 @@ def test_half_precision_has_float32_statistics(route: str) -> None:
     assert relative_error(np.asarray(y, np.float64), definition.forward(exact)[0]) < 2**-7
 
 
-def test_a_large_mean_costs_no_accuracy(route: str) -> None:
+def test_a_large_mean_costs_no_accuracy(computed_by: str) -> None:
     x = np.random.default_rng(0).normal(1e4, 1.0, (256, 3)).astype(np.float32)
     y, pull = jax.vjp(lambda x: batch_norm(x, training=True)[0], jnp.asarray(x))
     dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
@@ -119,8 +119,8 @@ def test_a_large_mean_costs_no_accuracy(route: str) -> None:
     assert relative_error(pull(jnp.asarray(dy))[0], definition.backward(dy, x)[0]) < 1e-5
 
 
-def test_derivatives_of_second_order_in_both_directions(route: str, x64: None) -> None:
-    p = problem((3, 2, 4), np.float64, residual=True, mask=route == "kernels")
+def test_derivatives_of_second_order_in_both_directions(computed_by: str, x64: None) -> None:
+    p = problem((3, 2, 4), np.float64, residual=True, mask=computed_by == "kernels")
 
     @jax.jit
     def compute(x: Any, residual: Any, weight: Any, bias: Any) -> Any:
@@ -194,7 +194,7 @@ def test_evaluation_and_frozen_statistics() -> None:
         np.testing.assert_array_equal(np.stack(running), np.stack(old))
 
 
-def test_what_does_not_move_the_running_statistics(route: str) -> None:
+def test_what_does_not_move_the_running_statistics(computed_by: str) -> None:
     x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
     old = np.zeros(2, np.float32), np.ones(2, np.float32)
     spoilt = x.copy()
@@ -213,7 +213,7 @@ def test_what_does_not_move_the_running_statistics(route: str) -> None:
     assert not np.array_equal(running.mean, old[0])
 
 
-def test_only_x_and_the_statistics_are_kept(route: str) -> None:
+def test_only_x_and_the_statistics_are_kept(computed_by: str) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 16, 8)), jnp.float32)
     weight = jnp.ones(16)
     _, pull = jax.vjp(lambda x, w: batch_norm(x, weight=w, training=True, axis=1, activation="gelu")[0], x, weight)
@@ -221,7 +221,7 @@ def test_only_x_and_the_statistics_are_kept(route: str) -> None:
     assert sum(leaf.size for leaf in kept.values() if leaf.size >= x.size) == x.size
 
 
-def test_vmap(route: str) -> None:
+def test_vmap(computed_by: str) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 5)), jnp.float32)
     weight = jnp.asarray(np.random.default_rng(1).uniform(1, 2, (3, 5)), jnp.float32)
 
@@ -263,10 +263,9 @@ FOUR_DEVICES = r"""
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from batchnorm import definition
-from batchnorm.jax import batch_norm
-from batchnorm.xla import kernels
+from batchnorm.jax import batch_norm, route
 assert len(jax.devices()) == 4
-kernels.SMALL = 0
+route("kernels", "formula").__enter__()
 rng = np.random.default_rng(0)
 x = rng.normal(5, 2, (8, 3, 4)).astype(np.float32)
 dy = rng.normal(size=x.shape).astype(np.float32)
@@ -341,12 +340,16 @@ def test_bad_input_is_one_sentence(changes: dict[str, Any], error: type[Exceptio
     assert "\n" not in str(caught.value)
 
 
+def test_a_traced_eps_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"eps must be a number, got a traced value of shape \(\)"):
+        jax.jit(lambda eps: batch_norm(np.ones((4, 3), np.float32), training=True, eps=eps)[0])(1e-3)
+
+
 def test_nothing_of_torch_is_imported() -> None:
     code = (
         "import sys, numpy as np, batchnorm.jax as ours\n"
         "before = 'numba' in sys.modules\n"
-        "from batchnorm.xla import kernels; kernels.SMALL = 0\n"
-        "ours.batch_norm(np.ones((4, 3), np.float32), training=True)\n"
+        "with ours.route('kernels'): ours.batch_norm(np.ones((4, 3), np.float32), training=True)\n"
         "absent = ('torch', 'keras', 'tensorflow')\n"
         "print(before, 'numba' in sys.modules, *(name for name in absent if name in sys.modules))"
     )

@@ -1,9 +1,11 @@
 """The CPU kernels under XLA: when they are used, and what happens when something is wrong."""
 
 import logging
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from ctypes import pointer, sizeof
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from batchnorm.jax import GhostStatistics, batch_norm
+from batchnorm.jax import GhostStatistics, Renorm, batch_norm, route
 from batchnorm.kernels import launch
 from batchnorm.xla import call_frame, kernels
-from batchnorm.xla.formula import How
+from batchnorm.xla.routes import ALONE, SMALL
 
 
 def normalize(x: Any) -> Any:
@@ -36,31 +38,79 @@ def agrees(x: Any, y: Any) -> None:
     np.testing.assert_allclose(y, definition.forward(x, activation="relu")[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def by_kernels() -> Iterator[None]:
+    with route("kernels"):
+        yield
+
+
+def text(function: Any, rows: int, dtype: Any = jnp.float32) -> str:
+    """The program for a batch of 16 channels, which is not computed."""
+    return str(jax.jit(function).lower(jax.ShapeDtypeStruct((rows, 16), dtype)).as_text())
+
+
+def with_gradient(x: Any) -> Any:
+    return jax.vjp(lambda x: normalize(x), x)[1](x)  # a new function, which JAX has not traced in another route
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_the_size_rule(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", 160)
-    for rows in (9, 10):
-        x = batch(rows).astype(dtype)
-        step = jax.jit(lambda x: jax.vjp(normalize, x)[1](x))  # a new function, for the new rule
-        text = step.lower(x).as_text()
-        used = rows == 10 and dtype != jnp.float16
-        assert (kernels.FORWARD in text, kernels.BACKWARD in text) == (used, used)
+def test_the_size_rule(dtype: Any) -> None:
+    for rows in (SMALL // 16 - 1, SMALL // 16):
+        used = rows * 16 >= SMALL and dtype != jnp.float16
+        program = text(with_gradient, rows, dtype)
+        assert (kernels.FORWARD in program, kernels.BACKWARD in program) == (used, used)
 
 
-def test_the_size_rule_without_a_backward_pass_and_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", 160)
-    for rows in (39, 40):
-        assert (kernels.FORWARD in jax.jit(normalize).lower(batch(rows)).as_text()) == (rows == 40)
-    ghost = jax.jit(jax.grad(lambda x: jnp.sum(batch_norm(x, training=True, statistics=GhostStatistics(2))[0] ** 3)))
-    assert kernels.FORWARD in ghost.lower(batch(33)).as_text()
-    monkeypatch.setattr(kernels, "SMALL", 520)
-    assert kernels.pay(batch(33), (), How(1, 1e-5, ("none", 0.0)), 16)
-    assert not kernels.pay(batch(33), (), How(1, 1e-5, ("none", 0.0)), 17)
+def test_the_size_rule_without_a_backward_pass_and_for_groups() -> None:
+    rows = ALONE * SMALL // 16
+    assert [kernels.FORWARD in text(normalize, n) for n in (rows - 1, rows)] == [False, True]
+
+    def ghost(groups: int) -> Any:
+        source = GhostStatistics(SMALL // 16 // groups)
+        return jax.grad(lambda x: jnp.sum(batch_norm(x, training=True, statistics=source)[0] ** 3))
+
+    assert [kernels.FORWARD in text(ghost(groups), SMALL // 16) for groups in (16, 17)] == [True, False]
 
 
-def test_vmap_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_route_overrules_the_size_rule() -> None:
+    """At trace time, for the calls inside; an inner block counts, and one without names lets the rule choose."""
+    found = []
+    for names in ("formula",), ("kernels",), ("kernels", "formula"), ():
+        with route("formula"), route(*names):
+            found += [kernels.BACKWARD in text(lambda x: with_gradient(x), rows) for rows in (9, SMALL // 16)]
+    assert found == [False, False, True, True, True, True, False, True]
+    assert kernels.FORWARD not in text(lambda x: normalize(x), 9)
+    with pytest.raises(ValueError, match="a route must be one of kernels, formula; got numba"), route("numba"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"x": np.ones((4, 3), np.float16)}, "they do not have this type; x is float16 of shape (4, 3)"),
+        ({"x": np.ones((0, 3), np.float32)}, "it is empty"),
+        ({"residual": np.ones((4, 3), jnp.bfloat16)}, "its residual is bfloat16"),
+        ({"mask": np.ones((4, 3), bool)}, "its mask differs between the channels"),
+        ({"axis_name": "data"}, "its statistics are those of several devices"),
+        ({"training": False}, "its statistics are the running ones"),
+        ({"statistics": Renorm()}, "its statistics are corrected"),
+    ],
+)
+def test_what_only_the_formula_computes(given: dict[str, Any], said: str) -> None:
+    def compute() -> Any:
+        call: dict[str, Any] = {"x": np.ones((4, 3), np.float32), "training": True} | given
+        x = call.pop("x")
+        return jax.vmap(lambda x: batch_norm(x, np.zeros(3), np.ones(3), **call)[0], axis_name="data")(x[None])
+
+    with route("kernels"), pytest.raises(RuntimeError, match=re.escape(said)) as caught:
+        compute()
+    assert str(caught.value).endswith("Allow 'formula' as well, which computes everything")
+    with route("kernels", "formula"):
+        assert np.isfinite(compute()).all()
+
+
+def test_vmap_takes_the_kernels(by_kernels: None) -> None:
     """One call for all members, of which one mask and one weight are the same for all."""
-    monkeypatch.setattr(kernels, "SMALL", 0)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 6, 5)).astype(np.float32)
     bias = rng.normal(size=(3, 5)).astype(np.float32)
@@ -74,8 +124,8 @@ def test_vmap_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         y, pull = jax.vjp(jax.vmap(jax.vmap(compute, (0, None)), (1, 0), 1), x, bias)
         return y, *pull(dy)
 
-    text = step.lower(x, bias, x).as_text()
-    assert text.count(f"@{kernels.FORWARD}(") == text.count(f"@{kernels.BACKWARD}(") == 1
+    program = step.lower(x, bias, x).as_text()
+    assert program.count(f"@{kernels.FORWARD}(") == program.count(f"@{kernels.BACKWARD}(") == 1
     y, dx, d_bias = step(x, bias, x)
     exact = np.zeros_like(d_bias)
     for i in range(2):
@@ -88,28 +138,26 @@ def test_vmap_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(d_bias, exact, rtol=1e-4, atol=1e-5)
 
 
-def test_an_export_is_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_of_the_formula() -> None:
     """The process that loads it has no kernels; and the size of the batch may be open."""
-    monkeypatch.setattr(kernels, "SMALL", 0)
     x = batch(14)
-    assert f"@{kernels.FORWARD}(" in jax.jit(normalize).lower(x).as_text()
     rows = jax.export.symbolic_shape("rows")[0]
-    for shape in (14, 16), (rows, 16):
-        exported = jax.export.export(jax.jit(normalize))(jax.ShapeDtypeStruct(shape, jnp.float32))
-        assert f"@{kernels.FORWARD}(" not in exported.mlir_module()  # the call; the names of places have it too
-        agrees(x, exported.call(x))
+    with route("kernels", "formula"):
+        assert f"@{kernels.FORWARD}(" in text(lambda x: normalize(x), 14)
+        for shape in (14, 16), (rows, 16):
+            exported = jax.export.export(jax.jit(normalize))(jax.ShapeDtypeStruct(shape, jnp.float32))
+            assert f"@{kernels.FORWARD}(" not in exported.mlir_module()  # the call; the names of places have it too
+            agrees(x, exported.call(x))
 
 
-def test_a_constant_channel_without_eps_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_channel_without_eps_is_quiet(by_kernels: None) -> None:
     """In XLA 1/0 is infinity without a word. A warning would be an error here, and so one of XLA's."""
-    monkeypatch.setattr(kernels, "SMALL", 0)
     y, pull = jax.vjp(lambda x: batch_norm(x, training=True, eps=0.0)[0], jnp.ones((6, 3)))
     assert np.isnan(y).all()
     assert np.isnan(pull(y)[0]).all()
 
 
-def test_an_error_in_a_kernel_is_one_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", 0)
+def test_an_error_in_a_kernel_is_one_of_xla(monkeypatch: pytest.MonkeyPatch, by_kernels: None) -> None:
     x, step = batch(12), jax.jit(normalize)
 
     def broken(*_: Any) -> None:
@@ -134,11 +182,10 @@ def test_an_unknown_interface_leaves_the_formula(
     assert call_frame.version(str(tmp_path)) == (0, 3)
     assert call_frame.version(jax.ffi.include_dir()) in call_frame.VERSIONS
 
-    monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(call_frame, "version", lambda headers: None)
     monkeypatch.setattr(kernels, "registered", kernels.registered.__wrapped__)
     x, step = batch(13), jax.jit(normalize)
-    with caplog.at_level(logging.WARNING, "batchnorm"):
+    with route("kernels", "formula"), caplog.at_level(logging.WARNING, "batchnorm"):
         agrees(x, step(x))
     assert "its interface has an unknown version" in caplog.text
     assert kernels.FORWARD not in step.lower(x).as_text()
@@ -166,8 +213,7 @@ def test_a_structure_of_another_size_is_not_read() -> None:
     ]
 
 
-def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", 0)
+def test_threads(by_kernels: None) -> None:
     step = jax.jit(lambda x: jax.vjp(normalize, x))
     inputs = [batch(5000) * (i + 1) for i in range(4)]  # large enough for the parallel kernels
     found: dict[int, Any] = {}

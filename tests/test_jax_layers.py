@@ -23,10 +23,10 @@ from batchnorm.jax import (
     calibrate,
     fold,
     freeze,
+    route,
     unfreeze,
 )
 from batchnorm.jax.freeze import Frozen
-from batchnorm.xla import kernels
 
 
 def batches(*shape: int, number: int = 3) -> list[Any]:
@@ -36,13 +36,23 @@ def batches(*shape: int, number: int = 3) -> list[Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"axis": 1, "use_scale": False}, {"dtype": jnp.bfloat16}, {"use_bias": False, "momentum": 0.5}],
+    [
+        {},
+        {"axis": 1, "use_scale": False},
+        {"dtype": jnp.bfloat16},
+        {"dtype": jnp.float16, "param_dtype": jnp.float16},
+        {"use_bias": False, "momentum": 0.5},
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("small", [0, 1 << 60], ids=["kernels", "xla"])
-def test_steps_are_those_of_flax(options: dict[str, Any], small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "SMALL", small)
+@pytest.mark.parametrize("computed_by", ["kernels", "formula"])
+def test_steps_are_those_of_flax(options: dict[str, Any], computed_by: str) -> None:
     theirs, ours = (kind(5, rngs=nnx.Rngs(0), **options) for kind in (nnx.BatchNorm, BatchNorm))
+    with route(computed_by, "formula"):
+        _check_steps(theirs, ours, options)
+
+
+def _check_steps(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
     assert jax.tree.structure(nnx.state(theirs)) == jax.tree.structure(nnx.state(ours))
     bound = 0.04 if "dtype" in options else 1e-5
     for x in batches(8, 5, 5):
@@ -75,7 +85,16 @@ def test_masks_are_those_of_flax_or_ours() -> None:
     y = ours(x, mask=(mask := rng.random((6, 4)) < 0.6))
     expected, _ = definition.forward(np.moveaxis(np.asarray(x), -1, 1), mask=mask)
     np.testing.assert_allclose(np.moveaxis(np.asarray(y), -1, 1), expected, rtol=1e-5, atol=1e-5)
-    assert np.isfinite(ours(x[:, 0], mask=np.array([1, 0, 1, 0, 1], bool))).all()
+    theirs, ours = (kind(5, rngs=nnx.Rngs(0)) for kind in (nnx.BatchNorm, BatchNorm))
+    kept = np.array([1, 0, 1, 0, 1], bool)  # whole channels are left out, whose statistics are NaN in Flax
+    expected, found = theirs(x[:, 0], mask=kept), ours(x[:, 0], mask=kept)
+    assert np.isnan(expected[:, ~kept]).all()
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[:, kept], expected[:, kept], rtol=1e-5, atol=1e-5)
+    for name, start in ("mean", 0), ("var", 1):
+        moved = getattr(ours, name)[...]
+        np.testing.assert_allclose(moved[kept], getattr(theirs, name)[...][kept], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(moved[~kept], start)
     with pytest.raises(ValueError, match=r"mask of shape \(5,\) can be read in two ways for x of shape \(5, 5\)"):
         ours(x[:5, 0], mask=np.ones(5, bool))
 

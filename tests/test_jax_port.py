@@ -17,7 +17,7 @@ from flax import nnx
 from torch import nn
 
 import batchnorm.torch as torch_ours
-from batchnorm.jax import BatchNorm, GhostStatistics, Renorm, from_torch, to_torch
+from batchnorm.jax import BatchNorm, BatchStatistics, GhostStatistics, Renorm, from_torch, to_torch
 from batchnorm.jax.freeze import Frozen
 
 NAMES = {"conv": "0", "norm": "1", "dense": "4"}
@@ -162,6 +162,18 @@ def test_renormalization_and_what_does_not_learn() -> None:
     other.statistics = torch_ours.Renorm(warmup_steps=10)
     with pytest.raises(ValueError, match="no counterpart of a Renorm that still warms up"):
         from_torch(other, nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+
+
+class Mine(BatchStatistics):
+    """A user's own source."""
+
+
+def test_a_source_that_only_nnx_has_is_not_lost() -> None:
+    layer = BatchNorm(3, statistics=Mine(), rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"cannot be ported: only NNX has the source of statistics Mine\(unbiased=True\)"
+    ):
+        to_torch(layer, nn.BatchNorm1d(3))
 
 
 KERAS = r"""

@@ -380,6 +380,47 @@ def test_evaluation_far_from_zero_by_the_routes_that_users_get(shape: tuple[int,
         close(layer(ops.convert_to_tensor(x), training=False), np.moveaxis(exact, 1, axis))
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's custom calls")
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5), -1), ((6, 5, 7), 1), ((4, 5, 6, 3), -1)])
+def test_the_kernels_inside_of_programs(shape: tuple[int, ...], axis: int) -> None:
+    """In JAX the checks above are of the formula, because they are small."""
+    from batchnorm.xla.routes import route
+
+    x = draw(shape)
+    with route("kernels"):
+        assert_step(layer_for(shape, axis=axis, activation="relu"), x, axis, "relu", None, None)
+        with pytest.raises(RuntimeError, match="cannot compute this call: it has a mask"):
+            layer_for(shape, axis=axis)(x, training=True, mask=np.ones(shape, bool))
+        plain = BatchNormalization(axis=axis, epsilon=EPS, center=False, scale=False, activation="softplus")
+        z, _ = definition.forward(second(x, axis), eps=EPS)
+        close(plain(x, training=True), np.moveaxis(np.logaddexp(z, 0.0), 1, axis))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's custom calls")
+def test_when_programs_have_the_kernels() -> None:
+    import jax
+
+    from batchnorm.xla.kernels import BACKWARD
+    from batchnorm.xla.routes import SMALL
+
+    def text(rows: int, layer: Any, dtype: str = "float32") -> str:
+        def loss(x: Any) -> Any:
+            learned, moving = (
+                [v.value for v in some] for some in (layer.trainable_weights, layer.non_trainable_weights)
+            )
+            return ops.sum(ops.cast(layer.stateless_call(learned, moving, x, training=True)[0], "float32") ** 2)
+
+        return str(jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct((rows, 16), dtype)).as_text())
+
+    rows = SMALL // 16
+    layer, half = layer_for((1, 16)), layer_for((1, 16), dtype="mixed_bfloat16")
+    assert [BACKWARD in text(n, layer) for n in (rows - 1, rows)] == [False, True]
+    (called,) = (line for line in text(rows, half, "bfloat16").splitlines() if f"@{BACKWARD}(" in line)
+    assert called.count(f"tensor<{rows}x16xbf16>") == 3  # dy and x, and dx: they are not cast before
+    for kwargs in {"virtual_batch_size": rows}, {"synchronized": True}, {"renorm": True}:
+        assert BACKWARD not in text(rows, layer_for((1, 16), **kwargs))
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
 def test_mixed_precision(policy: str, training: bool) -> None:

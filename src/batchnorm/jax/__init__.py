@@ -21,6 +21,7 @@ from batchnorm.jax.statistics import (
     RunningStatistics,
     Statistics,
 )
+from batchnorm.xla.routes import route
 
 __all__ = [
     "BatchNorm",
@@ -43,6 +44,7 @@ __all__ = [
     "freeze",
     "from_keras",
     "from_torch",
+    "route",
     "to_keras",
     "to_torch",
     "unfreeze",

@@ -14,9 +14,8 @@ from flax import nnx
 
 from batchnorm.definition import Moments, moments
 from batchnorm.jax import batches
-from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.layers import BatchNorm, source
 from batchnorm.jax.modules import evaluating, named_modules, refuse, to_float64, watched
-from batchnorm.jax.statistics import RunningStatistics
 from batchnorm.whole import calibrate as whole
 from batchnorm.whole.calibrate import Calibration, Method
 
@@ -86,7 +85,7 @@ class _Model:
         for name, layer in layers.items():
             if type(layer) not in (nnx.BatchNorm, BatchNorm):
                 found[name] = f"has a call of its own, {type(layer).__name__}.__call__: what it normalizes is not known"
-            elif isinstance(getattr(layer, "statistics", None), RunningStatistics):
+            elif source(layer).is_constant:
                 found[name] = "is frozen"
             elif trains and layer.use_running_average:
                 found[name] = "is frozen: it evaluates, while others train"

@@ -20,10 +20,9 @@ from batchnorm.definition import parse_activation
 from batchnorm.jax import batches
 from batchnorm.jax.decay import Treatment, treatment
 from batchnorm.jax.graph import CALL, Graph
-from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.layers import BatchNorm, source
 from batchnorm.jax.linear import LINEAR
 from batchnorm.jax.modules import MODES, named_modules, refuse, to_float64, untouched, watched
-from batchnorm.jax.statistics import GhostStatistics, Renorm, RunningStatistics
 from batchnorm.whole import diagnosis as whole
 from batchnorm.whole.evidence import Evidence, Layer, Producer, State
 from batchnorm.whole.findings import Finding
@@ -120,8 +119,8 @@ class _Model:
         return [self.treated.get((*path, key), Treatment(False, 0.0)) for key in there]
 
     def _state(self, name: str, at: str, layer: Any, treated: list[Treatment]) -> State:
-        source = getattr(layer, "statistics", None)
-        frozen = isinstance(source, RunningStatistics)
+        statistics = source(layer)
+        frozen = statistics.is_constant
         scale, bias = (None if v is None else to_float64(v) for v in (layer.scale, layer.bias))
         dtype = jnp.float32 if layer.scale is None else layer.scale[...].dtype
         return State(
@@ -139,8 +138,8 @@ class _Model:
             trains=not frozen and not (self.is_training and layer.use_running_average),
             is_frozen=frozen,
             learns=any(t.learns for t in treated) if treated else None,
-            group=source.batch_size if isinstance(source, GhostStatistics) else None,
-            is_corrected=isinstance(source, Renorm),
+            group=statistics.group,
+            is_corrected=statistics.limits is not None,
             is_synchronized=layer.axis_name is not None,
         )
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from batchnorm.jax.activations import Activation, resolve
-from batchnorm.jax.statistics import BatchStatistics, Call, Running, RunningStatistics, Statistics
-from batchnorm.xla import formula
+from batchnorm.jax.statistics import BatchStatistics, Call, Devices, Running, RunningStatistics, Statistics, expect
 from batchnorm.xla.formula import How, Moments, arithmetic
 
 __all__ = ["batch_norm", "expand_mask"]
@@ -74,20 +73,17 @@ def batch_norm(
             only one value per channel in training; if running statistics are missing; if the activation is unknown;
             if `eps` is negative; if a mask that is not traced has a negative or infinite weight.
         TypeError: If `x` is not of a floating-point type; if `statistics` is not a source; if the activation is a
-            class.
+            class; if `eps` is traced.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
     x = jnp.asarray(x)
-    source = (BATCH if statistics is None else statistics) if training else RUNNING
-    if not isinstance(source, Statistics):
-        raise TypeError(f"statistics must be a source such as BatchStatistics(), got {source!r}")
+    expect(statistics)
+    source = (statistics or BATCH) if training else RUNNING
     channels = _check(x, axis, eps)
     wide = arithmetic(x.dtype)
     running = _running(running_mean, running_var, x, channels, needed=source.needs_running)
-    if isinstance(source, RunningStatistics):
-        mask = None
-    counts = None if mask is None else expand_mask(jnp.asarray(mask), x, channels).astype(wide)
+    counts = None if mask is None or source.is_constant else expand_mask(jnp.asarray(mask), x, channels).astype(wide)
     if residual is not None:
         residual = jnp.asarray(residual)
         if residual.shape != x.shape:
@@ -100,17 +96,8 @@ def batch_norm(
     given = [None if v is None else v.astype(wide) for v in (weight, bias)] + [residual, counts]
     named, then = resolve(activation)
     how = How(channels, float(eps), named, *(v is not None for v in given))
-    total = None
-    if axis_name is not None and not isinstance(source, RunningStatistics):
-        total = lambda values: lax.psum(values, axis_name, axis_index_groups=axis_index_groups)  # noqa: E731
-    if not isinstance(source, RunningStatistics) and counts is None:
-        devices = 1 if axis_name is None else lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
-        if formula.count(x, None, channels) * devices == 1:
-            raise ValueError(
-                f"training needs more than 1 value per channel, got x of shape {x.shape} with channels in axis {axis}: "
-                "drop the last, incomplete batch, use larger batches, or evaluate"
-            )
-    y, batch = source.normalize(Call(x, tuple(v for v in given if v is not None), how, running, total))
+    arrays = tuple(v for v in given if v is not None)
+    y, batch = source.normalize(Call(x, arrays, how, running, Devices(axis_name, axis_index_groups)))
     if then is not None:
         y = then(y)
     if running is None or batch is None:
@@ -144,6 +131,10 @@ def _check(x: Any, axis: int, eps: float) -> int:
         raise ValueError(f"x must have at least two axes, samples and channels, got shape {x.shape}")
     if not (isinstance(axis, int) and -x.ndim <= axis < x.ndim):
         raise ValueError(f"axis must be one of the {x.ndim} axes of x, of shape {x.shape}, got {axis!r}")
+    if isinstance(eps, jax.core.Tracer):
+        raise TypeError(
+            f"eps must be a number, got a traced value of shape {eps.shape}: programs have it as a constant"
+        )
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     return axis % int(x.ndim)

@@ -8,9 +8,9 @@ from flax.nnx.nn.dtypes import promote_dtype
 
 from batchnorm.jax.activations import Activation, resolve
 from batchnorm.jax.functional import batch_norm
-from batchnorm.jax.statistics import BatchStatistics, RunningStatistics, Statistics
+from batchnorm.jax.statistics import BatchStatistics, Statistics, expect
 
-__all__ = ["BatchNorm", "adopt", "release"]
+__all__ = ["BatchNorm", "adopt", "release", "source"]
 
 BIASED = BatchStatistics(unbiased=False)
 
@@ -61,8 +61,7 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
     ) -> None:
         super().__init__(num_features, **kwargs)
         resolve(activation)
-        if statistics is not None and not isinstance(statistics, Statistics):
-            raise TypeError(f"statistics must be a source such as BatchStatistics(), got {statistics!r}")
+        expect(statistics)
         self.activation = activation
         self.statistics = statistics
 
@@ -97,9 +96,9 @@ class BatchNorm(nnx.BatchNorm):  # type: ignore[misc, unused-ignore]
         y, moved = batch_norm(
             x, *running, weight=scale, bias=bias, training=not evaluate, momentum=1 - self.momentum, eps=self.epsilon,
             axis=self.axis, activation=self.activation, residual=residual, mask=mask, axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups, statistics=self.statistics or BIASED,
+            axis_index_groups=self.axis_index_groups, statistics=source(self),
         )  # fmt: skip
-        if not evaluate and not isinstance(self.statistics, RunningStatistics):
+        if not evaluate and not source(self).is_constant:
             assert moved is not None
             self.mean[...], self.var[...] = moved
         return y if self.dtype is None else y.astype(self.dtype)
@@ -123,6 +122,11 @@ def _whole(mask: Any, x: Any, axis: int) -> Any:
             f"{axis}, as NumPy broadcasts it and as the first axes without the channels: give it as many axes as x"
         )
     return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+
+
+def source(layer: Any) -> Statistics:
+    """The source of the statistics of a layer, ours or Flax's, in training."""
+    return getattr(layer, "statistics", None) or BIASED
 
 
 # --- Flax's layers that become ours -----------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from flax import nnx
 
 from batchnorm.definition import ACTIVATIONS, ActivationSpec
 from batchnorm.jax.activations import resolve
-from batchnorm.jax.layers import BatchNorm, adopt
+from batchnorm.jax.layers import BatchNorm, adopt, source
 from batchnorm.jax.linear import linear
 from batchnorm.jax.modules import named_modules, refuse, to_float64
-from batchnorm.jax.statistics import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, Statistics
+from batchnorm.jax.statistics import OURS, BatchStatistics, GhostStatistics, Renorm, RunningStatistics, Statistics
 from batchnorm.whole.port import Linear, Ported
 
 __all__ = ["Ported", "from_keras", "from_torch", "to_keras", "to_torch"]
@@ -153,6 +153,10 @@ def _move_linear(module: Any, others: list[Linear], back: bool = False) -> list[
     return said
 
 
+def _no_counterpart(module: Any) -> str:
+    return f"cannot be ported: only NNX has the source of statistics {source(module)!r}"
+
+
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +180,7 @@ def _fit_torch(module: Any, other: Any) -> str:
         return f"have {module.num_features} and {other.num_features} channels"
     if (module.use_scale or module.use_bias) and not other.affine:
         return "differ in scale and bias"
-    return ""
+    return "" if type(source(module)) in OURS else _no_counterpart(module)
 
 
 def _give_torch(module: Any, other: Any) -> list[str]:
@@ -189,17 +193,17 @@ def _give_torch(module: Any, other: Any) -> list[str]:
 
     if type(other) in OURS:
         adopt(other)
-    source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
-    inner: Any = ours.BatchStatistics(source.unbiased)
+    statistics = source(module)
+    inner: Any = ours.BatchStatistics(statistics.unbiased)
     if module.axis_name is not None:
-        inner = ours.SyncStatistics(unbiased=source.unbiased)
-    match source:
-        case RunningStatistics():
-            inner = ours.RunningStatistics()
-        case GhostStatistics(batch_size, unbiased):
-            inner = ours.GhostStatistics(batch_size, unbiased)
-        case Renorm(r_max, d_max):
-            inner = ours.Renorm(float(r_max), float(d_max), 0, inner)
+        inner = ours.SyncStatistics(unbiased=statistics.unbiased)
+    if statistics.is_constant:
+        inner = ours.RunningStatistics()
+    elif statistics.group is not None:
+        inner = ours.GhostStatistics(statistics.group, statistics.unbiased)
+    elif statistics.limits is not None:
+        r_max, d_max = statistics.limits
+        inner = ours.Renorm(float(r_max), float(d_max), 0, inner)
     other.statistics, other.activation = inner, _spec(getattr(module, "activation", None), resolve)
     other.eps, other.momentum = module.epsilon, 1 - module.momentum
     said = [f"momentum {module.momentum:g} (weight of the old) is {other.momentum:g} (weight of the new)"]
@@ -227,18 +231,18 @@ def _take_torch(module: Any, other: Any) -> list[str]:
         return _move_linear(module, _parts_torch(other), back=True)
     from batchnorm import torch as ours
 
-    source: Statistics = BatchStatistics()
+    statistics: Statistics = BatchStatistics()
     match getattr(other, "statistics", None):
         case None:
             pass
         case ours.BatchStatistics(unbiased) | ours.SyncStatistics(_, unbiased):
-            source = BatchStatistics(unbiased)
+            statistics = BatchStatistics(unbiased)
         case ours.GhostStatistics(batch_size, unbiased):
-            source = GhostStatistics(batch_size, unbiased)
+            statistics = GhostStatistics(batch_size, unbiased)
         case ours.RunningStatistics():
-            source = RunningStatistics()
+            statistics = RunningStatistics()
         case ours.Renorm(r_max, d_max, steps, inner) if int(other.num_batches_tracked) >= 8 * steps:
-            source = Renorm(r_max, d_max, inner.unbiased)
+            statistics = Renorm(r_max, d_max, inner.unbiased)
         case ours.Renorm():
             raise ValueError(
                 "NNX' layer counts no batches, so it has no counterpart of a Renorm that still warms up: port it with "
@@ -246,7 +250,7 @@ def _take_torch(module: Any, other: Any) -> list[str]:
             )
         case theirs:
             raise ValueError(f"NNX has no counterpart of {theirs!r}: port the layer without it")
-    _become_ours(module, _spec(getattr(other, "activation", None), torch_resolve), source)
+    _become_ours(module, _spec(getattr(other, "activation", None), torch_resolve), statistics)
     module.epsilon, module.momentum = other.eps, 1 - other.momentum
     for variable, tensor in ((module.scale, other.weight), (module.bias, other.bias)):
         if variable is not None and tensor is not None:
@@ -258,7 +262,7 @@ def _take_torch(module: Any, other: Any) -> list[str]:
         parameter = getattr(other, name)
         if parameter is not None and not parameter.requires_grad and isinstance(variable, nnx.Param):
             said.append(f"{name} does not learn in PyTorch, but it does here: freeze(layer, affine=True)")
-    return [*said, "the running variance stays the unbiased one"] if source.unbiased else said
+    return [*said, "the running variance stays the unbiased one"] if statistics.unbiased else said
 
 
 def _spec(activation: Any, resolve: Any) -> ActivationSpec:
@@ -274,11 +278,11 @@ def _spec(activation: Any, resolve: Any) -> ActivationSpec:
     return None if name == "none" else (name, parameter) if ACTIVATIONS[name].parameter else name
 
 
-def _become_ours(module: Any, activation: Any, source: Statistics) -> None:
+def _become_ours(module: Any, activation: Any, statistics: Statistics) -> None:
     if type(module) is not BatchNorm:
         adopt(module)
     module.activation = _spec(activation, resolve)
-    module.statistics = source
+    module.statistics = statistics
 
 
 # --- Keras ------------------------------------------------------------------------------------------------------------
@@ -299,7 +303,9 @@ def _fit_keras(module: Any, other: Any) -> str:
         return f"have {module.num_features} and {other.moving_mean.shape[0]} channels"
     if (module.use_scale, module.use_bias) != (other.scale, other.center):
         return "differ in scale and bias"
-    if other.renorm or isinstance(getattr(module, "statistics", None), Renorm):
+    if type(source(module)) not in OURS:
+        return _no_counterpart(module)
+    if other.renorm or source(module).limits is not None:
         return "cannot be ported: they keep different statistics for renormalization"
     return ""
 
@@ -322,12 +328,12 @@ def _give_keras(module: Any, other: Any) -> list[str]:
         return _move_linear(module, linear_parts(other))
     if type(other) is not ours.BatchNormalization:
         ours.adopt(other)
-    source = getattr(module, "statistics", None) or BatchStatistics(unbiased=False)
+    statistics = source(module)
     other.activation = Activation(_spec(getattr(module, "activation", None), resolve))
-    other.unbiased, other.momentum, other.epsilon = source.unbiased, module.momentum, module.epsilon
-    other.virtual_batch_size = source.batch_size if isinstance(source, GhostStatistics) else None
+    other.unbiased, other.momentum, other.epsilon = statistics.unbiased, module.momentum, module.epsilon
+    other.virtual_batch_size = statistics.group
     other.synchronized = module.axis_name is not None
-    other.frozen = () if isinstance(source, RunningStatistics) else None
+    other.frozen = () if statistics.is_constant else None
     for own, theirs in _weights(module, other):
         theirs.assign(to_float64(own))
     return []
@@ -340,19 +346,19 @@ def _take_keras(module: Any, other: Any) -> list[str]:
 
     if not isinstance(module, nnx.BatchNorm):
         return _move_linear(module, linear_parts(other), back=True)
-    source: Statistics = BatchStatistics(unbiased=False)
+    statistics: Statistics = BatchStatistics(unbiased=False)
     activation = None
     if isinstance(other, ours.BatchNormalization):
         if not other.activation.is_fused:
             raise ValueError(f"{other.name} has the activation {other.activation.config!r}, which NNX' layer lacks")
-        activation, source = other.activation.fused, BatchStatistics(other.unbiased)
+        activation, statistics = other.activation.fused, BatchStatistics(other.unbiased)
         if other.virtual_batch_size is not None:
-            source = GhostStatistics(other.virtual_batch_size, other.unbiased)
+            statistics = GhostStatistics(other.virtual_batch_size, other.unbiased)
         if other.frozen is not None:
-            source = RunningStatistics()
+            statistics = RunningStatistics()
     if not other.trainable:  # in Keras it then normalizes by its moving statistics, in training too
-        source = RunningStatistics()
-    _become_ours(module, activation, source)
+        statistics = RunningStatistics()
+    _become_ours(module, activation, statistics)
     module.momentum, module.epsilon = other.momentum, other.epsilon
     for own, theirs in _weights(module, other):
         _assign(own, keras_values(theirs))

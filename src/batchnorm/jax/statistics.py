@@ -10,19 +10,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from batchnorm.xla import formula, kernels, primitive
+from batchnorm.xla import formula, primitive, routes
 from batchnorm.xla.formula import How, Moments
 
 __all__ = [
+    "OURS",
     "BatchStatistics",
     "Call",
+    "Devices",
     "GhostStatistics",
     "Renorm",
     "Running",
     "RunningStatistics",
     "Statistics",
+    "expect",
 ]
 
 KEPT = "batchnorm_statistics"
@@ -39,6 +43,34 @@ class Running(NamedTuple):
     var: Any
 
 
+class Devices(NamedTuple):
+    """The devices that may pool their statistics.
+
+    Attributes:
+        axis_name: The mapped axes; None without others.
+        groups: The groups of indices along them that pool separately; None for one group.
+    """
+
+    axis_name: Any = None
+    groups: Any = None
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there may be others."""
+        return self.axis_name is not None
+
+    def number(self) -> Any:
+        """How many there are."""
+        return self.total(1) if self.are_many else 1
+
+    def total(self, values: Any) -> Any:
+        """The sum of an array, or of a number, over all."""
+        return lax.psum(values, self.axis_name, axis_index_groups=self.groups)
+
+
+ALONE = Devices()
+
+
 class Call(NamedTuple):
     """One normalization, with its arguments checked.
 
@@ -47,14 +79,26 @@ class Call(NamedTuple):
         arrays: Weight, bias, residual and counts, without those that are absent; `how` says which are present.
         how: Everything that is not an array.
         running: The running statistics; None if there are none.
-        total: The sum of an array over the devices that pool their statistics; None without others.
+        devices: Those that pool their statistics.
     """
 
     x: Any
     arrays: tuple[Any, ...]
     how: How
     running: Running | None
-    total: Callable[[Any], Any] | None
+    devices: Devices
+
+    def check_count(self) -> None:
+        """Raise an error if there is only one value per channel. How many a mask leaves is not known at trace time.
+
+        Raises:
+            ValueError: If there is only one, without a mask.
+        """
+        if not self.how.counts and formula.count(self.x, None, self.how.axis) * self.devices.number() == 1:
+            raise ValueError(
+                f"training needs more than 1 value per channel, got x of shape {self.x.shape} with channels in axis "
+                f"{self.how.axis}: drop the last, incomplete batch, use larger batches, or evaluate"
+            )
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,18 +107,18 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
 
-def _moments(wide: Any, counts: Any, axis: int, total: Callable[[Any], Any] | None) -> Moments:
+def _moments(wide: Any, counts: Any, axis: int, devices: Devices) -> Moments:
     found = formula.moments(wide, counts, axis)
-    if total is not None:
-        found = formula.merge(found, total)
+    if devices.are_many:
+        found = formula.merge(found, devices.total)
     return Moments(found.count, *(checkpoint_name(each, KEPT) for each in found[1:]))
 
 
-def _compute(x: Any, *arrays: Any, how: How, total: Callable[[Any], Any] | None = None) -> tuple[Any, Moments]:
+def _compute(x: Any, *arrays: Any, how: How, devices: Devices = ALONE) -> tuple[Any, Moments]:
     """`y` and the moments, by the formula."""
     weight, bias, residual, counts = how.spread(arrays)
     wide = x.astype(formula.arithmetic(x.dtype))
-    batch = _moments(wide, counts, how.axis, total)
+    batch = _moments(wide, counts, how.axis, devices)
     return formula.normalize(wide, *batch[1:], weight, bias, residual, how).astype(x.dtype), batch
 
 
@@ -92,6 +136,15 @@ class Statistics:
 
     unbiased = True
     """Whether the running variance moves towards the unbiased variance of the batch."""
+
+    is_constant = False
+    """Whether nothing of a batch counts, its mask included, and the running statistics do not move."""
+
+    group: int | None = None
+    """The smallest number of samples that are normalized on their own; None if it is the batch."""
+
+    limits: tuple[Any, Any] | None = None
+    """How far a correction towards the running statistics may go, `(r_max, d_max)`; None without a correction."""
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """`y`, and the moments towards which the running statistics move; None if they do not move."""
@@ -111,10 +164,13 @@ class BatchStatistics(Statistics):
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """By our kernels, if there is one device and the batch is large enough."""
-        x, how = call.x, call.how
-        if call.total is None and kernels.pay(x, call.arrays, how):
+        call.check_count()
+        x, devices = call.x, call.devices
+        if devices.are_many:
+            routes.expect_formula(x, "its statistics are those of several devices")
+        elif how := routes.choose(x, call.arrays, call.how):
             return _by_kernels(x, *call.arrays, how=how)
-        found: tuple[Any, Moments] = _recomputed(partial(_compute, how=how, total=call.total))(x, *call.arrays)
+        found: tuple[Any, Moments] = _recomputed(partial(_compute, how=call.how, devices=devices))(x, *call.arrays)
         return found
 
 
@@ -123,11 +179,13 @@ class RunningStatistics(Statistics):
     """The running statistics, in training as well, and unchanged: a frozen layer. Weight and bias may still learn."""
 
     needs_running = True
+    is_constant = True
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """By constants."""
         running, how = call.running, call.how
         assert running is not None
+        routes.expect_formula(call.x, "its statistics are the running ones")
 
         def compute(x: Any, *arrays: Any) -> Any:
             wide = x.astype(formula.arithmetic(x.dtype))
@@ -164,10 +222,15 @@ class GhostStatistics(Statistics):
         if not (isinstance(self.batch_size, int) and self.batch_size > 0):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
 
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        """`batch_size`."""
+        return self.batch_size
+
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """Groups of equal size together, under `vmap`."""
         x, how = call.x, call.how
-        if call.total is not None:
+        if call.devices.are_many:
             raise ValueError("GhostStatistics makes the batch smaller and cannot be combined with axis_name")
         if how.axis == 0:
             raise ValueError(
@@ -182,8 +245,8 @@ class GhostStatistics(Statistics):
                 f"groups of {small}: use GhostStatistics(batch_size=2) or more"
             )
         weight, bias, residual, counts = how.spread(call.arrays)
-        by_kernels = kernels.pay(x, call.arrays, how, groups)
-        compute: Any = partial(_by_kernels if by_kernels else _compute, how=how)
+        by_kernels = routes.choose(x, call.arrays, how, groups)
+        compute: Any = partial(_by_kernels, how=by_kernels) if by_kernels else partial(_compute, how=how)
 
         def one_group(*given: Any) -> tuple[Any, Moments]:
             y, batch = compute(*given)
@@ -243,15 +306,22 @@ class Renorm(Statistics):
             if not isinstance(value, jax.core.Tracer) and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
+    @property
+    def limits(self) -> tuple[Any, Any]:  # type: ignore[override]
+        """Both."""
+        return self.r_max, self.d_max
+
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """By the statistics of the batch, or of all devices, with a corrected weight and bias."""
+        call.check_count()
         running, how = call.running, call.how
         assert running is not None
+        routes.expect_formula(call.x, "its statistics are corrected")
 
         def compute(x: Any, r_max: Any, d_max: Any, *arrays: Any) -> tuple[Any, Moments]:
             weight, bias, residual, counts = how.spread(arrays)
             wide = x.astype(formula.arithmetic(x.dtype))
-            batch = _moments(wide, counts, how.axis, call.total)
+            batch = _moments(wide, counts, how.axis, call.devices)
             old_mean, old_var = (each.astype(wide.dtype) for each in running)
             old_rstd = 1 / jnp.sqrt(old_var + how.eps)
             r = jnp.clip(jnp.sqrt(batch.var + how.eps) * old_rstd, 1 / r_max, r_max)
@@ -264,3 +334,17 @@ class Renorm(Statistics):
 
         found: tuple[Any, Moments] = _recomputed(compute)(call.x, self.r_max, self.d_max, *call.arrays)
         return found
+
+
+OURS = BatchStatistics, RunningStatistics, GhostStatistics, Renorm
+"""The sources that other frameworks have, too."""
+
+
+def expect(statistics: Any) -> None:
+    """Raise an error unless `statistics` is a source of statistics or None.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise TypeError(f"statistics must be a source such as BatchStatistics(), got {statistics!r}")

@@ -24,7 +24,7 @@ EXTRAS: dict[str, Any] = {
 """The arguments of our layer that Keras' layer lacks, and their defaults."""
 
 KERNELS = ("float16", "bfloat16", "float32", "float64")
-"""The types that `batchnorm.torch` supports without a cast."""
+"""The types that are not cast before the kernels."""
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -127,8 +127,9 @@ class BatchNormalization(KerasBatchNormalization):
             ValueError: If the mask does not fit the inputs.
         """
         x = inputs
-        by_kernels = keras.backend.backend() == "torch" and functional.type_name(x) in KERNELS
-        if not by_kernels:
+        backend = keras.backend.backend()
+        as_it_is = backend == "torch" or (backend == "jax" and mask is None)
+        if not (as_it_is and functional.type_name(x) in KERNELS):
             x = ops.cast(x, functional.arithmetic(x))
         counts = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
         learning = bool(training) and self.trainable and self.frozen is None
@@ -156,6 +157,13 @@ class BatchNormalization(KerasBatchNormalization):
                 y, mean, var = fused.train(call, source, self.moving_mean, self.moving_variance, self.momentum)
                 self.moving_mean.assign(mean)
                 self.moving_variance.assign(var)
+                return y
+        if keras.backend.backend() == "jax" and not (self.renorm or self.synchronized or self.virtual_batch_size):
+            from batchnorm.keras import compiled
+
+            if (trained := compiled.train(call)) is not None:
+                y, batch = trained
+                self._move(batch)
                 return y
         call = call.cast()
         if self.virtual_batch_size is not None:

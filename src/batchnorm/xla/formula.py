@@ -34,6 +34,7 @@ class How(NamedTuple):
         activation: A name and its parameter.
         weight, bias, residual, counts: Which of these arrays there are.
         batch: The number of axes that come before those of one normalization, in all arrays: `vmap` adds them.
+        least: The number of values from which our kernels compute.
     """
 
     axis: int
@@ -44,6 +45,7 @@ class How(NamedTuple):
     residual: bool = False
     counts: bool = False
     batch: int = 0
+    least: int = 0
 
     def spread(self, arrays: Sequence[Any]) -> list[Any]:
         """Weight, bias, residual and counts, with None for those that are absent from `arrays`."""

@@ -6,11 +6,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 from numpy.typing import NDArray
@@ -18,50 +17,10 @@ from numpy.typing import NDArray
 from batchnorm.xla import call_frame
 from batchnorm.xla.formula import How
 
-__all__ = ["ALONE", "BACKWARD", "FORWARD", "SMALL", "lowering", "pay", "registered"]
-
-SMALL = 1 << 19
-"""The number of values from which the kernels compute, in any layout.
-
-On two cores of an AMD EPYC, BN + ReLU forward and backward take as long either way at 2^16 to 2^18 values: XLA's
-program is at 0.9 to 1.3 times the kernels' time. It is at 1.4 times at 2^19 values, and at 1.8 to 2.1 times at 2^20. A
-custom call costs some 30 us, in which Python reads its frame. `python -m benchmarks jax` times both on either side."""
-
-GROUPS = 16
-"""Up to this many groups, `SMALL` is the number of values of all; with more, each needs a share of it."""
-
-ALONE = 4
-"""Without a backward pass, the kernels compute from this many times `SMALL` values.
-
-XLA's program is at 0.7 to 0.8 times their time at 2^20 values, at 1.2 at 2^21, and at 1.3 at 6 million. In evaluation
-XLA always computes: it is one pass, which XLA fuses with its neighbours."""
-
-DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
-"""The types that the kernels support."""
+__all__ = ["BACKWARD", "FORWARD", "lowering", "registered"]
 
 FORWARD, BACKWARD = "batchnorm_forward", "batchnorm_backward"
 """The names of the custom calls."""
-
-
-def pay(x: Any, arrays: Sequence[Any], how: How, groups: int = 1) -> bool:
-    """Whether the kernels can compute this on a CPU, and should.
-
-    They are used in programs for one device: in a program for several, a custom call would gather `x` on each.
-
-    Args:
-        x, arrays, how: As in `formula.forward`.
-        groups: The number of groups of samples that are normalized on their own.
-    """
-    *_, residual, counts = how.spread(arrays)
-    return (
-        isinstance(x.size, int)  # an export may leave the size of the batch open
-        and x.size * GROUPS >= SMALL * max(groups, GROUPS)
-        and x.dtype in DTYPES
-        and (residual is None or residual.dtype == x.dtype)
-        and (counts is None or counts.shape[how.axis] == 1)  # the kernels count the same positions in all channels
-        and jax.typeof(x).sharding.mesh.empty  # neither inside `shard_map` nor with an explicit sharding
-        and registered()
-    )
 
 
 @functools.cache
@@ -114,13 +73,13 @@ def lowering(name: str, formula: Any, times: int = 1) -> Any:
     Args:
         name: The target.
         formula: What it computes.
-        times: The kernels compute from this many times `SMALL` values.
+        times: The kernels compute from this many times `how.least` values.
     """
 
     def lower(context: Any, *operands: Any, how: How) -> Any:
         module = context.module_context
         alone = isinstance(module.axis_context, mlir.ShardingContext) and module.axis_context.num_devices == 1
-        large = math.prod(context.avals_out[0].shape) >= times * SMALL
+        large = math.prod(context.avals_out[0].shape) >= times * how.least
         if not (large and alone and not module.lowering_parameters.for_export and registered()):
             return mlir.lower_fun(formula, multiple_results=True)(context, *operands, how=how)
         return jax.ffi.ffi_lowering(name)(context, *operands, how=json.dumps(how))

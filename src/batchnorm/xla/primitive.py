@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from batchnorm.xla import formula, kernels
+from batchnorm.xla import formula, kernels, routes
 from batchnorm.xla.formula import How
 
 __all__ = ["batch_norm"]
@@ -125,7 +125,7 @@ TANGENT = _primitive("batchnorm_tangent", lambda mean, low, var, x, *rest, how: 
 BACKWARD = _primitive(
     "batchnorm_backward", lambda dy, mean, low, var, *primals, how: list(primals[: _learnable(how)]), _gradients
 )
-mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, kernels.ALONE), platform="cpu")
+mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, routes.ALONE), platform="cpu")
 mlir.register_lowering(FORWARD, kernels.lowering(kernels.FORWARD, _forward), platform="cpu")
 mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, _gradients), platform="cpu")
 
