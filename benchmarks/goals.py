@@ -25,6 +25,9 @@ STEPS = {
 }
 """The wanted speed-up of a training step by `convert`, channels-first and channels-last."""
 
+KEPT = {"mobilenet_v2": 0.45, "efficientnet_b0": 0.45, "resnet18": 0.65, "resnet50": 0.65, "densenet121": 0.70}
+"""The share of eager's bytes for the backward pass that `save_memory` may keep."""
+
 
 class Goal(NamedTuple):
     """One row: `met` is None where it was not measured."""
@@ -122,7 +125,7 @@ def judge(tables: Tables) -> list[Goal]:
         _judge("gradient, distance from a float64 run, in eager's distances: worst model", 2.0,
                gradient and gradient.high, f" ({gradient.highest})" if gradient else "", most=True)
     )  # fmt: skip
-    return goals + _in_jax(tables["jax"])
+    return [*goals, *_in_jax(tables["jax"]), *judge_memory(tables["memory"])]
 
 
 def _in_jax(records: Sequence[Record]) -> list[Goal]:
@@ -148,3 +151,31 @@ def _in_jax(records: Sequence[Record]) -> list[Goal]:
     ):  # fmt: skip
         goals.append(_judge(f"JAX, {what}", wanted, found and found.low, f" ({found.lowest})" if found else ""))
     return goals
+
+
+def judge_memory(records: Sequence[Record]) -> list[Goal]:
+    """The goals of `save_memory`."""
+    by_model: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record.get("kept_of_eager") not in (None, ""):
+            by_model.setdefault(record["model"], {})[record["candidate"]] = record
+    goals = [
+        _judge(f"bytes kept for the backward pass with save_memory, {model}, of eager's", wanted,
+               by_model[model]["save_memory"]["kept_of_eager"] if model in by_model else None, most=True)
+        for model, wanted in KEPT.items()
+    ]  # fmt: skip
+    fallen, slower = {}, {}
+    for model, found in by_model.items():
+        eager, saving = found["eager"], found["save_memory"]
+        fallen[model] = (eager["peak_mib"] - saving["peak_mib"]) / (eager["kept_mib"] - saving["kept_mib"])
+        slower[model] = saving["step_of_converted"]
+    least, most = (
+        extreme(ratios, key=lambda model: ratios[model], default="")
+        for extreme, ratios in ((min, fallen), (max, slower))
+    )
+    return [
+        *goals,
+        _judge("fall of a step's peak, of that of the bytes kept: worst model", 0.67, fallen.get(least), f" ({least})"),
+        _judge("a step with save_memory, in the time of one without: worst model", 1.05, slower.get(most),
+               f" ({most})", most=True),
+    ]  # fmt: skip

@@ -282,7 +282,10 @@ TABLES: goals.Tables = {
     "eval": RECORDS,
     "training": [*trained(3200, 2000), *trained(1000, 1250, layout="channels-last")],
     "inference": trained(1000, 1000),
-    "memory": trained(300, 200),
+    "memory": [
+        *trained(300, 200, kept_mib=100.0, kept_of_eager=1.0),
+        trained(300, 110, kept_mib=36.0, kept_of_eager=0.36, step_of_converted=1.08)[1] | {"candidate": "save_memory"},
+    ],
     "kernels": timed("b", copy=1, kernels=3, **{"fresh memory": 4}, layer=5, eager=9),
     "compiled": timed("c", group="small", copy=1, eager=1, compile=4, batchnorm=3, **{"batchnorm compiled": 2}),
     "variants": [
@@ -404,6 +407,13 @@ def test_goals(monkeypatch: pytest.MonkeyPatch) -> None:
             "JAX, a layer against Flax', without a backward pass too: worst case",
             "0.80× (forward, 16 x 4, axis 1)",
         ): False,
+        ("bytes kept for the backward pass with save_memory, mobilenet_v2, of eager's", "0.36"): True,
+        **{
+            (f"bytes kept for the backward pass with save_memory, {model}, of eager's", "not measured"): None
+            for model in ("efficientnet_b0", "resnet18", "resnet50", "densenet121")
+        },
+        ("fall of a step's peak, of that of the bytes kept: worst model", "2.97× (mobilenet_v2)"): True,
+        ("a step with save_memory, in the time of one without: worst model", "1.08 (mobilenet_v2)"): False,
     }
 
 
@@ -428,7 +438,7 @@ def test_the_report(tmp_path: Path) -> None:
         "- step of training, mobilenet_v2 channels-last: 0.80× eager",
     ]
     assert section(text, "environment").count("\n") == 1
-    assert "| mobilenet_v2 channels-first | 2x3x4x4 | 300 | 200 | 1.50 |" in section(text, "memory")
+    assert "| mobilenet_v2 channels-first | 2x3x4x4 | 300 | 200 | 110 | 1.50 |" in section(text, "memory")
     assert "| mobilenet_v2 channels-first | 2.0e-06 | 5.0e-06 | 2.00 |" in section(text, "gradients")
     assert "| mobilenet_v2 channels-first | 2x3x4x4 | 1.0 (1.00) | 0.5 (2.00) | 1 of 1 | 1e-07 |" in section(
         text, "folding"

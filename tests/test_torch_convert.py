@@ -66,10 +66,10 @@ def step(model: nn.Module, inputs: list[Tensor], order: Tensor, backward: bool =
     return seen
 
 
-def assert_same(model: nn.Module, *shapes: tuple[int, ...]) -> nn.Module:
+def assert_same(model: nn.Module, *shapes: tuple[int, ...], save_memory: bool = False) -> nn.Module:
     """Convert a copy; everything that it does is what the model does. Returns the copy."""
     randomize(model)
-    converted = convert(copy.deepcopy(model))
+    converted = convert(copy.deepcopy(model), save_memory=save_memory)
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes or ((6, 3, 4, 4),)]
     order = torch.arange(len(inputs[0]))
     backward = True

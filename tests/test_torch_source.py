@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from batchnorm.torch import rewrite
 from batchnorm.torch.convert import convert, revert
 from batchnorm.torch.explain import explain
+from batchnorm.torch.routes import route
 
 NETWORK = """
 class Network(nn.Module):
@@ -351,46 +352,6 @@ LEFT_ALONE = {
         """,
         {},
     ),
-    "the residual is changed afterwards": (
-        """
-        y = x * 2
-        out = self.bn(self.conv(x))
-        out += y
-        out = F.relu(out)
-        y.mul_(3)
-        return out + y
-        """,
-        {"bn": "residual"},
-    ),
-    "the residual is changed afterwards, by another name": (
-        """
-        y = x * 2
-        z = self.same(y)
-        out = F.relu(self.bn(self.conv(x)) + z)
-        y += 3
-        return out + z
-        """,
-        {"bn": "residual"},
-    ),
-    "the residual is changed in the next round": (
-        """
-        y = x * 2
-        for conv, bn in zip(self.convs, self.bns):
-            y.mul_(3)
-            x = F.relu(bn(conv(x)) + y)
-        return x
-        """,
-        {"bns.0": "residual", "bns.1": "residual"},
-    ),
-    "the residual is an attribute": (
-        """
-        self.last = x * 2
-        out = F.relu(self.bn(self.conv(x)) + self.last)
-        self.last.mul_(3)
-        return out + self.last
-        """,
-        {"bn": "residual"},
-    ),
     "the input is changed in between": (
         """
         h = self.conv(x)
@@ -468,6 +429,64 @@ def test_what_is_left_alone(case: str, tmp_path: Path) -> None:
     body, expected = LEFT_ALONE[case]
     converted = assert_same(network(textwrap.dedent(body), tmp_path))
     assert {row.name: row.fused for row in explain(converted).rows if row.fused} == expected
+
+
+RESIDUALS_THAT_CHANGE = {
+    "the residual is changed afterwards": (
+        """
+        y = x * 2
+        out = self.bn(self.conv(x))
+        out += y
+        out = F.relu(out)
+        y.mul_(3)
+        return out + y
+        """,
+        ["bn"],
+    ),
+    "the residual is changed afterwards, by another name": (
+        """
+        y = x * 2
+        z = self.same(y)
+        out = F.relu(self.bn(self.conv(x)) + z)
+        y += 3
+        return out + z
+        """,
+        ["bn"],
+    ),
+    "the residual is changed in the next round": (
+        """
+        y = x * 2
+        for conv, bn in zip(self.convs, self.bns):
+            y.mul_(3)
+            x = F.relu(bn(conv(x)) + y)
+        return x
+        """,
+        ["bns.0", "bns.1"],
+    ),
+    "the residual is an attribute": (
+        """
+        self.last = x * 2
+        out = F.relu(self.bn(self.conv(x)) + self.last)
+        self.last.mul_(3)
+        return out + self.last
+        """,
+        ["bn"],
+    ),
+}
+"""PyTorch's addition does not keep the residual, so that it may be changed. A fused one keeps the output or a copy."""
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("way", ["numba", "native"])
+@pytest.mark.parametrize("case", RESIDUALS_THAT_CHANGE)
+def test_a_fused_residual_may_be_changed(case: str, way: str, activation: str, tmp_path: Path) -> None:
+    body, layers = RESIDUALS_THAT_CHANGE[case]
+    body = textwrap.dedent(body).replace("relu", activation)
+    expected = dict.fromkeys(layers, f"residual, {activation}")
+    for saving in (False, True):
+        with route(way):
+            converted = assert_same(network(body, tmp_path), save_memory=saving)
+        assert {row.name: row.fused for row in explain(converted).rows if row.fused} == expected
 
 
 def test_a_layer_waits_only_if_its_input_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

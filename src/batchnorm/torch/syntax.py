@@ -77,7 +77,6 @@ class Source(ast.NodeTransformer):
         self.self = tree.args.args[0].arg
         self.globals: dict[str, Any] = method.__globals__
         self.variables = Variables(tree, method, self.self)
-        self.loop: ast.stmt | None = None  # the outermost enclosing loop
         self.group = _Group([], None)  # the statements that are being rewritten
         self.waits: list[ast.expr] = []  # the conditions under which the rewritten statements are correct
         self.sites: list[Site] = []
@@ -110,13 +109,9 @@ class Source(ast.NodeTransformer):
         if isinstance(statement, ast.For) and (chain := self._chain(statement)) is not None:
             return [chain]
         if isinstance(statement, ast.If | ast.For | ast.While | ast.With):  # not `try`, which could see a missing value
-            outer = self.loop
-            if isinstance(statement, ast.For | ast.While):
-                self.loop = outer or statement
             statement.body = self._suite(statement.body)
             if not isinstance(statement, ast.With):
                 statement.orelse = self._suite(statement.orelse)
-            self.loop = outer
         return [statement]
 
     def _chain(self, loop: ast.For) -> ast.stmt | None:
@@ -309,12 +304,7 @@ class Source(ast.NodeTransformer):
         """Whether the fused call does the same as the source."""
         residual = fusion.residual
         late = fusion.late and residual is not None and has_call(residual)
-        if residual is None:
-            allowed = fusion.activation is not None
-        else:
-            allowed = not isinstance(residual, ast.Constant) and (
-                fusion.activation is None or self._is_left_alone(residual)
-            )
+        allowed = fusion.activation is not None if residual is None else not isinstance(residual, ast.Constant)
         waits = late or (fusion.call is self.group.call and bool(self.group.between))
         return allowed and (not waits or self._may_wait(fusion))
 
@@ -362,17 +352,6 @@ class Source(ast.NodeTransformer):
         plain = all(not hasattr(inspect.getattr_static(self.original, name, None), "__get__") for name in attributes)
         layer = (self._name(call.func) or "").partition("[")[0]
         return plain and selves == len(attributes) and layer not in attributes
-
-    def _is_left_alone(self, residual: ast.expr) -> bool:
-        """Whether nothing in this method uses the residual afterwards, so that nothing can change it.
-
-        Fused with an activation, the residual is kept for the backward pass; PyTorch's own addition does not keep it.
-        """
-        called = [child.func for child in ast.walk(residual) if isinstance(child, ast.Call)]
-        own = [child for child in ast.walk(residual) if isinstance(child, ast.Attribute) and child not in called]
-        if any(self.self in identifiers(attribute) for attribute in own):
-            return False
-        return self.variables.are_left_alone(identifiers(residual), self.group.old, self.loop)
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,16 @@ class Variables:
         me: The name of its first argument, usually `self`.
 
     Attributes:
-        all: All names except `me`.
-        own: The names that only the method's own statements can see.
+        own: The names, except `me`, that only the method's own statements can see.
     """
 
     def __init__(self, tree: ast.FunctionDef, method: FunctionType, me: str) -> None:
         nodes = list(ast.walk(tree))
         self.reads = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
         self.reads += [n.target for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)]
-        self.assignments = [node for node in nodes if isinstance(node, ast.Assign)]
         deleted = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Del)}
-        self.all = {*method.__code__.co_varnames, *method.__code__.co_freevars} - {me}
-        self.own = self.all - {*method.__code__.co_cellvars, *method.__code__.co_freevars} - deleted
+        hidden = {me, *method.__code__.co_cellvars, *method.__code__.co_freevars}
+        self.own = set(method.__code__.co_varnames) - hidden - deleted
 
     def times_read(self, name: str, within: ast.stmt | None = None) -> int:
         """How often the value of a name is read in the method, or in one of its statements."""
@@ -48,24 +46,6 @@ class Variables:
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=target), attr="add_"))):
                 return target == name
         return self.times_read(name) == 1
-
-    def are_left_alone(self, names: set[str], old: list[ast.stmt], loop: ast.stmt | None) -> bool:
-        """Whether nothing uses the values of these names, or of names that may share them, after `old`."""
-        last = old[-1]
-        if isinstance(last, ast.Return):
-            return True
-
-        def again(node: ast.Name | ast.stmt, later: bool) -> bool:
-            in_order = (_place(node) > _place(last)) == later
-            return not _is_in(node, old) and (in_order or (loop is not None and _is_in(node, [loop])))
-
-        names = names & self.all
-        earlier = [identifiers(assign) & self.all for assign in self.assignments if again(assign, later=False)]
-        for _ in earlier:
-            names = names.union(*(held for held in earlier if held & names))
-        if isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name):
-            names = names - {last.targets[0].id}
-        return not any(read.id in names and again(read, later=True) for read in self.reads)
 
 
 def _place(node: ast.expr | ast.stmt) -> tuple[int, int]:
