@@ -15,7 +15,7 @@ typer_testing = pytest.importorskip("typer.testing")
 for module in ("rich", "matplotlib"):
     pytest.importorskip(module)
 
-from benchmarks import goals, report
+from benchmarks import goals, package, report
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.__main__ import main as gpu_main
 
@@ -552,3 +552,19 @@ def test_a_run_on_a_gpu_keeps_to_its_time(
     assert gpu_main([*arguments, "--out", str(tmp_path)]) == 0
     faulthandler.cancel_dump_traceback_later()
     assert "out of time: 7 of 7 skipped" in capsys.readouterr().out
+
+
+# --- The package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_was_measured_of_the_package() -> None:
+    [said] = package.SECTION.findall(package.README.read_text(encoding="utf-8"))
+    assert said == package.section(table.read(package.RESULTS))
+
+
+def test_the_package_is_measured() -> None:
+    pytest.importorskip("hatchling")
+    [record] = package.measure(1, ["batchnorm"])
+    assert record.items() >= {"import": "batchnorm", "alone": "numpy", "rounds": 1}.items()
+    assert 0 < record["import_ms"] < record["alone_ms"], "the package itself imports nothing"
+    assert 100_000 < record["wheel_bytes"] < 2_000_000
