@@ -300,7 +300,7 @@ TABLES: goals.Tables = {
         for more, time in (("", 1000.0), (", recorded", 1200.0))
     ],
     "verdicts": [
-        {"claim": "faster", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
+        {"claim": "faster-at-same-rate", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
         for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
     ],
     "keras": [
@@ -417,7 +417,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| mlp, eager | 256x64 | 3 | 1.0 (1.0 to 1.0) | 1.2 (1.2 to 1.2) | +2.0% |" in section(text, "watching")
     assert "| training | 16x4, channels in axis -1 | 1.0 (1.0 to 1.0) | 4.00 | — | 3.00 |" in section(text, "jax")
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
-    assert "| faster | 1.25 to 2.50 ratio | 2 supported, 1 undecided |" in section(text, "verdicts")
+    assert "| faster-at-same-rate | 1.25 to 2.50 ratio | 2 supported, 1 undecided | " in section(text, "verdicts")
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:
