@@ -191,9 +191,13 @@ def _verdicts(tables: Tables) -> Any:
     figure, panel = plt.subplots(figsize=(7, 0.9 + 0.19 * len(rows)))
     panel.axvspan(-1, 1, color=GRAY, alpha=0.15, linewidth=0)
     panel.axvline(0, color=GRAY, linewidth=1)
-    for verdict, (color, marker) in {
-        "supported": (BLUE, "o"), "contradicted": (ORANGE, "s"), "not supported": (ORANGE, "x"), "undecided": (GRAY, "D"),
-    }.items():  # fmt: skip
+    styles = {
+        "supported": (BLUE, "o"),
+        "contradicted": (ORANGE, "s"),
+        "not supported": (ORANGE, "x"),
+        "undecided": (GRAY, "D"),
+    }
+    for verdict, (color, marker) in styles.items():
         chosen = [r for r in records if r["verdict"] == verdict and r["effect"] != ""]
         if chosen:
             places = [rows[r["claim"]] for r in chosen]

@@ -27,8 +27,8 @@ def effects(records: Sequence[Record]) -> list[float]:
 def seeds_to_agree(records: Sequence[Record]) -> int | None:
     """About how many seeds a study needs for the same verdict in 99 of 100 base seeds.
 
-    With `n` seeds of standard deviation `s`, the interval is `1.96 s / sqrt(n)` to either side, and its centre strays by
-    `2.33 s / sqrt(n)` at most, but for one study in a hundred. Together they must stay within the distance of the effect
+    With `n` seeds of standard deviation `s`, the interval reaches `1.96 s / sqrt(n)` to either side, and its centre
+    strays by at most `2.33 s / sqrt(n)` in 99 of 100 studies. Together they must stay within the distance of the effect
     from the margin that decides.
 
     Args:

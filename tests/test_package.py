@@ -44,7 +44,14 @@ def test_what_they_contain(built: Path) -> None:
     (source,) = built.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         inside = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {"README.md", "LICENSE", "pyproject.toml", "hatch_build.py", "src/batchnorm/definition.py", "tests/cases.py"} <= inside
+    assert {
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+        "hatch_build.py",
+        "src/batchnorm/definition.py",
+        "tests/cases.py",
+    } <= inside
 
 
 def test_the_description_leads_nowhere_that_an_index_does_not_have(built: Path) -> None:
