@@ -30,6 +30,7 @@ ORDER = [
     "batchnorm.torch.call",
     "batchnorm.torch.recomputation",
     "batchnorm.torch.recipes",
+    "batchnorm.torch.ownership",
     "batchnorm.torch.running",
     "batchnorm.torch.sources",
     "batchnorm.torch.composed",

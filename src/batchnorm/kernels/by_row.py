@@ -9,12 +9,13 @@ loop costs time, too. Rows are read one after the other: two or four at a time n
 are slower where longer rows come from memory.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from batchnorm.kernels.activations import activate, activate_grad
-from batchnorm.kernels.compilation import inlined, stage
+from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
 from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
 from batchnorm.kernels.tiling import FIRST_ROWS, ROWS, TABLE_STRIDE, TABLES, samples_per_row
@@ -120,129 +121,198 @@ def _spread_affine(
 # --- Stages ----------------------------------------------------------------------------------------------------------
 
 
-@stage
-def moments(COUNTED: int, x: Any, counts: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
+@functools.cache
+def moments(COUNTED: int) -> Stage:
     """Write each channel's mean, and its sum of squares about the mean. Returns how much was counted per channel."""
-    T = counts.dtype.type
-    L = x.shape[2]
-    channels, sample, samples = c1 - c0, (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
-    x_rows, j0, width, block = _rows(x, samples), c0 * L, samples * sample, samples * ROWS
-    j1 = j0 + width
-    scratch, sums = _scratch(counts.dtype), _scratch(np.float64)
-    center, times = _table(scratch, 0, width), _table(scratch, 1, width)
-    total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
-    sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
-    total[:], total_d2[:], sum_d[:], sum_d2[:] = T(0), T(0), 0.0, 0.0
-    count = 0.0
-    for c in range(c0, c1):
-        mean[c] = 0.0
-        squares[c] = 0.0
-    g0 = n0
-    while g0 < n1:
-        g1 = min(g0 + max(block, g0 - n0), n1)  # a group is as large as all before it: see `uncenter`
-        size = float((g1 - g0) * L)
-        first_n, first_i = g0, 0
-        if COUNTED:
-            size = 0.0
-            for n in range(g0, g1):
-                for i in range(L):
-                    size += float(counts[n, i])
-            first_n, first_i = first_counted(counts, g0, g1, 0, L)
-        if size > 0.0:
-            for c in range(channels):
-                center_c = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
-                _spread(center_c, c, L, center)
-            _repeat(sample, center)
-            if 8 * count < size:
-                near = g1 if COUNTED else min(g0 + samples * FIRST_ROWS, g1)
-                for r in range(g0 // samples, near // samples):
-                    row = x_rows[r, j0:j1]
-                    if COUNTED:
-                        _spread_counts(counts, r * samples, sample, times)
-                        for j in range(width):
-                            total[j] += times[j] * (load(row[j]) - center[j]) if times[j] > 0 else T(0)
-                    else:
-                        for j in range(width):
-                            total[j] += load(row[j]) - center[j]
-                _flush(total, sum_d)
-                _fold(sample, sum_d)
-                near_size = size if COUNTED else float((near - g0) * L)
+
+    @stage("by_row")
+    def moments(x: Any, counts: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
+        T = counts.dtype.type
+        L = x.shape[2]
+        channels, sample, samples = c1 - c0, (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
+        x_rows, j0, width, block = _rows(x, samples), c0 * L, samples * sample, samples * ROWS
+        j1 = j0 + width
+        scratch, sums = _scratch(counts.dtype), _scratch(np.float64)
+        center, times = _table(scratch, 0, width), _table(scratch, 1, width)
+        total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
+        sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
+        total[:], total_d2[:], sum_d[:], sum_d2[:] = T(0), T(0), 0.0, 0.0
+        count = 0.0
+        for c in range(c0, c1):
+            mean[c] = 0.0
+            squares[c] = 0.0
+        g0 = n0
+        while g0 < n1:
+            g1 = min(g0 + max(block, g0 - n0), n1)  # a group is as large as all before it: see `uncenter`
+            size = float((g1 - g0) * L)
+            first_n, first_i = g0, 0
+            if COUNTED:
+                size = 0.0
+                for n in range(g0, g1):
+                    for i in range(L):
+                        size += float(counts[n, i])
+                first_n, first_i = first_counted(counts, g0, g1, 0, L)
+            if size > 0.0:
                 for c in range(channels):
-                    _spread(T(center[c * L] + _collect(c, L, sum_d) / near_size), c, L, center)
+                    center_c = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
+                    _spread(center_c, c, L, center)
                 _repeat(sample, center)
-            for b0 in range(g0, g1, block):
-                b1 = min(b0 + block, g1)
-                for r in range(b0 // samples, b1 // samples):
-                    row = x_rows[r, j0:j1]
-                    if COUNTED:
-                        _spread_counts(counts, r * samples, sample, times)
-                        for j in range(width):
-                            d = load(row[j]) - center[j] if times[j] > 0 else T(0)
-                            total[j] += times[j] * d
-                            total_d2[j] += times[j] * d * d
-                    else:
-                        for j in range(width):
-                            d = load(row[j]) - center[j]
-                            total[j] += d
-                            total_d2[j] += d * d
-                _flush(total, sum_d)
-                _flush(total_d2, sum_d2)
-            _fold(sample, sum_d)
-            _fold(sample, sum_d2)
-            for c in range(channels):
-                mean_b, squares_b = uncenter(size, center[c * L], _collect(c, L, sum_d), _collect(c, L, sum_d2))
-                _, mean[c0 + c], squares[c0 + c] = merge(count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b)
-            count += size
-        g0 = g1
-    return count
+                if 8 * count < size:
+                    near = g1 if COUNTED else min(g0 + samples * FIRST_ROWS, g1)
+                    for r in range(g0 // samples, near // samples):
+                        row = x_rows[r, j0:j1]
+                        if COUNTED:
+                            _spread_counts(counts, r * samples, sample, times)
+                            for j in range(width):
+                                total[j] += times[j] * (load(row[j]) - center[j]) if times[j] > 0 else T(0)
+                        else:
+                            for j in range(width):
+                                total[j] += load(row[j]) - center[j]
+                    _flush(total, sum_d)
+                    _fold(sample, sum_d)
+                    near_size = size if COUNTED else float((near - g0) * L)
+                    for c in range(channels):
+                        _spread(T(center[c * L] + _collect(c, L, sum_d) / near_size), c, L, center)
+                    _repeat(sample, center)
+                for b0 in range(g0, g1, block):
+                    b1 = min(b0 + block, g1)
+                    for r in range(b0 // samples, b1 // samples):
+                        row = x_rows[r, j0:j1]
+                        if COUNTED:
+                            _spread_counts(counts, r * samples, sample, times)
+                            for j in range(width):
+                                d = load(row[j]) - center[j] if times[j] > 0 else T(0)
+                                total[j] += times[j] * d
+                                total_d2[j] += times[j] * d * d
+                        else:
+                            for j in range(width):
+                                d = load(row[j]) - center[j]
+                                total[j] += d
+                                total_d2[j] += d * d
+                    _flush(total, sum_d)
+                    _flush(total_d2, sum_d2)
+                _fold(sample, sum_d)
+                _fold(sample, sum_d2)
+                for c in range(channels):
+                    mean_b, squares_b = uncenter(size, center[c * L], _collect(c, L, sum_d), _collect(c, L, sum_d2))
+                    _, mean[c0 + c], squares[c0 + c] = merge(
+                        count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b
+                    )
+                count += size
+            g0 = g1
+        return count
+
+    return moments
 
 
-@stage
-def normalize(
-    ACT: int, RESIDUAL: int, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
-    n0: int, n1: int, c0: int, c1: int, y: Any,
-) -> None:  # fmt: skip
+@functools.cache
+def normalize(ACT: int, RESIDUAL: int) -> Stage:
     """Write `y`."""
-    L = x.shape[2]
-    samples = _samples_per_row(x.shape, c1 - c0)
-    x_rows, residual_rows, y_rows = _rows(x, samples), _rows(residual, samples), _rows(y, samples)
-    j0, width = c0 * L, samples * (c1 - c0) * L
-    j1 = j0 + width
-    scratch = _scratch(weight.dtype)
-    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
-    _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
-    for r in range(n0 // samples, n1 // samples):
-        row, residual_row, y_row = x_rows[r, j0:j1], residual_rows[r, j0:j1], y_rows[r, j0:j1]
-        for j in range(width):
-            z = (load(row[j]) - center[j]) * scale[j] + shift[j]
-            if RESIDUAL:
-                z += load(residual_row[j])
-            store(y_row, j, activate(ACT, parameter, z))
+
+    @stage("by_row")
+    def normalize(
+        x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any, n0: int, n1: int,
+        c0: int, c1: int, y: Any,
+    ) -> float:  # fmt: skip
+        L = x.shape[2]
+        samples = _samples_per_row(x.shape, c1 - c0)
+        x_rows, residual_rows, y_rows = _rows(x, samples), _rows(residual, samples), _rows(y, samples)
+        j0, width = c0 * L, samples * (c1 - c0) * L
+        j1 = j0 + width
+        scratch = _scratch(weight.dtype)
+        center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+        _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
+        for r in range(n0 // samples, n1 // samples):
+            row, residual_row, y_row = x_rows[r, j0:j1], residual_rows[r, j0:j1], y_rows[r, j0:j1]
+            for j in range(width):
+                z = (load(row[j]) - center[j]) * scale[j] + shift[j]
+                if RESIDUAL:
+                    z += load(residual_row[j])
+                store(y_row, j, activate(ACT, parameter, z))
+        return 0.0
+
+    return normalize
 
 
-@stage
-def grad_sums(
-    ACT: int, RESIDUAL: int, EXACT: int, dy: Any, x: Any, residual: Any,
-    mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any,
-    n0: int, n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
-) -> None:  # fmt: skip
+@functools.cache
+def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
     """Write `sum dz` and `sum dz*xhat` of each channel. `residual` is `y` if `RESIDUAL` is `OUTPUT`."""
-    T = weight.dtype.type
-    L = x.shape[2]
-    sample, samples = (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
-    dy_rows, x_rows, residual_rows = _rows(dy, samples), _rows(x, samples), _rows(residual, samples)
-    j0, width, block = c0 * L, samples * sample, samples * ROWS
-    j1 = j0 + width
-    scratch, sums = _scratch(weight.dtype), _scratch(np.float64)
-    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
-    total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
-    sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
-    total[:], total_d[:], sum_z[:], sum_d[:] = T(0), T(0), 0.0, 0.0
-    _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
-    for b0 in range(n0, n1, block):
-        b1 = min(b0 + block, n1)
-        for r in range(b0 // samples, b1 // samples):
+
+    @stage("by_row")
+    def grad_sums(
+        dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any, n0: int,
+        n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
+    ) -> float:  # fmt: skip
+        T = weight.dtype.type
+        L = x.shape[2]
+        sample, samples = (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
+        dy_rows, x_rows, residual_rows = _rows(dy, samples), _rows(x, samples), _rows(residual, samples)
+        j0, width, block = c0 * L, samples * sample, samples * ROWS
+        j1 = j0 + width
+        scratch, sums = _scratch(weight.dtype), _scratch(np.float64)
+        center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+        total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
+        sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
+        total[:], total_d[:], sum_z[:], sum_d[:] = T(0), T(0), 0.0, 0.0
+        _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
+        for b0 in range(n0, n1, block):
+            b1 = min(b0 + block, n1)
+            for r in range(b0 // samples, b1 // samples):
+                dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
+                for j in range(width):
+                    d = load(row[j]) - center[j]
+                    z = d * scale[j] + shift[j]
+                    if RESIDUAL == OUTPUT:
+                        z = load(residual_row[j])
+                    elif RESIDUAL:
+                        z += load(residual_row[j])
+                    dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
+                    total[j] += dz
+                    total_d[j] += dz * d
+            _flush(total, sum_z)
+            _flush(total_d, sum_d)
+        _fold(sample, sum_z)
+        _fold(sample, sum_d)
+        for c in range(c1 - c0):
+            sum_dz[c0 + c] = _collect(c, L, sum_z)
+            sum_dz_d = _collect(c, L, sum_d)
+            sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_dz_d - (mean[c0 + c] - center[c * L]) * sum_dz[c0 + c])
+        return 0.0
+
+    return grad_sums
+
+
+@functools.cache
+def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int) -> Stage:
+    """Write `dx`, or write it over `dy` if `IN_PLACE`; and `dz` into `d_residual` if there is a residual."""
+
+    @stage("by_row")
+    def grad_input(
+        dy: Any, x: Any, residual: Any, counts: Any, mean: Any, rstd: Any, weight: Any, bias: Any, sum_dz: Any,
+        sum_dz_xhat: Any, count: float, parameter: Any, n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
+    ) -> float:  # fmt: skip
+        T = weight.dtype.type
+        L = x.shape[2]
+        sample, samples = (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
+        dy_rows, x_rows, residual_rows = _rows(dy, samples), _rows(x, samples), _rows(residual, samples)
+        dx_rows, d_residual_rows = _rows(dx, samples), _rows(d_residual, samples)
+        j0, width = c0 * L, samples * sample
+        j1 = j0 + width
+        scratch = _scratch(weight.dtype)
+        center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
+        slope, level, times = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
+        _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
+        for c in range(c0, c1):
+            slope_c, level_c = through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
+            _spread(slope_c, c - c0, L, slope)
+            _spread(level_c, c - c0, L, level)
+        _repeat(sample, slope)
+        _repeat(sample, level)
+        for r in range(n0 // samples, n1 // samples):
             dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
+            dx_row, d_residual_row = dy_row if IN_PLACE else dx_rows[r, j0:j1], d_residual_rows[r, j0:j1]
+            if COUNTED:
+                _spread_counts(counts, r * samples, sample, times)
             for j in range(width):
                 d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
@@ -251,59 +321,12 @@ def grad_sums(
                 elif RESIDUAL:
                     z += load(residual_row[j])
                 dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
-                total[j] += dz
-                total_d[j] += dz * d
-        _flush(total, sum_z)
-        _flush(total_d, sum_d)
-    _fold(sample, sum_z)
-    _fold(sample, sum_d)
-    for c in range(c1 - c0):
-        sum_dz[c0 + c] = _collect(c, L, sum_z)
-        sum_dz_d = _collect(c, L, sum_d)
-        sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_dz_d - (mean[c0 + c] - center[c * L]) * sum_dz[c0 + c])
+                if COUNTED:
+                    store(dx_row, j, scale[j] * dz - (times[j] * (d * slope[j] + level[j]) if times[j] > 0 else T(0)))
+                else:
+                    store(dx_row, j, scale[j] * dz - (d * slope[j] + level[j]))
+                if RESIDUAL:
+                    store(d_residual_row, j, dz)
+        return 0.0
 
-
-@stage
-def grad_input(
-    ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, dy: Any, x: Any, residual: Any, counts: Any,
-    mean: Any, rstd: Any, weight: Any, bias: Any,
-    sum_dz: Any, sum_dz_xhat: Any, count: float, parameter: Any,
-    n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
-) -> None:  # fmt: skip
-    """Write `dx`, and `dz` into `d_residual` if there is a residual."""
-    T = weight.dtype.type
-    L = x.shape[2]
-    sample, samples = (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
-    dy_rows, x_rows, residual_rows = _rows(dy, samples), _rows(x, samples), _rows(residual, samples)
-    dx_rows, d_residual_rows = _rows(dx, samples), _rows(d_residual, samples)
-    j0, width = c0 * L, samples * sample
-    j1 = j0 + width
-    scratch = _scratch(weight.dtype)
-    center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
-    slope, level, times = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
-    _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
-    for c in range(c0, c1):
-        slope_c, level_c = through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
-        _spread(slope_c, c - c0, L, slope)
-        _spread(level_c, c - c0, L, level)
-    _repeat(sample, slope)
-    _repeat(sample, level)
-    for r in range(n0 // samples, n1 // samples):
-        dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
-        dx_row, d_residual_row = dx_rows[r, j0:j1], d_residual_rows[r, j0:j1]
-        if COUNTED:
-            _spread_counts(counts, r * samples, sample, times)
-        for j in range(width):
-            d = load(row[j]) - center[j]
-            z = d * scale[j] + shift[j]
-            if RESIDUAL == OUTPUT:
-                z = load(residual_row[j])
-            elif RESIDUAL:
-                z += load(residual_row[j])
-            dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
-            if COUNTED:
-                store(dx_row, j, scale[j] * dz - (times[j] * (d * slope[j] + level[j]) if times[j] > 0 else T(0)))
-            else:
-                store(dx_row, j, scale[j] * dz - (d * slope[j] + level[j]))
-            if RESIDUAL:
-                store(d_residual_row, j, dz)
+    return grad_input

@@ -1,17 +1,20 @@
 """How kernels are compiled: by Numba, at their first call."""
 
+import gc
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core import event
 
 from batchnorm.kernels import disk
 
-__all__ = ["INLINED", "Kernel", "inlined", "kernel", "stage"]
+__all__ = ["INLINED", "Kernel", "Stage", "inlined", "kernel", "stage"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Kernel = Callable[..., None]
+Stage = Callable[..., float]
 
 
 class _Options(TypedDict):
@@ -29,32 +32,80 @@ OPTIONS: _Options = {
 INLINED: Any = {**OPTIONS, "forceinline": True}
 
 
+class _WithoutCollector(event.Listener):
+    """Stops Python's search for cycles while a function of ours is compiled.
+
+    Compilers make many objects and free few. In a process with a framework in memory, the search would take a fifth of
+    the time.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0  # a function is compiled while another is; one thread compiles at a time, as Numba has a lock
+        self.enabled = True
+
+    def on_start(self, event: event.Event) -> None:
+        """A function is about to be compiled."""
+        if _is_ours(event):
+            if self.depth == 0:
+                self.enabled = gc.isenabled()
+                gc.disable()
+            self.depth += 1
+
+    def on_end(self, event: event.Event) -> None:
+        """A function is compiled, or could not be."""
+        if _is_ours(event):
+            self.depth -= 1
+            if self.depth == 0 and self.enabled:
+                gc.enable()
+
+
+def _is_ours(event: event.Event) -> bool:
+    module: str = event.data["dispatcher"].py_func.__module__
+    return module.startswith("batchnorm.")
+
+
+event.register("numba:compile", _WithoutCollector())
+
+
 def inlined(function: Function) -> Function:
     """A function for the inside of a loop: compiled once, and inlined by LLVM."""
     return cast(Function, numba.njit(**INLINED)(function))
 
 
-def stage(function: Function) -> Function:
-    """A stage on one tile: inlined before compilation, so that branches on constant arguments vanish."""
-    return cast(Function, numba.njit(inline="always", **OPTIONS)(function))
+def stage(walk: str) -> Callable[[Stage], Stage]:
+    """A stage on one tile, which kernels call by its address (`calls`); compiled when that is asked for, kept on disk.
+
+    A stage may close over integers: they are constants, and branches on them vanish.
+
+    Args:
+        walk: The walking order: two stages of one name must not share a file on disk.
+    """
+
+    def compile_lazily(function: Stage) -> Stage:
+        return cast(Stage, _kept(function, f"{walk}.{function.__name__}"))
+
+    return compile_lazily
 
 
 def kernel(parallel: bool) -> Callable[[Kernel], Kernel]:
-    """A kernel for one thread or for several (`prange`), compiled at its first call and kept on disk.
-
-    A kernel may close over integers and modules. Integers are constants to LLVM: branches on them vanish. A kernel that
-    closed over a compiled function would be compiled again in every process.
-
-    If NUMBA_DISABLE_JIT is set, a kernel is plain Python. As in compiled code, 1/0 is infinity without a word.
-    """
+    """A loop over tiles for one thread or for several (`prange`), compiled at its first call and kept on disk."""
 
     def compile_lazily(function: Kernel) -> Kernel:
-        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
-            return np.errstate(all="ignore")(function)
-        # On disk, a kernel is known by its name and by what it closes over, not by whether it is parallel.
-        function.__qualname__ += "_parallel" if parallel else "_serial"
-        compiled = numba.njit(parallel=parallel, nogil=True, **OPTIONS)(function)
-        disk.keep(compiled)
-        return cast(Kernel, compiled)
+        # On disk, a kernel is known by its name, not by whether it is parallel.
+        name = f"{function.__name__}_{'parallel' if parallel else 'serial'}"
+        return cast(Kernel, _kept(function, name, parallel=parallel, nogil=True))
 
     return compile_lazily
+
+
+def _kept(function: Callable[..., Any], name: str, **options: Any) -> Any:
+    """The function, to be compiled by Numba at its first call and kept on disk under a name.
+
+    If NUMBA_DISABLE_JIT is set, it is plain Python. As in compiled code, 1/0 is infinity without a word.
+    """
+    if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        return np.errstate(all="ignore")(function)
+    function.__qualname__ = name
+    compiled = numba.njit(**options, **OPTIONS)(function)
+    disk.keep(compiled)
+    return compiled

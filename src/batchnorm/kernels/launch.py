@@ -11,9 +11,8 @@ Statistics are float64, whatever the type of the data. Sums run in the data's ty
 then in float64. Values are summed relative to a `center` near the mean, so that even a mean of a million standard
 deviations costs no accuracy.
 
-Tiles, and the choice between a serial and a parallel kernel, depend on shapes alone. So results have the same bits for
-any number of threads, with two exceptions, which may round sums differently: a forked child of a process that used
-threads runs serial kernels, and the process that compiles a parallel kernel runs other code than it stores on disk.
+Tiles depend on shapes alone, and serial and parallel kernels call the same stages. So results have the same bits for
+any number of threads.
 
 Nothing is compiled at import.
 """
@@ -31,24 +30,21 @@ from numpy.typing import NDArray
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import by_channel, by_row, threads
 from batchnorm.kernels.activations import CODES, FLAT
+from batchnorm.kernels.calls import address, call_grad_input, call_grad_sums, call_moments, call_normalize
 from batchnorm.kernels.compilation import Kernel, inlined, kernel
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import OUTPUT, merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "repeat"]
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
 
 Array = NDArray[Any]
 
-UNKNOWN = -1.0
-"""What `rstd` is before it is computed."""
-
 # --- Kernels ---------------------------------------------------------------------------------------------------------
-# A factory's arguments are constants of the kernel that it makes: the stages in one of the two walking orders, the
-# activation's code, whether there are a residual (or `OUTPUT`) and counts, and whether the activation's gradient is
-# `EXACT`. All kernels begin with the same arguments: x, residual, counts, weight, bias, parameter, rows, width.
+# A kernel begins with the addresses of its stages, and goes on with x, residual, counts, weight, bias, parameter, rows
+# and width, whether it needs them or not.
 
-Factory = Callable[[ModuleType, int, int, bool, bool, bool], Kernel]
+Factory = Callable[[bool], Kernel]
 
 
 @inlined
@@ -59,13 +55,22 @@ def _tile(number: int, rows: int, width: int, N: int, C: int) -> Any:
     return part, part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
 
 
+@inlined
+def _is_finite(sums: Any, c0: int, c1: int) -> bool:
+    """Whether all these sums are finite."""
+    total = 0.0
+    for c in range(c0, c1):
+        total += abs(sums[c])
+    return total < math.inf
+
+
 @functools.cache
-def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
+def moments_kernel(parallel: bool) -> Kernel:
     """The moments of each tile, then merged over the tiles of a channel."""
 
     @kernel(parallel)
-    def body(
-        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+    def moments(
+        stage: Any, x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
         mean: Any, var: Any,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
@@ -73,7 +78,7 @@ def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, E
         sizes, means, squares = np.empty((parts, blocks)), np.empty((parts, C)), np.empty((parts, C))
         for tile in prange(parts * blocks):
             part, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
-            sizes[part, c0 // width] = stages.moments(COUNTED, x, counts, n0, n1, c0, c1, means[part], squares[part])
+            sizes[part, c0 // width] = call_moments(stage, (x, counts, n0, n1, c0, c1, means[part], squares[part]))
         for c in range(C):
             count, mean_c, squares_c = 0.0, 0.0, 0.0
             for part in range(parts):
@@ -83,33 +88,33 @@ def moments_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, E
             mean[c] = mean_c
             var[c] = squares_c / count if count > 0.0 else 0.0
 
-    return body
+    return moments
 
 
 @functools.cache
-def normalize_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
+def normalize_kernel(parallel: bool) -> Kernel:
     """`normalize` of each tile."""
 
     @kernel(parallel)
-    def body(
-        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+    def normalize(
+        stage: Any, x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
         mean: Any, rstd: Any, y: Any,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
         for tile in prange(-(-N // rows) * -(-C // width)):
             _, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
-            stages.normalize(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y)
+            call_normalize(stage, (x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y))
 
-    return body
+    return normalize
 
 
 @functools.cache
-def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
+def grad_sums_kernel(parallel: bool) -> Kernel:
     """The sums of each tile, then added up over the tiles of a channel."""
 
     @kernel(parallel)
-    def body(
-        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+    def grad_sums(
+        stage: Any, x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
         dy: Any, mean: Any, rstd: Any, sum_dz: Any, sum_dz_xhat: Any,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
@@ -117,10 +122,10 @@ def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool,
         sums, sums_xhat = np.empty((parts, C)), np.empty((parts, C))
         for tile in prange(parts * blocks):
             part, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
-            stages.grad_sums(
-                ACT, RESIDUAL, EXACT, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
-                sums[part], sums_xhat[part],
-            )  # fmt: skip
+            call_grad_sums(
+                stage,
+                (dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, sums[part], sums_xhat[part]),
+            )
         for c in range(C):
             sum_dz[c] = 0.0
             sum_dz_xhat[c] = 0.0
@@ -128,75 +133,82 @@ def grad_sums_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool,
                 sum_dz[c] += sums[part, c]
                 sum_dz_xhat[c] += sums_xhat[part, c]
 
-    return body
+    return grad_sums
 
 
 @functools.cache
-def grad_input_kernel(
-    stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool
-) -> Kernel:
+def grad_input_kernel(parallel: bool) -> Kernel:
     """`grad_input` of each tile."""
 
     @kernel(parallel)
-    def body(
-        x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
+    def grad_input(
+        stage: Any, x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
         dy: Any, mean: Any, rstd: Any, sum_dz: Any, sum_dz_xhat: Any, count: float, dx: Any, d_residual: Any,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
         for tile in prange(-(-N // rows) * -(-C // width)):
             _, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
-            stages.grad_input(
-                ACT, RESIDUAL, COUNTED, EXACT, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
-                count, parameter, n0, n1, c0, c1, dx, d_residual,
+            call_grad_input(
+                stage,
+                (dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, parameter,
+                 n0, n1, c0, c1, dx, d_residual),
             )  # fmt: skip
 
-    return body
+    return grad_input
 
 
 @functools.cache
-def forward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
-    """`moments`, then `normalize`, of each block of channels; only `normalize` where `rstd` is not `UNKNOWN`."""
+def forward_kernel(parallel: bool) -> Kernel:
+    """`moments`, then `normalize`, of each block of channels."""
 
     @kernel(parallel)
-    def body(
+    def forward(
+        moments: Any, normalize: Any,
         x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
         eps: float, y: Any, mean: Any, var: Any, rstd: Any,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
         for block in prange(-(-C // width)):
             _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
-            if rstd[c0] == UNKNOWN:
-                count = stages.moments(COUNTED, x, counts, n0, n1, c0, c1, mean, var)
-                for c in range(c0, c1):
-                    var[c] = var[c] / count if count > 0.0 else 0.0
-                    rstd[c] = 1.0 / np.sqrt(var[c] + eps)
-            stages.normalize(ACT, RESIDUAL, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y)
+            count = call_moments(moments, (x, counts, n0, n1, c0, c1, mean, var))
+            for c in range(c0, c1):
+                var[c] = var[c] / count if count > 0.0 else 0.0
+                rstd[c] = 1.0 / np.sqrt(var[c] + eps)
+            call_normalize(normalize, (x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, y))
 
-    return body
+    return forward
 
 
 @functools.cache
-def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, EXACT: bool, parallel: bool) -> Kernel:
-    """`grad_sums`, then `grad_input`, of each block of channels."""
+def backward_kernel(parallel: bool) -> Kernel:
+    """`grad_sums`, then `grad_input`, of each block of channels.
+
+    A block whose sums are not finite has no `grad_input` yet if `flat`. With `again`, only these blocks are computed.
+    """
 
     @kernel(parallel)
-    def body(
+    def backward(
+        sums: Any, grad_input: Any,
         x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
         dy: Any, mean: Any, rstd: Any, count: float, sum_dz: Any, sum_dz_xhat: Any, dx: Any, d_residual: Any,
+        flat: bool, again: bool,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
         for block in prange(-(-C // width)):
             _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
-            stages.grad_sums(
-                ACT, RESIDUAL, EXACT, dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1,
-                sum_dz, sum_dz_xhat,
-            )  # fmt: skip
-            stages.grad_input(
-                ACT, RESIDUAL, COUNTED, EXACT, dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat,
-                count, parameter, n0, n1, c0, c1, dx, d_residual,
-            )  # fmt: skip
+            if not again or not _is_finite(sum_dz, c0, c1):
+                call_grad_sums(
+                    sums,
+                    (dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, sum_dz, sum_dz_xhat),
+                )
+                if again or not flat or _is_finite(sum_dz, c0, c1):
+                    call_grad_input(
+                        grad_input,
+                        (dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, parameter,
+                         n0, n1, c0, c1, dx, d_residual),
+                    )  # fmt: skip
 
-    return body
+    return backward
 
 
 # --- Launching a kernel ----------------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ def backward_kernel(stages: ModuleType, ACT: int, RESIDUAL: int, COUNTED: bool, 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(activation: ActivationSpec, dtype: np.dtype[Any]) -> tuple[int, Any]:
-    """An activation as kernels take it: its code, a constant of the kernel, and its parameter."""
+    """An activation as stages take it: its code, a constant of the stage, and its parameter."""
     name, parameter = parse_activation(activation)
     return CODES[name], dtype.type(parameter)
 
@@ -224,57 +236,66 @@ def _no_counts(dtype: np.dtype[Any]) -> Array:
     return np.empty((0, 0), dtype)
 
 
+def _walk(cut: Tiling) -> ModuleType:
+    """The stages in the walking order of a tiling."""
+    return by_channel if cut.by_channel else by_row
+
+
 def _launch(
     factory: Factory,
+    stages: tuple[Any, ...],
     cut: Tiling,
-    x: Array,
-    residual: Array | None,
-    counts: Array | None,
-    weight: Array | None,
-    bias: Array | None,
+    given: tuple[Array, Array | None, Array | None, Array | None, Array | None],
     activation: ActivationSpec,
     *own: Any,
-    of_output: bool = False,
-    exact: bool = False,
 ) -> None:
-    """Call the kernel that a factory makes for these arguments, and for the kernel's `own`.
+    """Call a kernel.
 
-    A kernel is compiled for arrays: in place of None it is given ones, zeros, or an array that it does not read.
+    Args:
+        factory: Makes the kernel.
+        stages: The stages that it calls.
+        cut: How the array is cut.
+        given: x, residual, counts, weight, bias. A kernel is compiled for arrays: in place of None it is given ones,
+            zeros, or an array that it does not read.
+        activation: For its parameter.
+        own: The kernel's own arguments.
     """
+    x, residual, counts, weight, bias = given
     channels, dtype = x.shape[1], arithmetic(x.dtype)
-    code, parameter = _compiled(activation, dtype)
-    # A large array takes the parallel kernel for one thread, too: the serial kernel may add sums in another order.
     parallel = x.size >= SERIAL and not threads.forbidden()
-    has_residual = OUTPUT if of_output else residual is not None
     threads.run(
-        factory(by_channel if cut.by_channel else by_row, code, has_residual, counts is not None, exact, parallel),
+        factory(parallel),
         parallel,
+        *[address(stage, x.dtype) for stage in stages],
         x,
         x if residual is None else residual,
         _no_counts(dtype) if counts is None else counts,
         _ones(channels, dtype) if weight is None else weight,
         _zeros(channels, dtype) if bias is None else bias,
-        parameter,
+        _compiled(activation, dtype)[1],
         cut.rows,
         cut.width,
         *own,
     )
 
 
-def _guarded(launch: Callable[..., None], activation: ActivationSpec, sum_dz: Array) -> bool:
-    """Launch a backward kernel, and again with the exact gradient of the activation if that may differ.
+def _kind(residual: Array | None, of_output: bool) -> int:
+    """`RESIDUAL` of a stage of the backward pass."""
+    return OUTPUT if of_output else int(residual is not None)
 
-    It differs where the derivative is 0 and `dy` is not finite. Then `sum_dz`, which the kernel writes, is not finite
-    either.
 
-    Returns:
-        Whether the exact gradient was needed.
+@functools.lru_cache(maxsize=256)
+def _code(activation: ActivationSpec) -> int:
+    return CODES[parse_activation(activation)[0]]
+
+
+def _all_finite(sum_dz: Array) -> bool:
+    """Whether the sums may be used as they are.
+
+    The gradient of a flat activation is `dy` times 0 or 1 at first, which is not 0 where `dy` is not finite. Then the
+    sum is not finite either, and the stage is run again with the `EXACT` gradient.
     """
-    launch()
-    if math.isfinite(sum_dz @ sum_dz) or CODES[parse_activation(activation)[0]] not in FLAT:
-        return False
-    launch(exact=True)
-    return True
+    return math.isfinite(sum_dz @ sum_dz)
 
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------
@@ -291,7 +312,8 @@ def moments(x: Array, counts: Array | None, mean: Array, var: Array, *, cache: i
         cache: Bytes of the L2 cache that a tile may occupy.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    _launch(moments_kernel, cut, x, None, counts, None, None, None, mean, var)
+    stage = _walk(cut).moments(counts is not None)
+    _launch(moments_kernel, (stage,), cut, (x, None, counts, None, None), None, mean, var)
 
 
 def normalize(
@@ -316,7 +338,8 @@ def normalize(
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    _launch(normalize_kernel, cut, x, residual, None, weight, bias, activation, mean, rstd, y)
+    stage = _walk(cut).normalize(_code(activation), residual is not None)
+    _launch(normalize_kernel, (stage,), cut, (x, residual, None, weight, bias), activation, mean, rstd, y)
 
 
 def grad_sums(
@@ -347,11 +370,16 @@ def grad_sums(
         Whether `grad_input` must be `exact`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
-    launch = functools.partial(
-        _launch, grad_sums_kernel, cut, x, residual, None, weight, bias, activation,
-        dy, mean, rstd, sum_dz, sum_dz_xhat, of_output=of_output,
-    )  # fmt: skip
-    return _guarded(launch, activation, sum_dz)
+    code = _code(activation)
+    for exact in (False, True):
+        stage = _walk(cut).grad_sums(code, _kind(residual, of_output), exact)
+        _launch(
+            grad_sums_kernel, (stage,), cut, (x, residual, None, weight, bias), activation,
+            dy, mean, rstd, sum_dz, sum_dz_xhat,
+        )  # fmt: skip
+        if code not in FLAT or _all_finite(sum_dz):
+            break
+    return exact
 
 
 def grad_input(
@@ -381,17 +409,17 @@ def grad_input(
         counts: As in `moments`.
         sum_dz, sum_dz_xhat: `(C,)`, float64: the sums over all values behind `mean` and `rstd`.
         count: The number of these values; `inf` if `mean` and `rstd` are constants.
-        dx: Like `x`. Written.
+        dx: Like `x`, or `dy` itself, which is then overwritten. Written.
         d_residual: Like `x`; None if and only if `residual` is None. Written.
         of_output: As in `grad_sums`.
         exact: Whether `dz` is 0 where the derivative is, even if `dy` is not finite; not needed if it is.
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
+    stage = _walk(cut).grad_input(_code(activation), _kind(residual, of_output), counts is not None, exact, dx is dy)
     _launch(
-        grad_input_kernel, cut, x, residual, counts, weight, bias, activation,
-        dy, mean, rstd, sum_dz, sum_dz_xhat, count, dx, dx if d_residual is None else d_residual,
-        of_output=of_output, exact=exact,
+        grad_input_kernel, (stage,), cut, (x, residual, counts, weight, bias), activation,
+        dy, mean, rstd, sum_dz, sum_dz_xhat, float(count), dx, dx if d_residual is None else d_residual,
     )  # fmt: skip
 
 
@@ -420,42 +448,13 @@ def forward(
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
     if cut.fused(x):
-        rstd.fill(UNKNOWN)
-        _launch(forward_kernel, cut, x, residual, counts, weight, bias, activation, eps, y, mean, var, rstd)
+        walk = _walk(cut)
+        stages = walk.moments(counts is not None), walk.normalize(_code(activation), residual is not None)
+        given = x, residual, counts, weight, bias
+        _launch(forward_kernel, stages, cut, given, activation, float(eps), y, mean, var, rstd)
         return
     moments(x, counts, mean, var, cache=cache)
     np.divide(1.0, np.sqrt(var + eps), out=rstd)
-    normalize(x, residual, mean, rstd, weight, bias, activation, y, cache=cache)
-
-
-def repeat(
-    x: Array,
-    residual: Array | None,
-    mean: Array,
-    rstd: Array,
-    weight: Array | None,
-    bias: Array | None,
-    activation: ActivationSpec,
-    y: Array,
-    *,
-    counted: bool = False,
-    cache: int = CACHE,
-) -> None:
-    """Write the bits of `y` that `forward` wrote in this process.
-
-    `normalize` might round otherwise: which additions change places, and which become one operation with a
-    multiplication, is up to the compiler, and differs between kernels. So this runs the kernel that `forward` ran.
-
-    Args:
-        x, residual, weight, bias, activation, y, cache: As in `forward`.
-        mean, rstd: From `forward`.
-        counted: Whether `forward` was given counts.
-    """
-    cut = tiling(x.shape, x.itemsize, 1, cache)
-    if cut.fused(x):
-        counts = _no_counts(arithmetic(x.dtype)) if counted else None
-        _launch(forward_kernel, cut, x, residual, counts, weight, bias, activation, 0.0, y, mean, mean, rstd)
-        return
     normalize(x, residual, mean, rstd, weight, bias, activation, y, cache=cache)
 
 
@@ -487,12 +486,17 @@ def backward(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     if cut.fused(x):
-        launch = functools.partial(
-            _launch, backward_kernel, cut, x, residual, counts, weight, bias, activation,
-            dy, mean, rstd, count, sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
-            of_output=of_output,
-        )  # fmt: skip
-        _guarded(launch, activation, sum_dz)
+        walk, code, kind = _walk(cut), _code(activation), _kind(residual, of_output)
+        flat = code in FLAT
+        for exact in (False, True):
+            stages = walk.grad_sums(code, kind, exact), walk.grad_input(code, kind, counts is not None, exact, dx is dy)
+            _launch(
+                backward_kernel, stages, cut, (x, residual, counts, weight, bias), activation,
+                dy, mean, rstd, float(count), sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
+                flat, exact,
+            )  # fmt: skip
+            if not flat or _all_finite(sum_dz):
+                break
         return
     exact = grad_sums(
         dy, x, residual, mean, rstd, weight, bias, activation, sum_dz, sum_dz_xhat, of_output=of_output, cache=cache

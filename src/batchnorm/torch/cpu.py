@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from batchnorm.kernels import launch, threads
 from batchnorm.torch.call import Call, Part
-from batchnorm.torch.function import Gradients, How, keeps_output
+from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
@@ -77,41 +77,38 @@ def repeat(call: Call, how: How, statistics: Tensor, affine: Tables, *, counted:
     arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid)
     for part, mean, _, rstd in zip(how.parts, *statistics.numpy(), strict=True):
         y_, x_, residual = _of_part(part, x, arrays)
-        if how.statistics is None:
-            launch.repeat(x_, residual, mean, rstd, *affine, call.activation, y_, counted=counted)
-        else:
-            launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
+        launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
     return y
 
 
-def backward(
-    dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: tuple[bool, bool]
-) -> Gradients:
+def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: Needs) -> Gradients:
     """The gradients.
 
     Args:
         dy: The gradient of `y`.
         call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
         statistics, affine: From `forward`.
-        needs: Whether `dx` and `d_residual` are needed.
+        needs: What is needed.
     """
     x, laid = call.x, memory_format(call.x)
-    dx = torch.empty_like(x, memory_format=laid) if needs[0] else None
-    d_residual = torch.empty_like(x, memory_format=laid) if needs[1] and call.residual is not None else None
-    group = how.plan.group if needs[0] else None
+    dense = dy.contiguous(memory_format=laid)
+    over_dy = needs.dx and (needs.dy_is_ours or dense is not dy)
+    dx = dense if over_dy else torch.empty_like(x, memory_format=laid) if needs.dx else None
+    d_residual = torch.empty_like(x, memory_format=laid) if needs.d_residual and call.residual is not None else None
+    group = how.plan.group if needs.dx else None
     sums = torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
     if x.numel() == 0:
         if group is not None:
             group.reduce(sums.clone())
         return dx, sums[1, 0], sums[0, 0], d_residual
-    inputs = _array(x, laid), _array(call.residual, laid)
-    written = _array(dx, laid), _array(d_residual, laid)
+    inputs, dy_array = (_array(x, laid), _array(call.residual, laid)), _array(dense, laid)
+    written = dy_array if over_dy else _array(dx, laid), _array(d_residual, laid)
     if dx is not None or d_residual is not None:  # the kernels write both or none
         written = tuple(
             np.empty_like(of) if out is None and of is not None else out
             for of, out in zip(inputs, written, strict=True)
         )
-    arrays = _array(dy, laid), *inputs, _counts(call, laid), *written
+    arrays = dy_array, *inputs, _counts(call, laid), *written
     for part, mean, _, rstd, *own in zip(how.parts, *statistics.numpy(), *sums.numpy(), strict=True):
         dy_, x_, residual, counts, *outputs = _of_part(part, x, arrays)
         given = mean, rstd, *affine
@@ -181,4 +178,5 @@ def _of_part(part: Part, x: Tensor, arrays: tuple[Any, ...]) -> list[Any]:
         return list(arrays)
     length = len(arrays[1]) // len(x)
     rows = slice(part.samples.start * length, part.samples.stop * length)
-    return [None if array is None else array[rows] for array in arrays]
+    views = {id(array): array[rows] for array in arrays if array is not None}  # one view of what is given twice
+    return [None if array is None else views[id(array)] for array in arrays]

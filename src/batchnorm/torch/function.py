@@ -11,15 +11,23 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from batchnorm.torch import composed, recipes
+from batchnorm.torch import composed, ownership, recipes
 from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["Gradients", "How", "compute", "keeps_output", "own_residual"]
+__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "own_residual"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """`dx`, `d_weight`, `d_bias` and `d_residual`; None for a gradient that is not needed."""
+
+
+class Needs(NamedTuple):
+    """What a backward pass must compute, and whether it may overwrite `dy` with `dx`."""
+
+    dx: bool
+    d_residual: bool
+    dy_is_ours: bool
 
 
 class How(NamedTuple):
@@ -28,7 +36,7 @@ class How(NamedTuple):
     Attributes:
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
             the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
-            `Gradients`, with `y` as the call's residual if the forward call `keeps_output`;
+            `Gradients`, by its `Needs`, with `y` as the call's residual if the forward call `keeps_output`;
             `repeat(call, how, statistics, kept, counted=...)` returns `y` once more, where the call has no counts, and
             says whether it had;
             `old_bias(statistics, kept)` returns the bias as it was in the forward pass.
@@ -151,14 +159,14 @@ class _BatchNorm(torch.autograd.Function):
         call = Call(x, weight, ctx.bias, residual, counts, how.eps, how.activation, True, arithmetic(x.dtype))
         if torch.is_grad_enabled() or _is_batched(dy):
             return (*_differentiable_backward(ctx, dy, call), None, None, None)
-        dx, d_weight, d_bias, d_residual = how.stages.backward(
-            dy, call, how, ctx.statistics, ctx.kept, (needs[0], needs[3])
-        )
+        returns_dy = needs[3] and residual is None
+        own = Needs(needs[0], needs[3], not returns_dy and ownership.is_ours(dy))
+        dx, d_weight, d_bias, d_residual = how.stages.backward(dy, call, how, ctx.statistics, ctx.kept, own)
         return (
             dx,
             _like(d_weight, weight) if needs[1] else None,
             _like(d_bias, ctx.bias) if needs[2] else None,
-            dy if needs[3] and residual is None else d_residual,
+            dy if returns_dy else d_residual,
             None,
             None,
             None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch.call import Call, is_plain
-from batchnorm.torch.function import Gradients, How, keeps_output
+from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
@@ -208,7 +208,7 @@ def repeat(call: Call, how: How, statistics: Tensor, kept: None, *, counted: boo
     return forward(call, how._replace(statistics=statistics[:3], running=None))[0]
 
 
-def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, needs: tuple[bool, bool]) -> Gradients:
+def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, needs: Needs) -> Gradients:
     """The gradients.
 
     Args:
@@ -216,10 +216,10 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
         statistics: From `forward`.
         kept: None; nothing else is kept.
-        needs: Whether `dx` and `d_residual` are needed.
+        needs: What is needed.
     """
     x, residual, counts, (weight, _) = call.x, call.residual, _counts(call), _dense_vectors(call)
-    if x.numel() == 0 or (how.plan.group is not None and needs[0]):
+    if x.numel() == 0 or (how.plan.group is not None and needs.dx):
         return _backward_in_stages(dy, call, how, statistics, needs)
     size, stride, device, (_, groups, channels) = tuple(x.shape), x.stride(), x.device, statistics.shape
     count, of_output = _count(call, how), keeps_output(call)
@@ -227,7 +227,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
     key = (
         size, stride, dy.stride(), x.dtype, device, call.activation, groups,
         None if weight is None else weight.dtype, None if residual is None else residual.stride(), counts is None,
-        needs, of_output, of_each, not of_each and count == math.inf,
+        needs[:2], of_output, of_each, not of_each and count == math.inf,
     )  # fmt: skip
     room = _room(device)
     sums = ((channels,), (1,)) if groups == 1 else ((groups, channels), (channels, 1))
@@ -235,8 +235,8 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
     again, at_x, at_dy = _backwards.get(key), _at(x), _at(dy)
     at_residual, at_counts = _at(residual), _at(counts)
     if again is not None and (at_x | at_dy | at_residual | at_counts) % VECTOR == 0:
-        dx = room(size, stride, x.dtype) if needs[0] else None
-        d_residual = room(size, stride, x.dtype) if needs[1] and residual is not None else None
+        dx = room(size, stride, x.dtype) if needs.dx else None
+        d_residual = room(size, stride, x.dtype) if needs.d_residual and residual is not None else None
         again.backward(
             at_dy, at_x, at_residual or None, at_counts or None, weight, statistics, count, d_bias, d_weight, dx,
             d_residual,
@@ -245,8 +245,8 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         laid = memory_format(x)
         dense, dense_dy = _dense(x, laid), _dense(dy, laid)
         beside = None if residual is None else _dense(residual, laid)
-        dx = torch.empty_like(dense) if needs[0] else None
-        d_residual = torch.empty_like(dense) if needs[1] and residual is not None else None
+        dx = torch.empty_like(dense) if needs.dx else None
+        d_residual = torch.empty_like(dense) if needs.d_residual and residual is not None else None
         again = _kernels().backward_packed(
             dense_dy, dense, beside, counts, weight, statistics, count, call.activation, d_bias, d_weight, dx,
             d_residual, of_output=of_output, shape=_shape(x, laid), samples=len(x),
@@ -258,13 +258,13 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
     return dx, d_weight, d_bias, d_residual
 
 
-def _backward_in_stages(dy: Tensor, call: Call, how: How, statistics: Tensor, needs: tuple[bool, bool]) -> Gradients:
+def _backward_in_stages(dy: Tensor, call: Call, how: How, statistics: Tensor, needs: Needs) -> Gradients:
     """The gradients of no values, or of values that share their statistics with other processes."""
-    laid, group = memory_format(call.x), how.plan.group if needs[0] else None
+    laid, group = memory_format(call.x), how.plan.group if needs.dx else None
     x, dy = _dense(call.x, laid), _dense(dy, laid)
     residual = None if call.residual is None else _dense(call.residual, laid)
-    dx = torch.empty_like(x) if needs[0] else None
-    d_residual = torch.empty_like(x) if needs[1] and residual is not None else None
+    dx = torch.empty_like(x) if needs.dx else None
+    d_residual = torch.empty_like(x) if needs.d_residual and residual is not None else None
     sums = torch.zeros((2, x.shape[1]), dtype=STATISTICS, device=x.device)
     mean, _, rstd, bias = statistics
     given = mean, rstd, _dense_vectors(call)[0], bias[0]
