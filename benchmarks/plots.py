@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import speedups
 from benchmarks.goals import Tables, step_ratio
+from benchmarks.verdicts import effects
 
 GRAY, BLUE, ORANGE = "#8b949e", "#388bfd", "#e8702a"
 LAYOUTS = {"channels-first": (BLUE, "o"), "channels-last": (ORANGE, "s"), "rows": (GRAY, "D")}
@@ -49,6 +50,7 @@ def draw(tables: Tables, folder: Path) -> list[str]:
         "training": _training,
         "losses": _losses,
         "gpu_layers": _gpu_layers,
+        "verdicts": _verdicts,
     }
     written = []
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
@@ -179,6 +181,33 @@ def _losses(tables: Tables) -> Any:
     figure.legend(handles, labels, loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.08))
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss", fontsize=9)
+    return figure
+
+
+def _verdicts(tables: Tables) -> Any:
+    """Each claim as a row of points, the effects from each base seed, coloured by the verdict."""
+    records = tables["verdicts"]
+    rows = {claim: i for i, claim in enumerate(reversed(dict.fromkeys(r["claim"] for r in records)))}
+    figure, panel = plt.subplots(figsize=(7, 0.9 + 0.19 * len(rows)))
+    panel.axvspan(-1, 1, color=GRAY, alpha=0.15, linewidth=0)
+    panel.axvline(0, color=GRAY, linewidth=1)
+    styles = {
+        "supported": (BLUE, "o"),
+        "contradicted": (ORANGE, "s"),
+        "not supported": (ORANGE, "x"),
+        "undecided": (GRAY, "D"),
+    }
+    for verdict, (color, marker) in styles.items():
+        chosen = [r for r in records if r["verdict"] == verdict and r["effect"] != ""]
+        if chosen:
+            places = [rows[r["claim"]] for r in chosen]
+            panel.scatter(effects(chosen), places, s=18, color=color, marker=marker, label=verdict, alpha=0.7)
+    panel.set_xscale("symlog", linthresh=1)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_yticks(list(rows.values()), list(rows))
+    panel.set_title("effect of each claim from each base seed, in smallest relevant effects")
+    panel.grid(axis="y")
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -15,7 +15,7 @@ typer_testing = pytest.importorskip("typer.testing")
 for module in ("rich", "matplotlib"):
     pytest.importorskip(module)
 
-from benchmarks import goals, report
+from benchmarks import goals, package, report
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.__main__ import main as gpu_main
 
@@ -307,7 +307,7 @@ TABLES: goals.Tables = {
         for seed in (0, 1)
     ],
     "verdicts": [
-        {"claim": "faster", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
+        {"claim": "faster-at-same-rate", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
         for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
     ],
     "keras": [
@@ -452,7 +452,7 @@ def test_the_report(tmp_path: Path) -> None:
         text, "jax"
     )
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
-    assert "| faster | 1.25 to 2.50 ratio | 2 supported, 1 undecided |" in section(text, "verdicts")
+    assert "| faster-at-same-rate | 1.25 to 2.50 ratio | 2 supported, 1 undecided | " in section(text, "verdicts")
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:
@@ -587,3 +587,19 @@ def test_a_run_on_a_gpu_keeps_to_its_time(
     assert gpu_main([*arguments, "--out", str(tmp_path)]) == 0
     faulthandler.cancel_dump_traceback_later()
     assert "out of time: 7 of 7 skipped" in capsys.readouterr().out
+
+
+# --- The package ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_was_measured_of_the_package() -> None:
+    [said] = package.SECTION.findall(package.README.read_text(encoding="utf-8"))
+    assert said == package.section(table.read(package.RESULTS))
+
+
+def test_the_package_is_measured() -> None:
+    pytest.importorskip("hatchling")
+    [record] = package.measure(1, ["batchnorm"])
+    assert record.items() >= {"import": "batchnorm", "alone": "numpy", "rounds": 1}.items()
+    assert 0 < record["import_ms"] < record["alone_ms"], "the package itself imports nothing"
+    assert 100_000 < record["wheel_bytes"] < 2_000_000

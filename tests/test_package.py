@@ -1,6 +1,7 @@
 """The wheel and the source distribution, built, checked, and used where there is no source tree."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -43,7 +44,25 @@ def test_what_they_contain(built: Path) -> None:
     (source,) = built.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         inside = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {"README.md", "LICENSE", "pyproject.toml", "src/batchnorm/definition.py", "tests/cases.py"} <= inside
+    assert {
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+        "hatch_build.py",
+        "src/batchnorm/definition.py",
+        "tests/cases.py",
+    } <= inside
+
+
+def test_the_description_leads_nowhere_that_an_index_does_not_have(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    [name] = (name for name in archive.namelist() if name.endswith("METADATA"))
+    said = archive.read(name).decode()
+    assert "convert(model, statistics=Renorm())" in said
+    assert "Description-Content-Type: text/markdown" in said
+    assert [target for target in re.findall(r"\]\(([^)]*)\)", said) if "://" not in target] == []
+    assert "The picture" not in said
 
 
 PROGRAM = """

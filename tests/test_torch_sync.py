@@ -20,6 +20,8 @@ import torch.multiprocessing as mp
 from cases import CHANNELS_LAST, KERNEL_ROUTES, MATRIX, Layout, batch
 from processes import in_processes
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch as bn
@@ -162,6 +164,14 @@ def layers(rank: int) -> None:
         for buffer, exact in zip(model.buffers(), alone.buffers(), strict=True):
             assert_close(buffer.double(), exact.double())
         assert_close(wrapped.eval()(x), copy.deepcopy(alone).eval()(x))
+
+    # Parameters in shards.
+    model = bn.convert(network(lambda: nn.BatchNorm1d(4)), statistics=SyncStatistics())
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    loss(model, x[samples]).backward()
+    for p, exact in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_close(p.grad.full_tensor() * WORLD, exact.grad)
+    assert_close(model[1].running_var, alone[1].running_var)
 
     # A checkpoint repeats the forward pass within the backward pass, in all processes alike.
     model = network(lambda: SyncBatchNorm(4))

@@ -413,7 +413,20 @@ def test_limits_of_renormalization_do_not_depend_on_the_default_type() -> None:
 
 
 @pytest.mark.parametrize(
-    "tool", [bn.convert, bn.revert, bn.freeze, bn.unfreeze, bn.explain, bn.fold, lambda m: bn.calibrate(m, [])]
+    "tool",
+    [
+        bn.convert,
+        bn.revert,
+        bn.freeze,
+        bn.unfreeze,
+        bn.explain,
+        bn.fold,
+        bn.diagnose,
+        bn.save_memory,
+        bn.watch,
+        lambda m: bn.calibrate(m, []),
+        lambda m: bn.parameter_groups(m, 0.1),
+    ],
 )
 @pytest.mark.parametrize("wrong", [5, "x", None, [nn.BatchNorm1d(3)]])
 def test_what_is_no_model_is_named(tool: Any, wrong: Any) -> None:
@@ -424,6 +437,10 @@ def test_what_is_no_model_is_named(tool: Any, wrong: Any) -> None:
 def test_what_gives_no_batches_is_named() -> None:
     with pytest.raises(TypeError, match="data must give batches, one after the other, got 5"):
         bn.calibrate(nn.BatchNorm1d(3), 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="data must give batches, one after the other, got 5"):
+        bn.diagnose(nn.BatchNorm1d(3), 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got 5"):
+        bn.diagnose(nn.BatchNorm1d(3), optimizer=5)  # type: ignore[arg-type]
 
 
 def are_resizable(*tensors: Tensor) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from numpy.typing import NDArray
 
 from batchnorm.jax.functional import expand_mask
@@ -39,7 +40,7 @@ def layer_input(
     Raises:
         ValueError: If the arrays have no values.
     """
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise ValueError(
             f"{name or 'the layer'} is called inside a function that is compiled on its own, where its inputs cannot "
             "be seen: call the model without it, with forward=lambda model, batch: ..."

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from batchnorm.jax.activations import Activation, resolve
 from batchnorm.jax.statistics import BatchStatistics, Call, Devices, Running, RunningStatistics, Statistics, expect
@@ -89,7 +89,7 @@ def batch_norm(
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     weight, bias = (_vector(name, v, x, channels) for name, v in (("weight", weight), ("bias", bias)))
-    if isinstance(counts, jax.core.Tracer) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
+    if isinstance(counts, Tracer) and jnp.issubdtype(jnp.asarray(mask).dtype, jnp.floating):
         # An invalid weight is NaN by now, and the kernels would leave it out.
         weight = jnp.where(jnp.all(jnp.isfinite(counts)), 1 if weight is None else weight, jnp.nan)
         weight = jnp.broadcast_to(weight, (x.shape[channels],))
@@ -131,7 +131,7 @@ def _check(x: Any, axis: int, eps: float) -> int:
         raise ValueError(f"x must have at least two axes, samples and channels, got shape {x.shape}")
     if not (isinstance(axis, int) and -x.ndim <= axis < x.ndim):
         raise ValueError(f"axis must be one of the {x.ndim} axes of x, of shape {x.shape}, got {axis!r}")
-    if isinstance(eps, jax.core.Tracer):
+    if isinstance(eps, Tracer):
         raise TypeError(
             f"eps must be a number, got a traced value of shape {eps.shape}: programs have it as a constant"
         )
@@ -187,7 +187,7 @@ def expand_mask(mask: Any, x: Any, axis: int) -> Any:
     if mask.dtype == jnp.bool_:
         return mask
     sound = (mask >= 0) & (mask < jnp.inf)
-    if not isinstance(mask, jax.core.Tracer):
+    if not isinstance(mask, Tracer):
         if not bool(jnp.all(sound)):
             raise ValueError("mask must hold booleans, or weights that are finite and not negative")
         return mask

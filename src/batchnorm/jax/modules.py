@@ -96,7 +96,7 @@ def watched(
     modules: Mapping[str, Any], watch: Callable[[str, Any, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Replace the calls of these modules by what `watch(name, module, call)` returns, and restore them afterwards."""
-    classes = {name: type(module) for name, module in modules.items()}
+    classes: dict[str, Any] = {name: type(module) for name, module in modules.items()}
     try:
         for name, module in modules.items():
             call = watch(name, module, classes[name].__call__.__get__(module))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
 from batchnorm.xla import formula, primitive, routes
 from batchnorm.xla.formula import How, Moments
@@ -303,7 +304,7 @@ class Renorm(Statistics):
     def __post_init__(self) -> None:
         for name, least in ("r_max", 1), ("d_max", 0):
             value = getattr(self, name)
-            if not isinstance(value, jax.core.Tracer) and not value >= least:
+            if not isinstance(value, Tracer) and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
     @property

@@ -6,11 +6,12 @@ from typing import Any
 
 import keras
 from keras import ops
-from keras.layers import BatchNormalization as KerasBatchNormalization
 
 from batchnorm.keras import functional
 from batchnorm.keras.activations import Activation, KerasActivation
 from batchnorm.keras.sync import pool
+
+KerasBatchNormalization: Any = keras.layers.BatchNormalization
 
 __all__ = ["BatchNormalization", "KerasBatchNormalization", "adopt", "release"]
 

@@ -197,8 +197,8 @@ def activate_grad(code: int, EXACT: int, parameter: Any, z: Any, dy: Any) -> Any
     """`dz = dy * act'(z)`. If `EXACT`, `dz` is 0 on a range where the derivative is 0, even if `dy` is not finite.
 
     Without `EXACT` it is NaN there, so that a sum of `dz` tells. The product is written out because LLVM makes a masked
-    load of a choice between `dy` and 0. Such a load waits for `z`, and on some processors (AMD Zen 5) the loop takes
-    three times as long.
+    load of a choice between `dy` and 0. Such a load waits for `z`, which makes the loop much slower on some processors
+    (AMD Zen 5).
     """
     T = type(z)
     if code == RELU:

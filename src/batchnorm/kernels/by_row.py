@@ -4,9 +4,9 @@ This suits short runs of positions (7 x 7 images, and `L = 1`, which is no speci
 sample are adjacent. Per-channel numbers are spread into tables with one entry for each value of a row; the tables stay
 in the L1 cache.
 
-Samples are adjacent if a tile has all channels. Then a row is several of them (`samples_per_row`), because it takes
-longer to enter a loop than to run it for 32 values. Rows are read one after the other: two or four at a time need fewer
-loads and stores of sums, but where rows of 512 bytes and more come from memory, that takes 1.2 to 1.7 times as long.
+Samples are adjacent if a tile has all channels. Then a row is several of them (`samples_per_row`), because entering a
+loop costs time, too. Rows are read one after the other: two or four at a time need fewer loads and stores of sums, but
+are slower where longer rows come from memory.
 """
 
 import functools

@@ -37,8 +37,8 @@ FIRST_ROWS = 8
 second reading."""
 
 ROW_LENGTH = 64
-"""By row: shorter rows are put together to rows of at most this many values. For 32 values it takes a third of a loop's
-time to enter it. Still longer rows are faster in the L2 cache only: from memory, 512 values take 1.1 times as long."""
+"""By row: shorter rows are put together to rows of at most this many values, because entering a loop costs time, too.
+Still longer rows are faster in the L2 cache only; from memory they are slower."""
 
 ROW_WIDTH = 512
 """By row: a block of channels has at most this many adjacent values of a sample: 2 KB of float32, which suit

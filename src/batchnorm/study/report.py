@@ -283,7 +283,7 @@ def _forest(findings: list[Finding]) -> Plot | None:
     effects = []
     for finding in findings:
         if finding.interval is not None:
-            value, low, high = (in_margins(finding, each) for each in (finding.effect, *finding.interval))
+            value, low, high = (in_margins(finding.claim, each) for each in (finding.effect, *finding.interval))
             name = finding.claim.id.replace("-", " ") + " ≠" * disagrees(finding)
             said = f"{effect(finding)} ({interval(finding)})"
             effects.append(Effect(name, finding.verdict, value, low, high, said))
@@ -310,7 +310,7 @@ def page(records: Records, experiments: list[Experiment], findings: list[Finding
     return templates.get_template("report.html.j2").render(
         sections=sections,
         counts=counted(findings),
-        strength=lambda finding: in_margins(finding, finding.effect),
+        strength=lambda finding: in_margins(finding.claim, finding.effect),
         learned=sentences(findings),
         forest=whole,
         disagrees=disagrees,

@@ -2,7 +2,7 @@
 
 import math
 
-from batchnorm.study.claims import Finding
+from batchnorm.study.claims import Claim, Finding
 
 __all__ = ["disagrees", "in_margins", "sentences"]
 
@@ -15,16 +15,16 @@ def disagrees(finding: Finding) -> bool:
     return (published == "supported") != (finding.verdict == "supported")
 
 
-def in_margins(finding: Finding, value: float | None) -> float:
-    """An effect, or an end of its interval, in units of its claim's margin, which makes effects comparable.
+def in_margins(claim: Claim, value: float | None) -> float:
+    """An effect, or an end of its interval, in units of the claim's margin, which makes effects comparable.
 
     0 is no effect, 1 the smallest relevant effect, as claimed, and -1 the smallest relevant effect to the contrary.
     """
     if value is None:
         return 0.0
-    if finding.claim.unit == "ratio":
-        return math.log(value) / math.log(finding.claim.margin)
-    return value / finding.claim.margin
+    if claim.unit == "ratio":
+        return math.log(value) / math.log(claim.margin)
+    return value / claim.margin
 
 
 def sentences(findings: list[Finding]) -> tuple[str, str, str]:
@@ -49,7 +49,7 @@ def _clearest(findings: list[Finding]) -> str:
     supported = [f for f in findings if f.verdict == "supported" and f.interval and f.claim.rule == "effect"]
     if not supported:
         return "No effect is clear enough to be named."
-    best = max(supported, key=lambda finding: in_margins(finding, (finding.interval or (0.0,))[0]))
+    best = max(supported, key=lambda finding: in_margins(finding.claim, (finding.interval or (0.0,))[0]))
     return f"The clearest effect: {_lowered(best.claim.statement)}"
 
 

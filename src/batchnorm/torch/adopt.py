@@ -100,9 +100,10 @@ def _equip(layer: Any) -> None:
     if "activation" not in known.then:
         layer.activation = None
     layer.statistics = known.statistics
-    if isinstance(layer, SyncBatchNorm):
+    kind = type(layer)
+    if issubclass(kind, SyncBatchNorm):
         layer._group = vars(layer).pop("process_group")
-    if isinstance(layer, SyncBatchNorm | nn.SyncBatchNorm):
+    if issubclass(kind, SyncBatchNorm | nn.SyncBatchNorm):
         layer.statistics = SyncStatistics(layer.process_group)
     device = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
     layer.num_batches_skipped = counter(device)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from batchnorm.torch.survey import expect_module
+
 __all__ = ["parameter_groups"]
 
 NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)
@@ -36,11 +38,13 @@ def parameter_groups(
 
     Raises:
         ValueError: If not exactly one of `weight_decay` and `optimizer` is given, or if `weight_decay` is negative.
+        TypeError: If `model` is not a module.
     """
     if (weight_decay is None) == (optimizer is None):
         raise ValueError("give either weight_decay or optimizer: parameter_groups(model, 1e-4)")
     if weight_decay is not None and not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    expect_module(model)
     normalizing = {
         id(parameter)
         for module in model.modules()

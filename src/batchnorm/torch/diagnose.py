@@ -25,7 +25,7 @@ from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.eager import not_compiled
 from batchnorm.torch.observer import Surroundings, moments_of, watch_calls
 from batchnorm.torch.sources import GhostStatistics, Renorm, SyncStatistics
-from batchnorm.torch.survey import is_frozen, is_unsized, keeps_statistics, survey
+from batchnorm.torch.survey import expect_module, is_frozen, is_unsized, keeps_statistics, survey
 from batchnorm.torch.tracing import leaves
 from batchnorm.torch.untouched import random_states_kept, untouched
 from batchnorm.whole import diagnosis as whole
@@ -66,8 +66,11 @@ def diagnose(
     Raises:
         ValueError: If the model has no batch normalization, or the data have no batches.
         RuntimeError: If a lazy layer has not seen its first batch.
-        TypeError: If `data` is one batch, or it is not clear how to call the model.
+        TypeError: If an argument is of another type, `data` is one batch, or it is not clear how to call the model.
     """
+    expect_module(model)
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
     with random_states_kept():
         return whole.diagnose(_Model(model, data, optimizer, forward or batches.call), data, max_batches)
 

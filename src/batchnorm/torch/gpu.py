@@ -124,7 +124,7 @@ def _quick_room() -> Callable[..., Tensor] | None:
     measured; on the CPU its sibling takes half of that of `torch.empty_like`.
     """
     try:
-        guards: Any = torch._C._dynamo.guards
+        guards: Any = torch._C._dynamo.guards  # pyright: ignore[reportAttributeAccessIssue]
         make: Callable[..., Tensor] = guards._empty_strided_cuda
         made = make((2, 3), (1, 2), STATISTICS)
         works = made.is_cuda and made.dtype is STATISTICS and (made.shape, made.stride()) == ((2, 3), (1, 2))

@@ -124,7 +124,7 @@ class _Layer(_Base):
     num_batches_skipped: Tensor
     save_memory = False
 
-    eps = Eps()
+    eps = Eps()  # pyright: ignore[reportAssignmentType]
     qconfig = QConfig()
 
     def __init__(

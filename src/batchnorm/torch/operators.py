@@ -147,7 +147,7 @@ def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     dy, x, weight, bias, residual, counts = ctx.saved_tensors
     eps, name, parameter = ctx.how
     needs_x, needs_residual = ctx.needs
-    needed = needs_x, weight is not None, bias is not None, needs_residual and residual is not None
+    needed = needs_x, weight is not None, bias is not None, needs_residual and isinstance(residual, Tensor)
     outer = tuple(grad for grad, is_needed in zip(grads, needed, strict=True) if is_needed)
     if not outer:
         return (None,) * 12
@@ -160,7 +160,7 @@ def differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         return composed.forward(asked._replace(x=x, weight=weight, bias=bias, residual=residual), Plan(torch.inf))[0]
 
-    def differentiate(dy: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def differentiate(dy: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         gradients = _pull_back(normalize, tensors, torch.where(residual <= 0, 0, dy) if by_output else dy)
         return tuple(g for g, is_needed in zip(gradients, needed, strict=True) if is_needed and g is not None)
 

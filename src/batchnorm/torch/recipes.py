@@ -25,7 +25,7 @@ from batchnorm.torch.call import is_eager
 
 __all__ = ["Recipe", "Recipes", "active", "close_after", "follow_registrations", "install", "open_before", "remove"]
 
-_autograd: Any = torch._C._autograd
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
 LONGEST = 12
 """The longest chain of recipes in which each needs the next. A chain is recomputed as a whole; a longer one is cut by

@@ -58,7 +58,7 @@ def is_repetition() -> bool:
 def unseen() -> Iterator[None]:
     """Hide operations from selective checkpoints; other modes of dispatch see them."""
     selective = _selective_modes()
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())] if selective else []
+    modes: list[Any] = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())] if selective else []
     others = [mode for mode in reversed(modes) if not isinstance(mode, selective)]
     for mode in others:
         _push_mode(mode)

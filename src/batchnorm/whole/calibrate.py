@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 
 from batchnorm.definition import Moments, merge_moments, reciprocal_std
 
-__all__ = ["Alone", "Calibration", "Layer", "Method", "Model", "Processes", "See", "Statistics", "calibrate"]
+__all__ = [
+    "Alone",
+    "Calibration",
+    "Layer",
+    "Method",
+    "Model",
+    "Processes",
+    "See",
+    "Statistics",
+    "calibrate",
+    "expect_batches",
+]
 
 Method = Literal["parallel", "sequential"]
 METHODS: tuple[Method, ...] = ("parallel", "sequential")
@@ -178,6 +189,19 @@ class Alone:
 # --- The tool ---------------------------------------------------------------------------------------------------------
 
 
+def expect_batches(data: Any) -> None:
+    """Raise an error unless `data` can give batches.
+
+    Raises:
+        TypeError: If it is one batch, or not iterable.
+    """
+    named = isinstance(data, Mapping) or (isinstance(data, tuple) and hasattr(data, "_fields"))
+    if named or isinstance(data, str | bytes) or (hasattr(data, "shape") and hasattr(data, "dtype")):
+        raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
+    if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(f"data must give batches, one after the other, got {data!r}: pass a data loader or a list")
+
+
 def calibrate(
     model: Model,
     data: Iterable[Any],
@@ -219,11 +243,7 @@ def calibrate(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be positive, got {max_samples}")
-    named = isinstance(data, Mapping) or (isinstance(data, tuple) and hasattr(data, "_fields"))
-    if named or isinstance(data, str | bytes) or (hasattr(data, "shape") and hasattr(data, "dtype")):
-        raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
-    if not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        raise TypeError(f"data must give batches, one after the other, got {data!r}: pass a data loader or a list")
+    expect_batches(data)
     with processes.all_or_none():
         if method == "sequential" and isinstance(data, Iterator):
             raise ValueError(

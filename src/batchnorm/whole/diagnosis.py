@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any, Protocol
 
+from batchnorm.whole.calibrate import expect_batches
 from batchnorm.whole.checks import CHECKS
 from batchnorm.whole.evidence import Evidence, Layer
 from batchnorm.whole.findings import SEVERITIES, Finding, Profile
@@ -58,10 +59,10 @@ def diagnose(model: Model, data: Iterable[Any] | None, max_batches: int | None) 
 
     Raises:
         ValueError: If the model has no batch normalization, or the data have no batches.
-        TypeError: If `data` is one batch.
+        TypeError: If `data` is one batch, or not iterable.
     """
-    if isinstance(data, Mapping | str) or (hasattr(data, "shape") and hasattr(data, "dtype")):
-        raise TypeError(f"data must give batches, one after the other, got a {type(data).__name__}: pass [data]")
+    if data is not None:
+        expect_batches(data)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be positive, got {max_batches}")
     evidence = Evidence(model.find())
