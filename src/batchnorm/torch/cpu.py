@@ -13,7 +13,7 @@ from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "old_bias", "repeat", "tables"]
+__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """The types that the kernels support."""
@@ -60,25 +60,6 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
         else:
             launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
     return y, statistics, affine
-
-
-def repeat(call: Call, how: How, statistics: Tensor, affine: Tables, *, counted: bool) -> Tensor:
-    """The bits of `y` once more.
-
-    Args:
-        call, how: As in `forward`; weight, bias and counts of the call are not needed.
-        statistics, affine: From `forward`.
-        counted: Whether the call had counts.
-    """
-    x, laid = call.x, memory_format(call.x)
-    y = torch.empty_like(x, memory_format=laid)
-    if x.numel() == 0:
-        return y
-    arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid)
-    for part, mean, _, rstd in zip(how.parts, *statistics.numpy(), strict=True):
-        y_, x_, residual = _of_part(part, x, arrays)
-        launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
-    return y
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: Needs) -> Gradients:

@@ -37,8 +37,6 @@ class How(NamedTuple):
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
             the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
             `Gradients`, by its `Needs`, with `y` as the call's residual if the forward call `keeps_output`;
-            `repeat(call, how, statistics, kept, counted=...)` returns `y` once more, where the call has no counts, and
-            says whether it had;
             `old_bias(statistics, kept)` returns the bias as it was in the forward pass.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
@@ -140,7 +138,7 @@ class _BatchNorm(torch.autograd.Function):
         y, statistics, ctx.kept = how.stages.forward(call, how)
         told.append(statistics)
         if (found := recipes.active()) is not None and any(ctx.needs_input_grad):
-            _note(found, y, call, how, statistics, ctx.kept)
+            _note(found, y, call, how, statistics)
         ctx.keeps_output = keeps_output(call)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = call.residual is not None
@@ -173,14 +171,15 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-def _note(found: recipes.Recipes, y: Tensor, call: Call, how: How, statistics: Tensor, kept: Any) -> None:
-    """Note how to make `y` again: by the same kernel and statistics, and copies of what an optimizer might change."""
+def _note(found: recipes.Recipes, y: Tensor, call: Call, how: How, statistics: Tensor) -> None:
+    """Note how to make `y` again: by the same stage and statistics, and copies of what an optimizer might change."""
     weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
     bare = call._replace(weight=weight, bias=bias, residual=None, counts=None, x=statistics)
-    how, counted = how._replace(running=None), call.counts is not None
+    how = how._replace(statistics=statistics[:3], running=None)
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        again: Tensor = how.stages.repeat(bare._replace(x=x, residual=residual), how, statistics, kept, counted=counted)
+        again: Tensor
+        again, *_ = how.stages.forward(bare._replace(x=x, residual=residual), how)
         return again
 
     found.note(y, make, call.x, call.residual)

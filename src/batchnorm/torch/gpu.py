@@ -19,7 +19,7 @@ from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
 __all__ = [
-    "DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "repeat", "takes",
+    "DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "takes",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -201,11 +201,6 @@ def _normalize(call: Call, found: Tensor, how: How) -> tuple[Tensor, Tensor, Non
             groups=1 if how.plan.parts is None else len(how.plan.parts),
         )  # fmt: skip
     return y, torch.cat([found, bias[None]]), None
-
-
-def repeat(call: Call, how: How, statistics: Tensor, kept: None, *, counted: bool) -> Tensor:
-    """`y` once more, by the statistics from `forward`."""
-    return forward(call, how._replace(statistics=statistics[:3], running=None))[0]
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, needs: Needs) -> Gradients:
