@@ -146,8 +146,8 @@ def _in_jax(records: Sequence[Record]) -> list[Goal]:
         ("forward + backward against the formula: worst case of 2^22 values and more", 4.0,
          over("formula", "forward + backward", 1 << 22)),
         ("forward + backward against the formula: worst case of all sizes", 1.0, over("formula", "forward + backward")),
-        ("step of training of a small residual network against Flax' layer: worst case", 1.3, over("flax", "step")),
-        ("a layer against Flax', without a backward pass too: worst case", 1.0, over("flax", "forward")),
+        ("step of training of a small residual network against Flax's layer: worst case", 1.3, over("flax", "step")),
+        ("a layer against Flax's, without a backward pass too: worst case", 1.0, over("flax", "forward")),
     ):  # fmt: skip
         goals.append(_judge(f"JAX, {what}", wanted, found and found.low, f" ({found.lowest})" if found else ""))
     return goals

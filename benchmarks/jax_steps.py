@@ -1,4 +1,4 @@
-"""BN + ReLU in JAX on the CPU: our function, the plain formula under `jax.jit`, Flax' layer; and a step of a network.
+"""BN + ReLU in JAX on the CPU: our function, the plain formula under `jax.jit`, Flax's layer; and a step of a network.
 
 The shapes are on either side of `batchnorm.xla.routes.SMALL`, the size from which the kernels compute. `kernels` are
 the kernels at every size: where they win, `SMALL` could be lower.
@@ -104,7 +104,7 @@ def layer(shape: tuple[int, ...], axis: int, alone: bool) -> dict[str, Callable[
 
 
 def network(shape: tuple[int, ...], convolutions: Sequence[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
-    """A step of training with SGD of a residual network for small images, with our layer and with Flax'."""
+    """A step of training with SGD of a residual network for small images, with our layer and with Flax's."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -2,7 +2,7 @@
 
 It trains on scikit-learn's images of digits, with Flax NNX and optax; `--data FOLDER` takes MNIST's two `t10k` files.
 With several devices, such as `XLA_FLAGS=--xla_force_host_platform_device_count=4`, each gets a part of every batch, and
-the statistics are those of the whole batch. `--compare` trains the same networks with Flax' own layer, too, from the
+the statistics are those of the whole batch. `--compare` trains the same networks with Flax's own layer, too, from the
 same weights on the same batches, and prints both curves.
 """
 
@@ -33,7 +33,7 @@ def ours(channels: int, rngs: nnx.Rngs) -> Any:
 
 
 def flax(channels: int, rngs: nnx.Rngs) -> Any:
-    """The same in Flax' words."""
+    """The same in Flax's words."""
     return nnx.Sequential(nnx.BatchNorm(channels, momentum=0.9, rngs=rngs), nnx.relu)
 
 

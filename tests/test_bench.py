@@ -402,9 +402,9 @@ def test_goals(monkeypatch: pytest.MonkeyPatch) -> None:
             "JAX, forward + backward against the formula: worst case of all sizes",
             "3.00× (forward + backward, 2048 x 2048, axis 1)",
         ): True,
-        ("JAX, step of training of a small residual network against Flax' layer: worst case", "not measured"): None,
+        ("JAX, step of training of a small residual network against Flax's layer: worst case", "not measured"): None,
         (
-            "JAX, a layer against Flax', without a backward pass too: worst case",
+            "JAX, a layer against Flax's, without a backward pass too: worst case",
             "0.80× (forward, 16 x 4, axis 1)",
         ): False,
         ("bytes kept for the backward pass with save_memory, mobilenet_v2, of eager's", "0.36"): True,

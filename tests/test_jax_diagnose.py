@@ -409,7 +409,7 @@ def test_dropout_is_drawn_anew_for_each_batch() -> None:
 
 
 class Told(nnx.Module):
-    """The modes are arguments, as in Flax' older style."""
+    """The modes are arguments, as in Flax's older style."""
 
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.test_util import check_grads
 
-from batchnorm.jax import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, batch_norm, route
+from batchnorm.jax import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, Statistics, batch_norm, route
 from batchnorm.xla import kernels
 
 LAYOUTS = {"matrix": ((9, 5, 1), -1), "channels-last": ((4, 6, 7), -1), "channels-first": ((4, 6, 70), 1)}
@@ -265,7 +265,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from batchnorm import definition
 from batchnorm.jax import batch_norm, route
 assert len(jax.devices()) == 4
-route("kernels", "formula").__enter__()
+allowed = route("kernels", "formula")
+allowed.__enter__()  # for the whole program
 rng = np.random.default_rng(0)
 x = rng.normal(5, 2, (8, 3, 4)).astype(np.float32)
 dy = rng.normal(size=x.shape).astype(np.float32)
@@ -292,9 +293,15 @@ def agree(found, said):
 sharded = jax.shard_map(lambda *given: step(*given, "data"), mesh=mesh, in_specs=(P("data"), P("data"), P(), P("data")),
                         out_specs=(P("data"), P(), P("data"), P()))
 agree(jax.jit(sharded)(x, mask, weight, dy), "shard_map")
+alone = jax.jit(lambda *given: step(*given, None))
 place = NamedSharding(mesh, P("data"))
 given = [jax.device_put(v, place) for v in (x, mask)] + [weight, jax.device_put(dy, place)]
-agree(jax.jit(lambda *given: step(*given, None))(*given), "jit of sharded arrays")
+agree(alone(*given), "jit of sharded arrays")
+agree(alone(x, mask, weight, dy), "one device")
+kernel = 'custom_call_target="batchnorm_forward"'
+assert kernel in alone.lower(x, mask, weight, dy).compile().as_text()
+for program in jax.jit(sharded).lower(x, mask, weight, dy), alone.lower(*given):
+    assert kernel not in program.compile().as_text()
 parts = [v.reshape(4, 2, *v.shape[1:]) for v in (x, mask, dy)]
 mapped = jax.pmap(lambda x, m, w, dy: step(x, m, w, dy, "data"), axis_name="data", in_axes=(0, 0, None, 0))
 y, running_, dx_, d_weight_ = mapped(*parts[:2], weight, parts[2])
@@ -311,6 +318,20 @@ def test_four_devices_with_uneven_masks_are_one_device() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "agree"
+
+
+class Zeros(Statistics):
+    """A user's own source."""
+
+    def normalize(self, call: Any) -> tuple[Any, None]:
+        return jnp.zeros_like(call.x), None
+
+
+def test_a_source_of_a_user_gets_more_than_one_value_per_channel() -> None:
+    with pytest.raises(ValueError, match=r"got x of shape \(1, 3\) with channels in axis -1: drop the last"):
+        batch_norm(np.ones((1, 3), np.float32), training=True, statistics=Zeros())
+    y, _ = batch_norm(np.ones((2, 3), np.float32), training=True, statistics=Zeros())
+    assert not y.any()
 
 
 @pytest.mark.parametrize(

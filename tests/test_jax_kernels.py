@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from batchnorm.jax import GhostStatistics, Renorm, batch_norm, route
 from batchnorm.kernels import launch
 from batchnorm.xla import call_frame, kernels
-from batchnorm.xla.routes import ALONE, SMALL
+from batchnorm.xla.routes import FORWARD_ALONE, SMALL
 
 
 def normalize(x: Any) -> Any:
@@ -62,7 +62,7 @@ def test_the_size_rule(dtype: Any) -> None:
 
 
 def test_the_size_rule_without_a_backward_pass_and_for_groups() -> None:
-    rows = ALONE * SMALL // 16
+    rows = FORWARD_ALONE * SMALL // 16
     assert [kernels.FORWARD in text(normalize, n) for n in (rows - 1, rows)] == [False, True]
 
     def ghost(groups: int) -> Any:

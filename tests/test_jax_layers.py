@@ -1,4 +1,4 @@
-"""The layer for Flax NNX against Flax' own, and the tools for whole models, against the definition."""
+"""The layer for Flax NNX against Flax's own, and the tools for whole models, against the definition."""
 
 import copy
 import functools

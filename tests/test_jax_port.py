@@ -96,7 +96,7 @@ def test_what_does_not_match(names: dict[str, str], said: str) -> None:
 
 
 class Maps(nnx.Module):
-    """Transposed, in both of Flax' ways, depthwise with two outputs per input, pointwise, grouped."""
+    """Transposed, in both of Flax's ways, depthwise with two outputs per input, pointwise, grouped."""
 
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)

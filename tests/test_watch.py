@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,20 @@ def test_a_second_training_is_appended(tmp_path: Path) -> None:
             steps(model, number)
     rows = list(csv.DictReader((tmp_path / "seen.csv").read_text().splitlines()))
     assert [(row["step"], row["layer"]) for row in rows] == [(step, layer) for step in "123" for layer in "14"]
+    (tmp_path / "seen.csv").unlink()
+    with seen:
+        steps(model, 1)
+    rows = list(csv.DictReader((tmp_path / "seen.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["4", "4"]
+
+
+def test_infinities_of_both_signs_are_no_warning() -> None:
+    x = torch.ones(4, 2)
+    x[0] = torch.tensor([torch.inf, -torch.inf])
+    model = nn.BatchNorm1d(2)
+    with watch(model, live=False) as found:
+        model(x)
+    assert math.isnan(found.records[-1].running_mean)
 
 
 @pytest.mark.parametrize("by", ["folder", "writer"])

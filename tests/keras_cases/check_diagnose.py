@@ -1,6 +1,7 @@
 """A fault is found in its layer and nowhere else, on every backend, and nothing changes; what `Watch` records."""
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,41 @@ def test_bad_input() -> None:
     assert "\n" not in str(raised.value)
     with pytest.raises(RuntimeError, match="does not know its size yet"):
         diagnose(keras.Sequential([layers.BatchNormalization()]))
+    with pytest.raises(TypeError, match=r"^a batch of 4 parts is not inputs, targets and weights"):
+        diagnose(network(), [(X[:4],) * 4])
+
+
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError])
+def test_the_errors_of_a_model_are_one_sentence(kind: type[Exception]) -> None:
+    class Fails(layers.Layer):
+        now = False
+
+        def call(self, x: Any) -> Any:
+            if self.now:
+                raise kind("planted")
+            return x
+
+    model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization(), Fails()])
+    model.layers[-1].now = True
+    with pytest.raises(kind, match=r"^the model fails on a batch of data of shape \(4, 6\): planted$"):
+        diagnose(model, [np.ones((4, 6), np.float32)])
+
+
+def test_a_layer_that_only_training_calls() -> None:
+    class Net(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.norm = layers.Dense(3), layers.BatchNormalization(name="late")
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            return self.norm(self.dense(x), training=True) if training else self.dense(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras: the layer is not built
+        model = Net()
+        model(np.ones((4, 6), np.float32))
+    with pytest.raises(RuntimeError, match=r"^late does not know its size yet: call the model on one batch first$"):
+        diagnose(model, [np.ones((4, 6), np.float32)])
 
 
 @pytest.mark.parametrize("ours", [False, True])

@@ -382,7 +382,7 @@ def test_evaluation_far_from_zero_by_the_routes_that_users_get(shape: tuple[int,
 
 @pytest.mark.skipif(BACKEND != "jax", reason="XLA's custom calls")
 @pytest.mark.parametrize(("shape", "axis"), [((6, 5), -1), ((6, 5, 7), 1), ((4, 5, 6, 3), -1)])
-def test_the_kernels_inside_of_programs(shape: tuple[int, ...], axis: int) -> None:
+def test_the_kernels_inside_programs(shape: tuple[int, ...], axis: int) -> None:
     """In JAX the checks above are of the formula, because they are small."""
     from batchnorm.xla.routes import route
 
@@ -397,7 +397,25 @@ def test_the_kernels_inside_of_programs(shape: tuple[int, ...], axis: int) -> No
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="XLA's custom calls")
-def test_when_programs_have_the_kernels() -> None:
+def test_the_kernels_round_once_in_half_precision() -> None:
+    """As the formula does: `y` has the layer's type, and the input of an activation without a kernel is float32."""
+    from batchnorm.xla.routes import route
+
+    x = ops.cast(draw((64, 5)), "bfloat16")
+    exact, _ = definition.forward(numbers(x), eps=EPS)
+    plain = {"axis": -1, "epsilon": EPS, "center": False, "scale": False}
+    with route("kernels", "formula"):
+        # exp(8 z) makes the rounding of z visible.
+        mixed = BatchNormalization(dtype="mixed_bfloat16", activation=lambda z: ops.exp(8.0 * z), **plain)
+        y = numbers(mixed(x, training=True))
+        assert np.max(np.abs(y / np.exp(8.0 * exact) - 1)) < 2.0**-8 + 1e-4
+        close(BatchNormalization(autocast=False, **plain)(x, training=True), exact)
+    with route("kernels"), pytest.raises(RuntimeError, match="its activation has no kernel"):
+        mixed(x, training=True)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA's custom calls")
+def test_when_programs_have_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     import jax
 
     from batchnorm.xla.kernels import BACKWARD
@@ -419,6 +437,8 @@ def test_when_programs_have_the_kernels() -> None:
     assert called.count(f"tensor<{rows}x16xbf16>") == 3  # dy and x, and dx: they are not cast before
     for kwargs in {"virtual_batch_size": rows}, {"synchronized": True}, {"renorm": True}:
         assert BACKWARD not in text(rows, layer_for((1, 16), **kwargs))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert BACKWARD not in text(rows, layer)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])

@@ -59,7 +59,7 @@ def diagnose(
     `jax.checkpoint` runs again moves no running statistics.
 
     Args:
-        model: A module with Flax' layers, ours, or subclasses of them.
+        model: A module with Flax's layers, ours, or subclasses of them.
         data: Batches of the size whose statistics training takes together, as `calibrate` takes them; None for what the
             state alone tells.
         optimizer: A `nnx.Optimizer`, or a transformation of `optax` for all `nnx.Param`: for a look at what learns and

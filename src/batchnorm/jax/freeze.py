@@ -36,7 +36,7 @@ class Before:
 def freeze(model: M, *, affine: bool = False) -> M:
     """Make batch normalizations use their running statistics in training as well, without changing them.
 
-    Flax' layers become ours, in place, with the same variables. In Flax `use_running_average` decides which statistics
+    Flax's layers become ours, in place, with the same variables. In Flax `use_running_average` decides which statistics
     are used, and every `model.train()` changes it. The module knows that it is frozen, and so do its copies and what
     `nnx.split` gives; the state alone, as in a checkpoint, does not. With `affine`, freeze before an optimizer is made.
 

@@ -8,6 +8,7 @@ from jax.core import Tracer
 
 from batchnorm.jax.activations import Activation, resolve
 from batchnorm.jax.statistics import BatchStatistics, Call, Devices, Running, RunningStatistics, Statistics, expect
+from batchnorm.xla import formula
 from batchnorm.xla.formula import How, Moments, arithmetic
 
 __all__ = ["batch_norm", "expand_mask"]
@@ -97,7 +98,10 @@ def batch_norm(
     named, then = resolve(activation)
     how = How(channels, float(eps), named, *(v is not None for v in given))
     arrays = tuple(v for v in given if v is not None)
-    y, batch = source.normalize(Call(x, arrays, how, running, Devices(axis_name, axis_index_groups)))
+    call = Call(x, arrays, how, running, Devices(axis_name, axis_index_groups))
+    if not source.is_constant:
+        _check_count(call, axis)
+    y, batch = source.normalize(call)
     if then is not None:
         y = then(y)
     if running is None or batch is None:
@@ -138,6 +142,16 @@ def _check(x: Any, axis: int, eps: float) -> int:
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     return axis % int(x.ndim)
+
+
+def _check_count(call: Call, axis: int) -> None:
+    """Raise an error if there is only one value per channel. How many a mask leaves is not known at trace time."""
+    x, how = call.x, call.how
+    if not how.counts and formula.count(x, None, how.axis) == 1 and call.devices.number() == 1:
+        raise ValueError(
+            f"training needs more than 1 value per channel, got x of shape {x.shape} with channels in axis {axis}: "
+            "drop the last, incomplete batch, use larger batches, or evaluate"
+        )
 
 
 def _vector(name: str, values: Any, x: Any, axis: int) -> Any:

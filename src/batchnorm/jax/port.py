@@ -33,7 +33,7 @@ def to_torch(model: Any, into: Any, names: Names = None) -> Ported:
     variance stays the biased one, `BatchStatistics(unbiased=False)`.
 
     Args:
-        model: A batch normalization, Flax' or ours, or a model with them, `nnx.Linear`, `nnx.Conv` and
+        model: A batch normalization, Flax's or ours, or a model with them, `nnx.Linear`, `nnx.Conv` and
             `nnx.ConvTranspose`. Its channels are last; PyTorch's are axis 1. A linear layer after a flattening is right
             only if both flatten in one order, and a convolution only if both pad and stride alike.
         into: The PyTorch layer or model that gets the weights. Its batch normalizations become ours.
@@ -245,7 +245,7 @@ def _take_torch(module: Any, other: Any) -> list[str]:
             statistics = Renorm(r_max, d_max, inner.unbiased)
         case ours.Renorm():
             raise ValueError(
-                "NNX' layer counts no batches, so it has no counterpart of a Renorm that still warms up: port it with "
+                "NNX's layer counts no batches, so it has no counterpart of a Renorm that still warms up: port it with "
                 "warmup_steps=0, and raise its limits by a schedule"
             )
         case theirs:
@@ -350,7 +350,7 @@ def _take_keras(module: Any, other: Any) -> list[str]:
     activation = None
     if isinstance(other, ours.BatchNormalization):
         if not other.activation.is_fused:
-            raise ValueError(f"{other.name} has the activation {other.activation.config!r}, which NNX' layer lacks")
+            raise ValueError(f"{other.name} has the activation {other.activation.config!r}, which NNX's layer lacks")
         activation, statistics = other.activation.fused, BatchStatistics(other.unbiased)
         if other.virtual_batch_size is not None:
             statistics = GhostStatistics(other.virtual_batch_size, other.unbiased)

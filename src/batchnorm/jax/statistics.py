@@ -89,18 +89,6 @@ class Call(NamedTuple):
     running: Running | None
     devices: Devices
 
-    def check_count(self) -> None:
-        """Raise an error if there is only one value per channel. How many a mask leaves is not known at trace time.
-
-        Raises:
-            ValueError: If there is only one, without a mask.
-        """
-        if not self.how.counts and formula.count(self.x, None, self.how.axis) * self.devices.number() == 1:
-            raise ValueError(
-                f"training needs more than 1 value per channel, got x of shape {self.x.shape} with channels in axis "
-                f"{self.how.axis}: drop the last, incomplete batch, use larger batches, or evaluate"
-            )
-
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, keeping nothing but its arguments and the statistics between forward and backward."""
@@ -165,7 +153,6 @@ class BatchStatistics(Statistics):
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """By our kernels, if there is one device and the batch is large enough."""
-        call.check_count()
         x, devices = call.x, call.devices
         if devices.are_many:
             routes.expect_formula(x, "its statistics are those of several devices")
@@ -314,7 +301,6 @@ class Renorm(Statistics):
 
     def normalize(self, call: Call) -> tuple[Any, Moments | None]:
         """By the statistics of the batch, or of all devices, with a corrected weight and bias."""
-        call.check_count()
         running, how = call.running, call.how
         assert running is not None
         routes.expect_formula(call.x, "its statistics are corrected")

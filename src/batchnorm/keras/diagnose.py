@@ -34,7 +34,6 @@ LINEAR = (
 ROUNDING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 """The relative error of rounding, of types that are rougher than float32."""
 COLORS = re.compile(r"\x1b\[\d*m")
-_UNBUILT = "{} does not know its size yet: call the model on one batch first"
 RECTIFIERS = (keras.activations.relu, keras.activations.relu6)
 
 
@@ -79,6 +78,15 @@ def _call(model: Any, batch: Any, training: bool) -> Any:
     return model(batches.inputs(batch), training=training)
 
 
+class _Unbuilt(RuntimeError):
+    """A layer has not seen its first batch."""
+
+    _keras_call_info_injected = True  # so that Keras adds no arguments to the message
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} does not know its size yet: call the model on one batch first")
+
+
 class _Model:
     """A Keras model, as `whole.diagnose` sees it: a `whole.Model`."""
 
@@ -91,7 +99,7 @@ class _Model:
     def find(self) -> Mapping[str, Layer]:
         if not self.model.built:
             name = next((name for name, layer in self.layers.items() if not layer.built), "")
-            raise RuntimeError(_UNBUILT.format(name or "the layer"))
+            raise _Unbuilt(name or "the layer")
         return {
             name: Layer(_state(self.model, name, layer), decay=self._decay(layer))
             for name, layer in self.layers.items()
@@ -111,6 +119,8 @@ class _Model:
     def run(self, batch: Any, evidence: Evidence) -> None:
         evidence.processes = _processes()
         around = None if evidence.batches else _Around(self.model, self.layers)
+        if self.forward is _call:
+            batches.inputs(batch)  # an error in the batch's form is not the model's
         with eagerly(), _explained(batch):
             self._pass(batch, evidence, "trained", around)
             trained = self._pass(batch, evidence, "quiet")
@@ -132,7 +142,7 @@ class _Model:
                 if mode == "trained":
                     self.training[name] = bool(training)
                 if not evidence.layers[name].state.channels:
-                    raise RuntimeError(_UNBUILT.format(name))
+                    raise _Unbuilt(name)
                 number = calls.get(name, 0)
                 calls[name] = number + 1
                 found, seen = evidence.reach(name), layer_input(inputs, mask, layer.axis, name)
@@ -278,17 +288,16 @@ def _explained(batch: Any) -> Iterator[None]:
     """Add the shapes of the batch to the model's errors, in one sentence."""
     try:
         yield
-    except ValueError as error:
-        if type(error) is not ValueError:
+    except (ValueError, TypeError, RuntimeError) as error:
+        kind = type(error)
+        if kind not in (ValueError, TypeError, RuntimeError):  # a subclass may need other arguments, or be ours
             raise
         arrays = [leaf for leaf in keras.tree.flatten(batch) if hasattr(leaf, "shape")]
         shapes = ", ".join(str(tuple(array.shape)) for array in arrays) or "no arrays"
         # Keras says which call failed, then why, and then what the arguments were.
         lines = [line for line in COLORS.sub("", str(error)).splitlines() if line.strip()]
         said = [line for line in lines if not line.startswith("Exception encountered when calling")]
-        raise ValueError(
-            f"the model fails on a batch of data of shape {shapes}: {(said or lines or [''])[0]}"
-        ) from error
+        raise kind(f"the model fails on a batch of data of shape {shapes}: {(said or lines or [''])[0]}") from error
 
 
 @contextmanager

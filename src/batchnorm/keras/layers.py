@@ -129,8 +129,10 @@ class BatchNormalization(KerasBatchNormalization):
         """
         x = inputs
         backend = keras.backend.backend()
-        as_it_is = backend == "torch" or (backend == "jax" and mask is None)
-        if not (as_it_is and functional.type_name(x) in KERNELS):
+        kind = functional.type_name(x)
+        # On JAX the kernels give y the type of x.
+        as_it_is = backend == "torch" or (backend == "jax" and mask is None and kind == self.compute_dtype)
+        if not (as_it_is and kind in KERNELS):
             x = ops.cast(x, functional.arithmetic(x))
         counts = None if mask is None else functional.expand_mask(ops.convert_to_tensor(mask), x, self.axis)
         learning = bool(training) and self.trainable and self.frozen is None

@@ -27,8 +27,8 @@ class Watch(keras.callbacks.Callback):
 
     Args:
         every: Record one step in `every`, beginning with the first.
-        to: Where the records go in addition to `records`: a `.csv` file, which is replaced; a folder, for TensorBoard;
-            a writer with `add_scalar`; or a function that is called with each `Record`.
+        to: Where the records go in addition to `records`: a `.csv` file, which is replaced when it is first opened; a
+            folder, for TensorBoard; a writer with `add_scalar`; or a function that is called with each `Record`.
         keep: The number of records to keep in memory. Each step gives one record per layer.
         live: Whether to show a line on stderr, if that is a terminal and rich is installed. Off by default, because
             `fit` has a line of its own.
@@ -85,6 +85,7 @@ class Watch(keras.callbacks.Callback):
             self.model.jax_state_sync()  # the trainer keeps the variables in a state of its own
         return to_float64(layer.moving_mean), to_float64(layer.moving_variance)
 
+    @np.errstate(all="ignore")  # the mean of inf and -inf is NaN without a word
     def _record(self, name: str, layer: Any, old_mean: Any, old_var: Any) -> Record:
         mean, var = self._statistics(layer)
         learning = layer.trainable and getattr(layer, "frozen", None) is None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +38,8 @@ class watch(Recorder):
     Args:
         model: Any module with PyTorch's layers or ours.
         every: Record one step in `every`, beginning with the first.
-        to: Where the records go in addition to `records`: a `.csv` file, which is replaced; a folder, for TensorBoard;
-            a writer with `add_scalar`; or a function that is called with each `Record`.
+        to: Where the records go in addition to `records`: a `.csv` file, which is replaced when it is first opened; a
+            folder, for TensorBoard; a writer with `add_scalar`; or a function that is called with each `Record`.
         keep: The number of records to keep in memory. Each step gives one record per layer.
         live: Whether to show a line on stderr, if that is a terminal and rich is installed.
 
@@ -166,7 +167,8 @@ class _Step:
             distance = None
             if mean is not None and var is not None and running_mean is not None and running_var is not None:
                 distance = gap(mean, var, running_mean, running_var, eps_of(layer))
-            numbers: dict[str, Any] = {part: float(array.mean()) for part, array in arrays.items()}
+            with np.errstate(all="ignore"):  # the mean of inf and -inf is NaN without a word
+                numbers: dict[str, Any] = {part: float(array.mean()) for part, array in arrays.items()}
             numbers |= {key: float(found[key]) for key in ("grad_out", "grad_in", "dead") if key in found}
             skipped = int(getattr(layer, "num_batches_skipped", 0))
             records.append(Record(step, name, gap=distance, skipped=skipped, **numbers))

@@ -92,9 +92,10 @@ class Recorder:
             self._closing.append(self._line.stop)
 
     def _open_csv(self, path: Path) -> None:
-        file = path.open("a" if self.steps else "w", newline="", encoding="utf-8")  # a second training is appended
+        appends = self.steps > 0 and path.exists()  # a second training
+        file = path.open("a" if appends else "w", newline="", encoding="utf-8")
         writer = csv.writer(file)
-        if not self.steps:
+        if not appends:
             writer.writerow(Record._fields)
         self._write, self._flush = writer.writerow, file.flush
         self._closing.append(file.close)

@@ -287,7 +287,7 @@ class Flax(Remedies):
         return self.freeze_statistics(state) if state.learns is False else super().freeze(state)
 
     def set_momentum(self, state: State, update_rate: float) -> str:
-        """Flax' momentum is the weight of the old statistics."""
+        """Flax's momentum is the weight of the old statistics."""
         return f"{state.at}.momentum = {1 - update_rate:g}"
 
     def _set(self, variable: str, rows: str, value: str) -> str:

@@ -125,7 +125,7 @@ TANGENT = _primitive("batchnorm_tangent", lambda mean, low, var, x, *rest, how: 
 BACKWARD = _primitive(
     "batchnorm_backward", lambda dy, mean, low, var, *primals, how: list(primals[: _learnable(how)]), _gradients
 )
-mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, routes.ALONE), platform="cpu")
+mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, routes.FORWARD_ALONE), platform="cpu")
 mlir.register_lowering(FORWARD, kernels.lowering(kernels.FORWARD, _forward), platform="cpu")
 mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, _gradients), platform="cpu")
 

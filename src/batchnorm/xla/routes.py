@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from batchnorm.xla import kernels
 from batchnorm.xla.formula import How
 
-__all__ = ["ALONE", "ROUTES", "SMALL", "choose", "expect_formula", "route"]
+__all__ = ["FORWARD_ALONE", "ROUTES", "SMALL", "choose", "expect_formula", "route"]
 
 ROUTES = ("kernels", "formula")
 """In order of preference."""
@@ -18,18 +18,18 @@ ROUTES = ("kernels", "formula")
 SMALL = 1 << 19
 """The number of values from which the kernels compute, in any layout.
 
-On two cores of an AMD EPYC, BN + ReLU forward and backward take as long either way at 2^16 to 2^18 values: XLA's
-program is at 0.9 to 1.3 times the kernels' time. It is at 1.4 times at 2^19 values, and at 1.8 to 2.1 times at 2^20. A
-custom call costs some 30 us, in which Python reads its frame. `python -m benchmarks jax` times both on either side."""
+Below it, BN + ReLU forward and backward are about even; from it on, the kernels are faster, and more so as the batch
+grows. A custom call has a fixed cost, in which Python reads its frame. `python -m benchmarks jax` times both on either
+side."""
 
 GROUPS = 16
 """Up to this many groups, `SMALL` is the number of values of all; with more, each needs a share of it."""
 
-ALONE = 4
+FORWARD_ALONE = 4
 """Without a backward pass, the kernels compute from this many times `SMALL` values.
 
-XLA's program is at 0.7 to 0.8 times their time at 2^20 values, at 1.2 at 2^21, and at 1.3 at 6 million. In evaluation
-XLA always computes: it is one pass, which XLA fuses with its neighbours."""
+Below that XLA's program is faster, as `python -m benchmarks jax` shows. In evaluation XLA always computes: it is one
+pass, which XLA fuses with its neighbours."""
 
 DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 """The types that the kernels support."""
@@ -106,10 +106,13 @@ def route(*names: str) -> Iterator[None]:
         y, _ = batch_norm(x, training=True)
     ```
 
-    With `"kernels"`, the CPU kernels compute every call that they can, whatever its size. With both names, the formula
-    computes the others. This holds in the whole process, for calls that are traced inside the block: a function that
-    `jax.jit` has compiled before keeps its route. Programs for other devices than one CPU, and exported ones, are made
-    from the formula in any case. `route()` without names lets the rule choose again, inside a block that does not.
+    With `"kernels"`, the CPU kernels compute every call that they can, whatever its size, and another call is an error.
+    With both names, the formula computes the others. The layer for Keras on JAX obeys where it normalizes by the
+    statistics of the batch; its evaluation, renormalization, synchronized statistics and virtual batches are never
+    computed by the kernels, and no error says so. This holds in the whole process, for calls that are traced inside the
+    block: a function that `jax.jit` has compiled before keeps its route. Programs for other devices than one CPU, and
+    exported ones, are made from the formula in any case. `route()` without names lets the rule choose again, inside a
+    block that does not.
 
     Args:
         names: Among `"kernels"` and `"formula"`.
