@@ -15,6 +15,7 @@ typer_testing = pytest.importorskip("typer.testing")
 for module in ("rich", "matplotlib"):
     pytest.importorskip(module)
 
+from benchmarks import __main__ as command
 from benchmarks import goals, package, report
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.__main__ import main as gpu_main
@@ -513,6 +514,17 @@ def test_the_report_of_a_gpu(tmp_path: Path) -> None:
 def test_without_a_gpu_there_is_no_section_of_it(tmp_path: Path) -> None:
     report.write(tmp_path, README)
     assert section((tmp_path / "README.md").read_text(), "gpu") == ""
+
+
+def test_healthy_networks_have_more_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    names = [command.Name.HEALTHY, command.Name.LOSSES]
+    for name in names:
+        monkeypatch.setitem(command.BENCHMARKS, name, lambda s: (0, iter(asked.append(s.seeds) or ())))
+    command.main(names, out=tmp_path)
+    command.main(names, seeds=3, out=tmp_path)
+    command.main(names, quick=True, out=tmp_path)
+    assert asked == [20, 2, 3, 3, 1, 1]
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
