@@ -21,6 +21,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
 
+_TYPES = {
+    torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str,
+    torch.bfloat16: np.dtype(np.uint16).str,
+}  # fmt: skip
+"""How NumPy writes the types."""
+
 threads.follow(torch.get_num_threads)
 
 
@@ -69,12 +75,15 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Table
         dy: The gradient of `y`.
         call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
         statistics, affine: From `forward`.
-        needs: What is needed.
+        needs: As in `Needs`.
     """
     x, laid = call.x, memory_format(call.x)
-    dense = dy.contiguous(memory_format=laid)
-    over_dy = needs.dx and (needs.dy_is_ours or dense is not dy)
-    dx = dense if over_dy else torch.empty_like(x, memory_format=laid) if needs.dx else None
+    dense = dy.resolve_neg().contiguous(memory_format=laid)
+    is_copy = type(dense) is Tensor and dense.data_ptr() != dy.data_ptr()
+    over_dy = needs.dx and (needs.may_overwrite_dy or is_copy)
+    dx = None
+    if needs.dx:
+        dx = dense if over_dy else torch.empty_like(x, memory_format=laid)
     d_residual = torch.empty_like(x, memory_format=laid) if needs.d_residual and call.residual is not None else None
     group = how.plan.group if needs.dx else None
     sums = torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
@@ -82,8 +91,9 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Table
         if group is not None:
             group.reduce(sums.clone())
         return dx, sums[1, 0], sums[0, 0], d_residual
-    inputs, dy_array = (_array(x, laid), _array(call.residual, laid)), _array(dense, laid)
-    written = dy_array if over_dy else _array(dx, laid), _array(d_residual, laid)
+    inputs = _array(x, laid), _array(call.residual, laid)
+    written = _output(dx, laid), _output(d_residual, laid)
+    dy_array = written[0] if over_dy else _array(dense, laid)
     if dx is not None or d_residual is not None:  # the kernels write both or none
         written = tuple(
             np.empty_like(of) if out is None and of is not None else out
@@ -130,6 +140,27 @@ def _array(t: Tensor | None, laid: torch.memory_format) -> Any:
     if laid is torch.contiguous_format:
         return t.numpy(force=True).reshape(t.shape[0], t.shape[1], t.shape[2:].numel())
     return t.movedim(1, -1).numpy(force=True).reshape(-1, t.shape[1], 1)
+
+
+class _Memory:
+    """What NumPy makes an array of."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def _output(t: Tensor | None, laid: torch.memory_format) -> Any:
+    """A dense tensor of our own as such an array.
+
+    `Tensor.numpy` would mark its memory as shared with NumPy for good, and no layer could overwrite it any more.
+    """
+    if t is None:
+        return None
+    shape = (t.numel() // t.shape[1], t.shape[1], 1)
+    if laid is torch.contiguous_format:
+        shape = (t.shape[0], t.shape[1], t.shape[2:].numel())
+    interface = {"version": 3, "data": (t.data_ptr(), False), "shape": shape, "typestr": _TYPES[t.dtype]}
+    return np.asarray(_Memory(interface))
 
 
 def _counts(call: Call, laid: torch.memory_format) -> Any:

@@ -27,7 +27,7 @@ class Needs(NamedTuple):
 
     dx: bool
     d_residual: bool
-    dy_is_ours: bool
+    may_overwrite_dy: bool
 
 
 class How(NamedTuple):
@@ -36,7 +36,7 @@ class How(NamedTuple):
     Attributes:
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
             the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
-            `Gradients`, by its `Needs`, with `y` as the call's residual if the forward call `keeps_output`;
+            the `Gradients` that are needed, with `y` as the call's residual if the forward call `keeps_output`;
             `old_bias(statistics, kept)` returns the bias as it was in the forward pass.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
@@ -158,8 +158,10 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled() or _is_batched(dy):
             return (*_differentiable_backward(ctx, dy, call), None, None, None)
         returns_dy = needs[3] and residual is None
-        own = Needs(needs[0], needs[3], not returns_dy and ownership.is_ours(dy))
-        dx, d_weight, d_bias, d_residual = how.stages.backward(dy, call, how, ctx.statistics, ctx.kept, own)
+        free = needs[0] and not returns_dy and dy.is_cpu and ownership.may_overwrite(dy)
+        dx, d_weight, d_bias, d_residual = how.stages.backward(
+            dy, call, how, ctx.statistics, ctx.kept, Needs(needs[0], needs[3], free)
+        )
         return (
             dx,
             _like(d_weight, weight) if needs[1] else None,

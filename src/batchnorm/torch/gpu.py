@@ -211,7 +211,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
         statistics: From `forward`.
         kept: None; nothing else is kept.
-        needs: What is needed.
+        needs: As in `Needs`; `dy` is never overwritten.
     """
     x, residual, counts, (weight, _) = call.x, call.residual, _counts(call), _dense_vectors(call)
     if x.numel() == 0 or (how.plan.group is not None and needs.dx):

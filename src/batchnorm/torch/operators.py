@@ -68,7 +68,12 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     call, how = _asked(tuple(asked))
     with torch.no_grad():
         dx, d_weight, d_bias, d_residual = cpu.backward(
-            dy, call, how, statistics[:, None], cpu.tables(call), function.Needs(needs_x, needs_residual, False)
+            dy,
+            call,
+            how,
+            statistics.contiguous()[:, None],
+            cpu.tables(call),
+            function.Needs(needs_x, needs_residual, False),
         )
     # The outputs of an operator must not share memory, even if they are not needed.
     return (
