@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import batchnorm.torch as bn
+from batchnorm import definition
 from batchnorm.torch import batch_norm, route
 
 # Forward mode loads decompositions that PyTorch itself still compiles in the deprecated way.
@@ -142,6 +143,17 @@ def test_vmap_over_any_argument_along_any_axis(mapped: str, dim: int, path: str)
     laid = many.movedim(0, dim).contiguous()
     assert_close(vmap(call, dim)(laid), [call(value) for value in many])
     assert_close(vmap(pull, dim)(laid), [pull(value) for value in many])
+
+
+def test_one_channel(path: str) -> None:
+    """Statistics of one channel that vmap does not map have a stride of 0."""
+    x = torch.randn(5, 1, dtype=torch.float64)
+    dy = torch.randn(4, 5, 1, dtype=torch.float64)
+    _, backward = vjp(lambda x: batch_norm(x, training=True), x)
+    got = vmap(lambda dy: backward(dy)[0])(dy)
+    for each, given in zip(got, dy, strict=True):
+        want = definition.backward(given.numpy(), x.numpy(), np.ones(1), np.zeros(1))[0]
+        torch.testing.assert_close(each, torch.from_numpy(want))
 
 
 def test_statistics_that_vmap_does_not_map_see_all_batches_as_one(path: str) -> None:

@@ -123,9 +123,12 @@ def _spread_affine(
 
 @functools.cache
 def moments(COUNTED: int) -> Stage:
-    """Write each channel's mean, and its sum of squares about the mean. Returns how much was counted per channel."""
+    """The stage that writes each channel's mean, and its sum of squares about the mean.
 
-    @stage("by_row")
+    It returns how much was counted per channel.
+    """
+
+    @stage
     def moments(x: Any, counts: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
         T = counts.dtype.type
         L = x.shape[2]
@@ -207,9 +210,9 @@ def moments(COUNTED: int) -> Stage:
 
 @functools.cache
 def normalize(ACT: int, RESIDUAL: int) -> Stage:
-    """Write `y`."""
+    """The stage that writes `y`."""
 
-    @stage("by_row")
+    @stage
     def normalize(
         x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any, n0: int, n1: int,
         c0: int, c1: int, y: Any,
@@ -236,9 +239,9 @@ def normalize(ACT: int, RESIDUAL: int) -> Stage:
 
 @functools.cache
 def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
-    """Write `sum dz` and `sum dz*xhat` of each channel. `residual` is `y` if `RESIDUAL` is `OUTPUT`."""
+    """The stage that writes `sum dz` and `sum dz*xhat` of each channel. `residual` is `y` if `RESIDUAL` is `OUTPUT`."""
 
-    @stage("by_row")
+    @stage
     def grad_sums(
         dy: Any, x: Any, residual: Any, mean: Any, rstd: Any, weight: Any, bias: Any, parameter: Any, n0: int,
         n1: int, c0: int, c1: int, sum_dz: Any, sum_dz_xhat: Any,
@@ -284,9 +287,9 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
 
 @functools.cache
 def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int) -> Stage:
-    """Write `dx`, or write it over `dy` if `IN_PLACE`; and `dz` into `d_residual` if there is a residual."""
+    """The stage that writes `dx`, over `dy` if `IN_PLACE`, and `dz` into `d_residual` if there is a residual."""
 
-    @stage("by_row")
+    @stage
     def grad_input(
         dy: Any, x: Any, residual: Any, counts: Any, mean: Any, rstd: Any, weight: Any, bias: Any, sum_dz: Any,
         sum_dz_xhat: Any, count: float, parameter: Any, n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import numba
 import numpy as np
-from numba.core import event
+from numba.core.event import Event, Listener, register
 
 from batchnorm.kernels import disk
 
@@ -32,7 +32,7 @@ OPTIONS: _Options = {
 INLINED: Any = {**OPTIONS, "forceinline": True}
 
 
-class _WithoutCollector(event.Listener):
+class _WithoutCollector(Listener):
     """Stops Python's search for cycles while a function of ours is compiled.
 
     Compilers make many objects and free few. In a process with a framework in memory, the search would take a fifth of
@@ -43,7 +43,7 @@ class _WithoutCollector(event.Listener):
         self.depth = 0  # a function is compiled while another is; one thread compiles at a time, as Numba has a lock
         self.enabled = True
 
-    def on_start(self, event: event.Event) -> None:
+    def on_start(self, event: Event) -> None:
         """A function is about to be compiled."""
         if _is_ours(event):
             if self.depth == 0:
@@ -51,7 +51,7 @@ class _WithoutCollector(event.Listener):
                 gc.disable()
             self.depth += 1
 
-    def on_end(self, event: event.Event) -> None:
+    def on_end(self, event: Event) -> None:
         """A function is compiled, or could not be."""
         if _is_ours(event):
             self.depth -= 1
@@ -59,12 +59,12 @@ class _WithoutCollector(event.Listener):
                 gc.enable()
 
 
-def _is_ours(event: event.Event) -> bool:
-    module: str = event.data["dispatcher"].py_func.__module__
-    return module.startswith("batchnorm.")
+def _is_ours(event: Event) -> bool:
+    module = getattr(event.data["dispatcher"].py_func, "__module__", None)  # functions made by `exec` have None
+    return isinstance(module, str) and module.startswith("batchnorm.")
 
 
-event.register("numba:compile", _WithoutCollector())
+register("numba:compile", _WithoutCollector())
 
 
 def inlined(function: Function) -> Function:
@@ -72,19 +72,13 @@ def inlined(function: Function) -> Function:
     return cast(Function, numba.njit(**INLINED)(function))
 
 
-def stage(walk: str) -> Callable[[Stage], Stage]:
+def stage(function: Stage) -> Stage:
     """A stage on one tile, which kernels call by its address (`calls`); compiled when that is asked for, kept on disk.
 
     A stage may close over integers: they are constants, and branches on them vanish.
-
-    Args:
-        walk: The walking order: two stages of one name must not share a file on disk.
     """
-
-    def compile_lazily(function: Stage) -> Stage:
-        return cast(Stage, _kept(function, f"{walk}.{function.__name__}"))
-
-    return compile_lazily
+    walk = function.__module__.rpartition(".")[2]  # two stages of one name must not share a file on disk
+    return cast(Stage, _kept(function, f"{walk}.{function.__name__}"))
 
 
 def kernel(parallel: bool) -> Callable[[Kernel], Kernel]:

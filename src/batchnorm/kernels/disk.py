@@ -1,7 +1,7 @@
 """Where compiled kernels are kept between processes, and how a kernel that is out of date is told from a current one.
 
 Numba keeps a function on disk under a key: the file that the function stands in, its bytecode and the constants it
-closes over. A kernel is made of more than that: of the stages, formulas and activations in other files of this package,
+closes over. A kernel or a stage is made of more than that: of formulas and activations in other files of this package,
 and of the compiler and its options. So the names of our files on disk carry a digest of all of these. If one of them
 changes, the next kernel that is compiled replaces the files of the old digest.
 """
@@ -91,7 +91,7 @@ class _Files:
 class _KernelCache(FunctionCache):
     """Numba's cache of one function, in files of our own. The folder is Numba's choice."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         name = function.__qualname__.replace(".<locals>", "")
         self._cache_file = _Files(self.cache_path, f"{name}.{PYTHON}")  # type: ignore[assignment]

@@ -183,7 +183,8 @@ def forward_kernel(parallel: bool) -> Kernel:
 def backward_kernel(parallel: bool) -> Kernel:
     """`grad_sums`, then `grad_input`, of each block of channels.
 
-    A block whose sums are not finite has no `grad_input` yet if `flat`. With `again`, only these blocks are computed.
+    If `flat`, `grad_input` is left out for a block whose sums are not finite. A second launch, with `again` and the
+    `EXACT` stages, computes only these blocks.
     """
 
     @kernel(parallel)
@@ -215,10 +216,15 @@ def backward_kernel(parallel: bool) -> Kernel:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(activation: ActivationSpec, dtype: np.dtype[Any]) -> tuple[int, Any]:
-    """An activation as stages take it: its code, a constant of the stage, and its parameter."""
-    name, parameter = parse_activation(activation)
-    return CODES[name], dtype.type(parameter)
+def _code(activation: ActivationSpec) -> int:
+    """The number of an activation, a constant of a stage."""
+    return CODES[parse_activation(activation)[0]]
+
+
+@functools.lru_cache(maxsize=256)
+def _parameter(activation: ActivationSpec, dtype: np.dtype[Any]) -> Any:
+    """The parameter of an activation, an argument of a stage."""
+    return dtype.type(parse_activation(activation)[1])
 
 
 @functools.lru_cache(maxsize=256)
@@ -272,21 +278,16 @@ def _launch(
         _no_counts(dtype) if counts is None else counts,
         _ones(channels, dtype) if weight is None else weight,
         _zeros(channels, dtype) if bias is None else bias,
-        _compiled(activation, dtype)[1],
+        _parameter(activation, dtype),
         cut.rows,
         cut.width,
         *own,
     )
 
 
-def _kind(residual: Array | None, of_output: bool) -> int:
+def _residual_code(residual: Array | None, of_output: bool) -> int:
     """`RESIDUAL` of a stage of the backward pass."""
     return OUTPUT if of_output else int(residual is not None)
-
-
-@functools.lru_cache(maxsize=256)
-def _code(activation: ActivationSpec) -> int:
-    return CODES[parse_activation(activation)[0]]
 
 
 def _all_finite(sum_dz: Array) -> bool:
@@ -312,7 +313,7 @@ def moments(x: Array, counts: Array | None, mean: Array, var: Array, *, cache: i
         cache: Bytes of the L2 cache that a tile may occupy.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    stage = _walk(cut).moments(counts is not None)
+    stage = _walk(cut).moments(int(counts is not None))
     _launch(moments_kernel, (stage,), cut, (x, None, counts, None, None), None, mean, var)
 
 
@@ -338,7 +339,7 @@ def normalize(
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    stage = _walk(cut).normalize(_code(activation), residual is not None)
+    stage = _walk(cut).normalize(_code(activation), int(residual is not None))
     _launch(normalize_kernel, (stage,), cut, (x, residual, None, weight, bias), activation, mean, rstd, y)
 
 
@@ -371,15 +372,15 @@ def grad_sums(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     code = _code(activation)
-    for exact in (False, True):
-        stage = _walk(cut).grad_sums(code, _kind(residual, of_output), exact)
+    for exact in (0, 1):
+        stage = _walk(cut).grad_sums(code, _residual_code(residual, of_output), exact)
         _launch(
             grad_sums_kernel, (stage,), cut, (x, residual, None, weight, bias), activation,
             dy, mean, rstd, sum_dz, sum_dz_xhat,
         )  # fmt: skip
         if code not in FLAT or _all_finite(sum_dz):
             break
-    return exact
+    return bool(exact)
 
 
 def grad_input(
@@ -416,7 +417,8 @@ def grad_input(
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
-    stage = _walk(cut).grad_input(_code(activation), _kind(residual, of_output), counts is not None, exact, dx is dy)
+    kind, counted = _residual_code(residual, of_output), int(counts is not None)
+    stage = _walk(cut).grad_input(_code(activation), kind, counted, int(exact), int(dx is dy))
     _launch(
         grad_input_kernel, (stage,), cut, (x, residual, counts, weight, bias), activation,
         dy, mean, rstd, sum_dz, sum_dz_xhat, float(count), dx, dx if d_residual is None else d_residual,
@@ -449,7 +451,7 @@ def forward(
     cut = tiling(x.shape, x.itemsize, 1, cache)
     if cut.fused(x):
         walk = _walk(cut)
-        stages = walk.moments(counts is not None), walk.normalize(_code(activation), residual is not None)
+        stages = walk.moments(int(counts is not None)), walk.normalize(_code(activation), int(residual is not None))
         given = x, residual, counts, weight, bias
         _launch(forward_kernel, stages, cut, given, activation, float(eps), y, mean, var, rstd)
         return
@@ -486,14 +488,15 @@ def backward(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     if cut.fused(x):
-        walk, code, kind = _walk(cut), _code(activation), _kind(residual, of_output)
+        walk, code, counted = _walk(cut), _code(activation), int(counts is not None)
+        kind, in_place = _residual_code(residual, of_output), int(dx is dy)
         flat = code in FLAT
-        for exact in (False, True):
-            stages = walk.grad_sums(code, kind, exact), walk.grad_input(code, kind, counts is not None, exact, dx is dy)
+        for exact in (0, 1):
+            stages = walk.grad_sums(code, kind, exact), walk.grad_input(code, kind, counted, exact, in_place)
             _launch(
                 backward_kernel, stages, cut, (x, residual, counts, weight, bias), activation,
                 dy, mean, rstd, float(count), sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
-                flat, exact,
+                flat, bool(exact),
             )  # fmt: skip
             if not flat or _all_finite(sum_dz):
                 break
