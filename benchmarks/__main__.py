@@ -85,6 +85,9 @@ def _compiled(seconds: float, settings: Settings) -> tuple[int, Iterable[Sequenc
     return len(cases), layers.run(cases, "training", settings.seconds(seconds), compiled=True)
 
 
+SEEDS = {Name.HEALTHY: 20}
+"""The number of seeds where it is not 2."""
+
 SUBJECTS = len(list(subjects()))
 
 BENCHMARKS: dict[Name, Callable[[Settings], tuple[int, Iterable[Sequence[Record]]]]] = {
@@ -118,21 +121,24 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")] = False,
     others: Annotated[bool, typer.Option("--jax", help="Time JAX and TensorFlow too, where installed.")] = False,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds of gradients, losses, small, healthy and verdicts.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=1, help="Number of seeds of gradients, losses, small, healthy and verdicts. [default: 2; healthy: 20]"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of README.md and results/. [default: benchmarks; quick: build/bench]")
     ] = None,
 ) -> None:
     """Measure this package against PyTorch on this machine."""
     check(compiled, others)
-    settings = Settings(quick, compiled, others, 1 if quick else seeds)
     out = out or (HERE.parent / "build/bench" if quick else HERE)
     sources = columns() | {"commit": commit()}
     console = Console()
     for name in names or Name:
         if name is Name.REPORT:
             continue
+        settings = Settings(quick, compiled, others, 1 if quick else seeds or SEEDS.get(name, 2))
         total, runs = BENCHMARKS[name](settings)
         records = watch(runs, total, name)
         path = out / "results" / f"{name}.csv"

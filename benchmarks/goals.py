@@ -160,7 +160,7 @@ def judge_memory(records: Sequence[Record]) -> list[Goal]:
         if record.get("kept_of_eager") not in (None, ""):
             by_model.setdefault(record["model"], {})[record["candidate"]] = record
     goals = [
-        _judge(f"bytes kept for the backward pass with save_memory, {model}, of eager's", wanted,
+        _judge(f"share of eager's bytes for the backward pass that save_memory keeps: {model}", wanted,
                by_model[model]["save_memory"]["kept_of_eager"] if model in by_model else None, most=True)
         for model, wanted in KEPT.items()
     ]  # fmt: skip
@@ -175,7 +175,8 @@ def judge_memory(records: Sequence[Record]) -> list[Goal]:
     )
     return [
         *goals,
-        _judge("fall of a step's peak, of that of the bytes kept: worst model", 0.67, fallen.get(least), f" ({least})"),
+        _judge("fall of a step's peak for each byte that save_memory no longer keeps: worst model", 0.67,
+               fallen.get(least), f" ({least})"),
         _judge("a step with save_memory, in the time of one without: worst model", 1.05, slower.get(most),
                f" ({most})", most=True),
     ]  # fmt: skip

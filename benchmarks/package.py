@@ -74,12 +74,12 @@ def measure(rounds: int, parts: Sequence[str] = tuple(ALONE)) -> list[Record]:
 
 def section(records: Sequence[Record]) -> str:
     """The lines of the README."""
-    ratios = [
-        f"`import {r['import']}` takes {r['import_ms'] / r['alone_ms']:.2f} times as long as `import {r['alone']}`"
-        for r in records
-    ]
-    listed = "".join(f"- {ratio}\n" for ratio in ratios)
-    return f"The wheel has {records[0]['wheel_bytes'] / 1000:.0f} kB.\n\n{listed}"
+    listed = ""
+    for r in records:
+        ratio = r["import_ms"] / r["alone_ms"]
+        times = f"about {ratio:.1f}" if ratio >= 0.1 else "less than 0.1"
+        listed += f"- `import {r['import']}` takes {times} times as long as `import {r['alone']}`\n"
+    return f"The wheel is {records[0]['wheel_bytes'] / 1000:.0f} kB.\n\n{listed}"
 
 
 @app.command()

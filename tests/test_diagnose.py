@@ -422,8 +422,6 @@ def test_a_layer_for_two_inputs(data: list[Tensor]) -> None:
 
 def test_troubleshooting_says_what_diagnose_sees() -> None:
     text = (Path(__file__).parents[1] / "docs/troubleshooting.md").read_text(encoding="utf-8")
-    for section in text.split("\n## ")[1:]:
-        assert "diagnose" in section, section
     named = set(re.findall(r"under\s`([a-z]+-[a-z-]+|recomputed|unsynchronized)`", text))
     assert named <= {check.__name__.replace("_", "-") for check in CHECKS}
     assert len(named) > 5

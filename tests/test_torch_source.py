@@ -441,7 +441,7 @@ RESIDUALS_THAT_CHANGE = {
         y.mul_(3)
         return out + y
         """,
-        ["bn"],
+        {"bn": "residual, relu"},
     ),
     "the residual is changed afterwards, by another name": (
         """
@@ -451,7 +451,7 @@ RESIDUALS_THAT_CHANGE = {
         y += 3
         return out + z
         """,
-        ["bn"],
+        {"bn": "residual, relu"},
     ),
     "the residual is changed in the next round": (
         """
@@ -461,7 +461,7 @@ RESIDUALS_THAT_CHANGE = {
             x = F.relu(bn(conv(x)) + y)
         return x
         """,
-        ["bns.0", "bns.1"],
+        dict.fromkeys(("bns.0", "bns.1"), "residual, relu"),
     ),
     "the residual is an attribute": (
         """
@@ -470,7 +470,16 @@ RESIDUALS_THAT_CHANGE = {
         self.last.mul_(3)
         return out + self.last
         """,
-        ["bn"],
+        {"bn": "residual, relu"},
+    ),
+    "the residual is a layer's output": (
+        """
+        y = F.silu(self.bn2(self.conv2(x)))
+        out = F.relu(self.bn(self.conv(x)) + y)
+        y.mul_(3)
+        return out
+        """,
+        {"bn2": "silu", "bn": "residual, relu"},
     ),
 }
 """PyTorch's addition does not keep the residual, so that it may be changed. A fused one keeps the output or a copy."""
@@ -482,11 +491,37 @@ RESIDUALS_THAT_CHANGE = {
 def test_a_fused_residual_may_be_changed(case: str, way: str, activation: str, tmp_path: Path) -> None:
     body, layers = RESIDUALS_THAT_CHANGE[case]
     body = textwrap.dedent(body).replace("relu", activation)
-    expected = dict.fromkeys(layers, f"residual, {activation}")
+    expected = {name: told.replace("relu", activation) for name, told in layers.items()}
     for saving in (False, True):
         with route(way):
             converted = assert_same(network(body, tmp_path), save_memory=saving)
         assert {row.name: row.fused for row in explain(converted).rows if row.fused} == expected
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("way", ["numba", "native"])
+@pytest.mark.parametrize("residual", ["x * 2", "F.silu(self.bn2(self.conv2(x)))"])
+def test_a_fused_residual_may_be_changed_before_the_backward_pass(
+    residual: str, way: str, activation: str, tmp_path: Path
+) -> None:
+    body = f"self.last = {residual}\nreturn F.{activation}(self.bn(self.conv(x)) + self.last)"
+    model = randomize(network(body, tmp_path))
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+
+    def gradients(each: Any) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        loss = each(leaf).square().sum()
+        with torch.no_grad():
+            each.last.mul_(3)
+        loss.backward()
+        return [leaf.grad, *(p.grad for p in each.parameters() if p.grad is not None)]  # type: ignore[list-item]
+
+    converted = [convert(copy.deepcopy(model), save_memory=saving) for saving in (False, True)]
+    expected = gradients(model)
+    for each in converted:
+        assert f"residual, {activation}" in fused(each)
+        with route(way):
+            torch.testing.assert_close(gradients(each), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_layer_waits_only_if_its_input_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,8 +195,8 @@ class Recipes:
         """Note how to compute `y` from `x` and the residual, and return whether that saves memory.
 
         A recipe refers to a residual only if that is available anyway: a recipe computes it, or something else keeps
-        it, so that PyTorch would not allow changing it either. Otherwise `y` is kept: the residual would take as much
-        memory.
+        it, so that PyTorch would not allow changing it either, unless that keeper's own backward pass is not run.
+        Otherwise `y` is kept: the residual would take as much memory.
         """
         inputs: list[Kept | Named] = [self._find(x) or Kept(x)]
         if residual is not None:
