@@ -30,7 +30,7 @@ def may_overwrite(dy: Tensor) -> bool:
 def _references(t: Tensor) -> References:
     """References to the Python object, to PyTorch's tensor, to the Python object of its memory, and to the memory."""
     storage, internal = t.untyped_storage(), torch._C
-    shared = internal._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    shared = internal._storage_Use_Count(storage._cdata)
     return sys.getrefcount(t), t._use_count(), sys.getrefcount(storage), shared  # type: ignore[attr-defined]
 
 
