@@ -62,8 +62,15 @@ def under_checkpoints(model: nn.Module) -> nn.Module:
     """Put every block of a network under an activation checkpoint of PyTorch."""
     for module in model.modules():
         if isinstance(module, BLOCKS):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = partial(_checkpointed, module.forward)
     return model
+
+
+def _checkpointed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """A block's forward pass, now and again; a list of features grows after it, so it keeps a copy."""
+    kept = [list(given) if isinstance(given, list) else given for given in arguments]
+    y: Tensor = checkpoint(forward, *kept, use_reentrant=False)
+    return y
 
 
 def _status(field: str) -> int:
