@@ -160,10 +160,11 @@ def test_only_what_is_needed_is_imported(module: str, absent: tuple[str, ...]) -
 def test_nothing_is_compiled_at_import() -> None:
     code = (
         "import sys, batchnorm.torch\n"
-        "from batchnorm.kernels import launch\n"
+        "from batchnorm.kernels import by_channel, by_row, launch\n"
         "from numba.core.dispatcher import Dispatcher\n"
         "factories = [f for name, f in vars(launch).items() if name.endswith('_kernel')]\n"
-        "assert len(factories) >= 6\n"
+        "factories += [getattr(walk, name) for walk in (by_channel, by_row) for name in walk.__all__]\n"
+        "assert len(factories) >= 14\n"
         "print(sum(factory.cache_info().currsize for factory in factories))\n"
         "ours = [vars(m) for name, m in sys.modules.items() if name.startswith('batchnorm')]\n"
         "functions = [f for names in ours for f in names.values() if isinstance(f, Dispatcher)]\n"

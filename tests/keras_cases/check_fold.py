@@ -456,7 +456,6 @@ def test_what_is_no_model() -> None:
         fold(keras.Sequential([layers.Dense(3)]))
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="takes long to compile, and folds by the same code")
 @pytest.mark.parametrize(("make", "options"), [("MobileNetV2", {"alpha": 0.35}), ("ResNet50V2", {})])
 def test_networks_of_keras(make: str, options: dict[str, Any]) -> None:
     network = getattr(keras.applications, make)
