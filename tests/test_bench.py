@@ -309,6 +309,7 @@ TABLES: goals.Tables = {
     ],
     "verdicts": [
         {"claim": "faster-at-same-rate", "base_seed": seed, "verdict": verdict, "effect": effect, "unit": "ratio"}
+        | {"seeds": 6 * 2**seed}
         for seed, (verdict, effect) in enumerate((("undecided", 1.25), ("supported", 2.5), ("supported", "")))
     ],
     "keras": [
@@ -456,7 +457,9 @@ def test_the_report(tmp_path: Path) -> None:
         text, "jax"
     )
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
-    assert "| faster-at-same-rate | 1.25 to 2.50 ratio | 2 supported, 1 undecided | " in section(text, "verdicts")
+    assert "| faster-at-same-rate | 1.25 to 2.50 ratio | 2 supported, 1 undecided | 6 to 24 |" in section(
+        text, "verdicts"
+    )
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
     assert "| mobilenet_v2 | 0.0871 ± 0.0054 | 0.0871 ± 0.0054 |" in section(text, "losses")
     for name in report.SECTIONS:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,11 @@ from batchnorm.study.data import Dataset, Part
 from batchnorm.study.experiments import CLAIMS, EXPERIMENTS, chosen
 from batchnorm.study.experiments.convergence import grid
 from batchnorm.study.measures import COUNTS, watched
+from batchnorm.study.rounds import conduct
 from batchnorm.study.settings import RATES, SAME_RATE, Settings
 from batchnorm.study.tasks import Records, Run, Setup, Task
 from batchnorm.study.training import checks
-from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, bootstrap, more_to_decide, verdict
+from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, each_round, mean_interval, more_to_decide, verdict
 
 SEEDS = 6
 STEPS = 256
@@ -45,8 +47,8 @@ def tiny(name: str = "tiny") -> Dataset:
     return Dataset(name, part, part, part, (4,))
 
 
-def setup(seeds: int = SEEDS, **settings: Any) -> Setup:
-    return Setup(Settings(seeds=seeds, epochs=STEPS // 2, **settings), tiny())
+def setup(seeds: int = SEEDS, doublings: int = 0, **settings: Any) -> Setup:
+    return Setup(Settings(seeds=seeds, doublings=doublings, epochs=STEPS // 2, **settings), tiny())
 
 
 def trained(task: Task, curve: list[float], **values: Any) -> Run:
@@ -129,21 +131,32 @@ def test_how_many_more_it_takes_at_the_ends(effects: list[float], more: int | No
     assert more_to_decide(effects, 1.0) == more
 
 
-def test_bootstrap_covers_the_mean_of_many_samples() -> None:
-    generator = np.random.default_rng(0)
-    intervals = [bootstrap(generator.normal(3, 1, 30).tolist()) for _ in range(200)]
-    covered = sum(low <= 3 <= high for low, high in filter(None, intervals))
-    assert 0.88 * 200 <= covered <= 0.99 * 200
+def test_the_interval_is_students() -> None:
+    """By the tables: 2.571 for 5 degrees of freedom and 95%, 4.032 for 99%."""
+    effects = [1.0, 2.0, 3.0, 4.0, 5.0, 9.0]  # mean 4, standard deviation sqrt(8)
+    for confidence, t in ((0.95, 2.5706), (0.99, 4.0321)):
+        half = t * math.sqrt(8 / 6)
+        assert mean_interval(effects, confidence) == pytest.approx((4 - half, 4 + half), rel=1e-4)
 
 
-def test_bootstrap_of_equal_effects_is_a_point_and_of_one_is_nothing() -> None:
-    assert bootstrap([0.5] * 4) == (0.5, 0.5)
-    assert bootstrap([0.5]) is None
-    assert bootstrap([]) is None
+def test_the_interval_of_equal_effects_is_a_point_and_of_one_is_nothing() -> None:
+    assert mean_interval([0.5] * 4) == (0.5, 0.5)
+    assert mean_interval([0.5]) is None
+    assert mean_interval([]) is None
 
 
-def test_bootstrap_is_the_same_every_time() -> None:
-    assert bootstrap([1.0, 2.0, 4.0]) == bootstrap([1.0, 2.0, 4.0])
+def test_the_intervals_of_all_rounds_contain_the_mean_together() -> None:
+    """Of 2000 studies that look after 6, 12, 24, 48, 96 and 192 seeds, 95% are never wrong; four deviations are 2%."""
+    effects = np.random.default_rng(0).normal(3.0, 1.0, (2000, 192))
+    rounds = Settings().rounds
+    assert rounds == (6, 12, 24, 48, 96, 192)
+
+    def right(study: list[float], confidence: float) -> bool:
+        intervals = [mean_interval(study[:seeds], confidence) for seeds in rounds]
+        return all(low <= 3.0 <= high for low, high in filter(None, intervals))
+
+    assert fmean(right(study, each_round(len(rounds))) for study in effects.tolist()) > 0.93
+    assert fmean(right(study, each_round(1)) for study in effects.tolist()) < 0.88, "without the correction"
 
 
 # --- Convergence, rates, accuracy -------------------------------------------------------------------------------------
@@ -377,6 +390,69 @@ def test_gains_that_train_are_a_band_only_side_by_side() -> None:
     assert (finding.without, finding.with_) == ([1.0] * SEEDS, [2.0] * SEEDS)
 
 
+# --- Rounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_undecided_gets_more_seeds_until_it_is_decided() -> None:
+    """Renormalization seems to help, and more and more clearly; batches of 2 hurt, as the first seeds see at once."""
+    experiments, claims = chosen(["small-batches-hurt", "renorm-mends"])
+    of = setup(6, doublings=3)
+    asked: list[tuple[int, set[tuple[str, int]], int]] = []
+
+    def run(task: Task) -> Run:
+        worse = 0.3 if task.batch_size == 2 and task.variant == "batch_norm" else 0.0
+        gain = (0.0, 0.05)[task.seed % 2] if task.variant == "renorm" else 0.0
+        return trained(task, [0.9 + gain - worse])
+
+    def perform(tasks: dict[str, list[Task]], seeds: int) -> list[Run]:
+        every = [task for each in tasks.values() for task in each]
+        asked.append((seeds, {(task.variant, task.batch_size) for task in every}, len(every)))
+        return [run(task) for task in every]
+
+    records, (hurt, mends) = conduct(of, experiments, claims, perform)
+    assert [(seeds, count) for seeds, _, count in asked[1:]] == [(12, 2 * 6), (24, 2 * 12)]
+    assert all(tasks == {("batch_norm", 4), ("renorm", 4)} for _, tasks, _ in asked[1:])
+    assert (hurt.seeds, hurt.verdict, hurt.effect) == (6, "supported", pytest.approx(30))
+    assert (mends.seeds, mends.verdict, mends.effect) == (24, "supported", pytest.approx(2.5))
+    assert mends.interval == mean_interval(mends.effects, 1 - 0.05 / 4)
+    assert judge(mends.claim, records.first(12)).verdict == "undecided"
+    assert len(records.of(experiments[0].tasks(of)[0])) == 6, "pictures show the seeds that ran everything"
+
+
+def test_rates_stay_those_that_the_first_seeds_chose() -> None:
+    """0.02 is the fastest for six seeds; for the others another would be, but only 0.02 is trained."""
+    (experiment,), (claim,) = chosen(["beats-layer-norm"])
+    of = setup(6, doublings=2)
+    rates: list[set[float]] = []
+
+    def run(task: Task) -> Run:
+        step = 8 if (task.rate == 0.02) == (task.seed < 6) else 32
+        return trained(task, reaches(step if task.variant != "layer_norm" or task.seed % 2 else 32)(task))
+
+    def perform(tasks: dict[str, list[Task]], seeds: int) -> list[Run]:
+        rates.append({task.rate for each in tasks.values() for task in each})
+        return [run(task) for each in tasks.values() for task in each]
+
+    conduct(of, [experiment], [claim], perform)
+    assert len(rates) > 1
+    assert rates[1:] == [{0.02}] * len(rates[1:])
+
+
+def test_more_seeds_are_not_tried_where_there_is_no_effect_at_all() -> None:
+    experiments, claims = chosen(["faster-at-same-rate"])
+    asked: list[int] = []
+
+    def perform(tasks: dict[str, list[Task]], seeds: int) -> list[Run]:
+        asked.append(seeds)
+        return [trained(task, [0.5]) for each in tasks.values() for task in each]
+
+    _, (finding,) = conduct(setup(6, doublings=5), experiments, claims, perform)
+    assert (finding.verdict, asked) == ("undecided", [6])
+
+
+# --- Every claim, with runs that diverged -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dead", ["all", "plain", "batch_norm", "some"])
 def test_runs_that_diverged_can_be_judged_and_drawn(dead: str) -> None:
     of = setup()
@@ -468,6 +544,8 @@ def test_every_level_has_what_claims_ask_for() -> None:
         ({"seeds": 0}, "seeds must be 1 or more, got 0"),
         ({"epochs": -3}, "epochs must be 1 or more, got -3"),
         ({"paper_steps": 0}, "paper steps must be 1 or more, got 0"),
+        ({"doublings": -1}, "doublings must be 0 or more, got -1"),
+        ({"seeds": 63, "doublings": 4}, "63 seeds, doubled 4 times, are more than 1000; choose fewer seeds"),
         ({"batch_size": 1}, "batch size must be 2 or more"),
         ({"target": 1.0}, "between 0 and 1, got 1.0"),
         ({"target": math.nan}, "between 0 and 1, got nan"),
@@ -480,4 +558,5 @@ def test_settings_out_of_range(settings: dict[str, Any], said: str) -> None:
 
 
 def test_base_seeds_share_no_seed() -> None:
-    assert not set(Settings(base_seed=0).all_seeds) & set(Settings(base_seed=1).all_seeds)
+    seeds = [set(Settings(base_seed=base_seed).first_seeds(1000)) for base_seed in (0, 1)]
+    assert not seeds[0] & seeds[1]

@@ -133,7 +133,7 @@ def test_markdown_has_a_row_and_a_meaning_for_every_claim(mixed: Findings) -> No
     lines = report.markdown(mixed[0], list(EXPERIMENTS), mixed[1]).splitlines()
     rows = [line for line in lines if line.startswith("|")][2:]
     assert len(rows) == len(CLAIMS)
-    assert all(row.replace("\\|", "").count("|") == 6 for row in rows)
+    assert all(row.replace("\\|", "").count("|") == 7 for row in rows)
     for finding in mixed[1]:
         assert any(finding.claim.statement in row and finding.verdict in row for row in rows)
         assert any(line.startswith(f"**{finding.claim.statement}** {report.meaning(finding)}") for line in lines)

@@ -117,7 +117,14 @@ def study(
         bool, _flag("--resume", help="Keep the runs that an interrupted study left in DIR, and train the rest.")
     ] = False,
     seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of seeds. [default: 6; quick 5, full 12]")
+        int | None, typer.Option(metavar="N", help="Seeds that every claim gets. [default: 6; quick 5, full 12]")
+    ] = None,
+    doublings: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How often the seeds are doubled for claims that they leave undecided. [default: 5; quick 0, full 4]",
+        ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(metavar="N", help="Passes through the training images. [default: 6; quick 4, full 15]")
@@ -152,7 +159,7 @@ def study(
         study(
             Settings(
                 "quick" if quick else "full" if full else "default",
-                seeds, epochs, batch_size, target, model, base_seed, paper_steps,
+                seeds, epochs, batch_size, target, model, base_seed, paper_steps, doublings,
             ),
             out,
             data,

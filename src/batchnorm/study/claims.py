@@ -7,13 +7,21 @@ in `experiments`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
 
 from batchnorm.study.tasks import Records, Run, Task
 from batchnorm.study.training import checks
-from batchnorm.study.verdicts import FEWEST_SEEDS, Rule, Verdict, bootstrap, more_to_decide, verdict
+from batchnorm.study.verdicts import (
+    FEWEST_SEEDS,
+    Rule,
+    Verdict,
+    each_round,
+    mean_interval,
+    more_to_decide,
+    verdict,
+)
 
 __all__ = [
     "Claim",
@@ -25,6 +33,7 @@ __all__ = [
     "final_accuracy",
     "judge",
     "most_accurate_rate",
+    "needed",
     "steps_to_target",
     "threshold",
     "trains",
@@ -91,7 +100,7 @@ class Finding:
         effects: The effects in the claim's unit, for every seed in which at least one side has a number. An effect
             above 1 (a ratio) or above 0 (a difference) agrees with the claim.
         effect: Their mean: geometric for a ratio, arithmetic for a difference. None if there are no effects.
-        interval: The mean's 95% bootstrap interval. None with fewer than two effects.
+        interval: The mean's 95% interval, over all rounds together. None with fewer than two effects.
         bound: `"at least"` or `"at most"` if numbers are missing or at the limit of what could be seen; else empty.
         verdict: One of the four verdicts.
         more_seeds: About how many more seeds would decide an undecided verdict; None if that cannot be told, or if it
@@ -108,6 +117,11 @@ class Finding:
     verdict: Verdict
     more_seeds: int | None = None
 
+    @property
+    def seeds(self) -> int:
+        """The number of seeds that were looked at."""
+        return len(self.without)
+
 
 def judge(claim: Claim, records: Records) -> Finding:
     """Measure a claim and judge it.
@@ -118,7 +132,8 @@ def judge(claim: Claim, records: Records) -> Finding:
     without, with_ = claim.measure(records)
     best_seen = claim.best_seen(records) if claim.best_seen else None
     effects = _effects(claim, without, with_, claim.unmeasured(records) if claim.unmeasured else None, best_seen)
-    interval = bootstrap(effects)
+    confidence = each_round(len(records.settings.rounds))
+    interval = mean_interval(effects, confidence)
     ratio = claim.unit == "ratio"
     linear: Callable[[float], float] = math.exp if ratio else float
     margin = math.log(claim.margin) if ratio else claim.margin
@@ -132,14 +147,35 @@ def judge(claim: Claim, records: Records) -> Finding:
         interval=(linear(interval[0]), linear(interval[1])) if interval else None,
         bound=_bound(without, with_, best_seen) if claim.unmeasured or claim.best_seen else "",
         verdict=decided,
-        more_seeds=_more_seeds(effects, len(without), margin, claim.rule) if decided == "undecided" else None,
+        more_seeds=(
+            _in_seeds(more_to_decide(effects, margin, claim.rule, confidence), len(without) / max(len(effects), 1))
+            if decided == "undecided"
+            else None
+        ),
     )
 
 
-def _more_seeds(effects: list[float], seeds: int, margin: float, rule: Rule) -> int | None:
-    """`more_to_decide` in seeds, some of which have no effect."""
-    more = more_to_decide(effects, margin, rule)
-    return None if more is None else math.ceil(more * seeds / len(effects))
+def _in_seeds(effects: int | None, seeds_per_effect: float) -> int | None:
+    """A number of effects as a number of seeds, some of which have no effect."""
+    return None if effects is None else math.ceil(effects * seeds_per_effect)
+
+
+def needed(claim: Claim, records: Records) -> list[Task]:
+    """The tasks that a claim compares: those that more seeds have to run. The first round chose learning rates."""
+    asked = _Asked(records.setup, records.runs)
+    claim.measure(asked)
+    return list(dict.fromkeys(asked.tasks))
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked(Records):
+    """Records that note the tasks whose runs they are asked for."""
+
+    tasks: list[Task] = field(default_factory=list)
+
+    def of(self, task: Task) -> list[Run]:
+        self.tasks.append(task)
+        return super().of(task)
 
 
 def _effects(
@@ -203,11 +239,11 @@ def best_rate(records: Records, tasks: list[Task], score: Callable[[Run], float]
     """The task with the highest mean score among tasks that differ in the rate.
 
     Ties go to the higher final accuracy, then to the lower rate. Scores use validation images only: the test images
-    choose nothing.
+    choose nothing. The seeds of the first round choose for all: only they have trained with every rate.
     """
 
     def key(task: Task) -> tuple[float, float]:
-        runs = records.of(task)
+        runs = records.first().of(task)
         return fmean(map(score, runs)), fmean(final_accuracy(run, "validation") for run in runs)
 
     return max(sorted(tasks, key=lambda task: task.rate), key=key)

@@ -25,7 +25,7 @@ from batchnorm.study.figures import Effect, Plot, forest, strip
 from batchnorm.study.runner import processes
 from batchnorm.study.summary import disagrees, in_margins, sentences
 from batchnorm.study.tasks import Records, Run
-from batchnorm.study.verdicts import FEWEST_SEEDS, Verdict
+from batchnorm.study.verdicts import FEWEST_SEEDS, Verdict, each_round
 
 __all__ = [
     "compared",
@@ -38,6 +38,7 @@ __all__ = [
     "more",
     "page",
     "results",
+    "spent",
     "table",
     "to_json",
 ]
@@ -114,6 +115,14 @@ def more(finding: Finding) -> str:
     return f"About {seeds} would decide it, if the effect is what it seems."
 
 
+def spent(findings: list[Finding]) -> str:
+    """The number of seeds that the claims took, as text: `6 seeds`, or `6 to 48 seeds`."""
+    numbers = sorted({finding.seeds for finding in findings})
+    if len(numbers) > 1:
+        return f"{numbers[0]} to {numbers[-1]} seeds"
+    return "1 seed" if numbers == [1] else f"{numbers[0]} seeds"
+
+
 def counted(findings: list[Finding]) -> dict[Verdict, int]:
     """The number of claims with each verdict."""
     counts = Counter(finding.verdict for finding in findings)
@@ -143,6 +152,7 @@ def results(records: Records, findings: list[Finding]) -> dict[str, Any]:
                 "literature": finding.claim.literature,
                 "disagrees": disagrees(finding),
                 "more_seeds": finding.more_seeds,
+                "seeds": finding.seeds,
                 "quantity": finding.claim.quantity.format(**known),
                 "sides": finding.claim.sides,
                 "per_seed": {"first": finding.without, "second": finding.with_, "effect": finding.effects},
@@ -212,7 +222,7 @@ def environment(records: Records) -> dict[str, Any]:
             "test": len(dataset.test.labels),
             "chance": round(dataset.chance, 6),
         },
-        "seeds": list(settings.all_seeds),
+        "seeds": list(settings.first_seeds(settings.rounds[0])),
         "settings": {**asdict(settings), "optimizer": "Adam", "learning_rates": settings.size.rates},
     }
 
@@ -256,7 +266,7 @@ def _sections(records: Records, experiments: list[Experiment], findings: list[Fi
             (compared(claim, finding.without), compared(claim, finding.with_)),
             meaning(finding),
             _strip(finding) if finding.effects else None,
-            list(zip(records.settings.all_seeds, *sides, strict=True)),
+            list(zip(records.settings.first_seeds(finding.seeds), *sides, strict=True)),
         )
 
     return [
@@ -319,6 +329,9 @@ def page(records: Records, experiments: list[Experiment], findings: list[Finding
         model=facts(records)["model"],
         environment=environment(records),
         fewest_seeds=FEWEST_SEEDS,
+        rounds=records.settings.rounds,
+        confidence=each_round(len(records.settings.rounds)),
+        spent=spent(findings),
         figures={plot.id: json.loads(str(plot.figure.to_json())) for plot in plots},
         sliders={
             plot.id: {"choices": plot.slider.choices, "curves": plot.slider.curves} for plot in plots if plot.slider
@@ -329,25 +342,31 @@ def page(records: Records, experiments: list[Experiment], findings: list[Finding
 
 def markdown(records: Records, experiments: list[Experiment], findings: list[Finding]) -> str:
     """The report, as Markdown for a pull request: the table of verdicts and what each means."""
-    dataset, settings = records.setup.dataset, records.settings
+    dataset = records.setup.dataset
     counts = ", ".join(f"{count} {verdict}" for verdict, count in counted(findings).items() if count)
     lines = [
         "# What batch normalization does",
         "",
         f"{len(findings)} claims on {_cell(dataset.name)} ({len(dataset.train.labels):,} training images), "
-        f"{_cell(facts(records)['model'])}, {settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'}: {counts}.",
+        f"{_cell(facts(records)['model'])}, {spent(findings)}: {counts}.",
         "",
         " ".join(map(_cell, sentences(findings))),
         "",
-        "| claim | measured | effect (95% interval) | verdict | published |",
-        "| --- | --- | --- | --- | --- |",
+        "| claim | measured | effect (95% interval) | seeds | verdict | published |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     sections = _sections(records, experiments, findings)
     for section in sections:
         for row in section.rows:
             claim, verdict = row.finding.claim, row.finding.verdict
             figure = f"**{_cell(row.effect)}** ({_cell(row.interval)})"
-            cells = (_cell(claim.statement), _cell(row.measured), figure, f"{MARKS[verdict]} {verdict}")
+            cells = (
+                _cell(claim.statement),
+                _cell(row.measured),
+                figure,
+                str(row.finding.seeds),
+                f"{MARKS[verdict]} {verdict}",
+            )
             otherwise = "**Not so here:** " * disagrees(row.finding)
             lines.append(f"| {' | '.join(cells)} | {otherwise}{_cell(claim.published)} |")
     for section in sections:

@@ -16,12 +16,17 @@ SAME_RATE = 1e-3
 """The learning rate of comparisons in which nothing else differs: Adam's default."""
 
 
+MOST_SEEDS = 1000
+"""The number of seeds that belong to one base seed."""
+
+
 @dataclass(frozen=True)
 class Size:
     """The numbers in which the levels differ.
 
     Attributes:
-        seeds: The number of seeds.
+        seeds: The number of seeds of the first round, which trains everything.
+        doublings: How often the seeds are doubled for the claims that are still undecided.
         epochs: Passes through the training images.
         rates: The learning rates of the main comparison; all have `SAME_RATE`.
         few_rates: The rates among which the best is chosen for each alternative to batch normalization.
@@ -32,6 +37,7 @@ class Size:
     """
 
     seeds: int
+    doublings: int
     epochs: int
     rates: tuple[float, ...]
     few_rates: tuple[float, ...]
@@ -44,6 +50,7 @@ class Size:
 SIZES: dict[Level, Size] = {
     "quick": Size(
         seeds=5,
+        doublings=0,
         epochs=4,
         rates=RATES[1::2],
         few_rates=(0.005, 0.01, 0.02),
@@ -54,6 +61,7 @@ SIZES: dict[Level, Size] = {
     ),
     "default": Size(
         seeds=6,
+        doublings=5,
         epochs=6,
         rates=RATES,
         few_rates=(0.002, 0.005, 0.01, 0.02, 0.05),
@@ -64,6 +72,7 @@ SIZES: dict[Level, Size] = {
     ),
     "full": Size(
         seeds=12,
+        doublings=4,
         epochs=15,
         rates=RATES,
         few_rates=RATES[1:8],
@@ -81,13 +90,15 @@ class Settings:
 
     Attributes:
         level: The level, which determines all other numbers.
-        seeds: The number of seeds, each with its own weights and batch order; the level's number if None.
+        seeds: The number of seeds of the first round, each with its own weights and batch order; the level's number if
+            None.
         epochs: The number of passes through the training images; the level's number if None.
         batch_size: Images per step.
         target: The accuracy, from 0 to 1, to which the study counts steps.
         model: `mlp`, `cnn`, `resnet`, or `MODULE:FACTORY`.
         base_seed: Selects the seeds: studies with different base seeds have none in common.
         paper_steps: Steps of the paper's network; the level's number if None.
+        doublings: How often the seeds are doubled for the claims that are still undecided; the level's number if None.
 
     Raises:
         InputError: If a number is out of its range.
@@ -101,14 +112,20 @@ class Settings:
     model: str = "mlp"
     base_seed: int = 0
     paper_steps: int | None = None
+    doublings: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "paper_steps"):
+        for name, least in (("seeds", 1), ("epochs", 1), ("paper_steps", 1), ("doublings", 0)):
             value = getattr(self, name)
             if value is None:
                 object.__setattr__(self, name, getattr(self.size, name))
-            elif value < 1:
-                raise InputError(f"{name.replace('_', ' ')} must be 1 or more, got {value}.")
+            elif value < least:
+                raise InputError(f"{name.replace('_', ' ')} must be {least} or more, got {value}.")
+        if self.rounds[-1] > MOST_SEEDS:
+            raise InputError(
+                f"{self.seeds} seeds, doubled {self.doublings} times, are more than {MOST_SEEDS}; choose fewer seeds "
+                "or fewer doublings."
+            )
         if self.batch_size < 2:
             raise InputError(f"batch size must be 2 or more for a batch to have a variance, got {self.batch_size}.")
         if not 0 < self.target < 1:
@@ -122,7 +139,12 @@ class Settings:
         return SIZES[self.level]
 
     @property
-    def all_seeds(self) -> range:
-        """The seeds; two base seeds have none in common."""
+    def rounds(self) -> tuple[int, ...]:
+        """The number of seeds after each round: the first trains everything, the others what is still undecided."""
         assert self.seeds is not None
-        return range(1000 * self.base_seed, 1000 * self.base_seed + self.seeds)
+        assert self.doublings is not None
+        return tuple(self.seeds * 2**doubling for doubling in range(self.doublings + 1))
+
+    def first_seeds(self, count: int) -> range:
+        """The first seeds. Two base seeds have none in common."""
+        return range(MOST_SEEDS * self.base_seed, MOST_SEEDS * self.base_seed + count)

@@ -114,23 +114,38 @@ class Setup:
         }
         return Task(variant=variant, rate=rate, **{**usual, **more})
 
-    def seeded(self, tasks: list[Task]) -> list[Task]:
-        """Each task with every seed, ordered by seed, so that the elapsed time predicts the remaining time."""
-        return [replace(task, seed=seed) for seed in self.settings.all_seeds for task in tasks]
+    def seeded(self, tasks: list[Task], seeds: int | None = None) -> list[Task]:
+        """Each task with the first seeds, those of the first round if None, ordered by seed.
+
+        In this order the elapsed time predicts the remaining time.
+        """
+        first = self.settings.first_seeds(seeds or self.settings.rounds[0])
+        return [replace(task, seed=seed) for seed in first for task in tasks]
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All runs of a finished study."""
+    """The runs of a study, as seen from some of its seeds.
+
+    Attributes:
+        setup: The setup.
+        runs: All runs. Not every task has run with every seed.
+        seeds: The number of seeds that are looked at; those of the first round if None.
+    """
 
     setup: Setup
     runs: dict[Task, Run]
+    seeds: int | None = None
 
     @property
     def settings(self) -> Settings:
         """How it was trained."""
         return self.setup.settings
 
+    def first(self, seeds: int | None = None) -> "Records":
+        """The same runs, seen from so many seeds; from those of the first round, which has run every task, if None."""
+        return Records(self.setup, self.runs, seeds)
+
     def of(self, task: Task) -> list[Run]:
-        """The runs of a task, one for every seed of the study."""
-        return [self.runs[replace(task, seed=seed)] for seed in self.settings.all_seeds]
+        """The runs of a task, one for every seed that is looked at."""
+        return [self.runs[each] for each in self.setup.seeded([task], self.seeds)]

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from batchnorm.errors import InputError
 from batchnorm.study import data, networks, output, report
-from batchnorm.study.claims import Finding, facts, judge
+from batchnorm.study.claims import Claim, Finding, facts
 from batchnorm.study.experiments import Experiment, chosen
+from batchnorm.study.rounds import conduct
 from batchnorm.study.runner import Store, first, perform_all, together
 from batchnorm.study.settings import Settings
 from batchnorm.study.summary import disagrees, sentences
@@ -56,10 +57,11 @@ def study(
     setup = Setup(settings, data.load(source))
     network = networks.check(settings.model, setup.dataset.shape, setup.dataset.classes)
     with together() as world:
-        records = _records(setup, experiments, source, Store(folder / RUNS, setup.dataset, network, world), resume)
-        if records is None:
+        if not first():
+            _help(source)
             return
-    findings = [judge(claim, records) for claim in judged]
+        store = Store(folder / RUNS, setup.dataset, network, world)
+        records, findings = _trained(setup, experiments, judged, source, store, resume)
     console = Console()
     console.print(_verdicts(records, findings))
     console.print(" ".join(sentences(findings)), markup=False, highlight=False)
@@ -76,41 +78,45 @@ def study(
     console.print(written, markup=False, highlight=False, soft_wrap=True)
 
 
-def _records(
-    setup: Setup, experiments: list[Experiment], source: Path | None, store: Store, resume: bool
-) -> Records | None:
-    """All runs that the experiments need, new or kept. None in a process other than the first."""
-    needed = {experiment.title: setup.seeded(experiment.tasks(setup)) for experiment in experiments}
-    every = list(dict.fromkeys(task for tasks in needed.values() for task in tasks))
-    if not first():
-        _help(source)
-        return None
+def _trained(
+    setup: Setup, experiments: list[Experiment], claims: list[Claim], source: Path | None, store: Store, resume: bool
+) -> tuple[Records, list[Finding]]:
+    """All runs that the claims need, new or kept, and what they say."""
+    asked: set[Task] = set()
     runs: dict[Task, Run] = {}
-    try:
-        with ExitStack() as stack:
-            try:
-                kept = store.load() if resume else {}
-                runs = {task: run for task, run in kept.items() if task in set(every)}
-                todo = [task for task in every if task not in runs]
-                stack.enter_context(store.open(kept))
-            except InputError:
-                _told(None)
-                raise
-            _told(todo)
-            advance = stack.enter_context(_progress(setup, needed, runs))
+
+    def perform(needed: dict[str, list[Task]], seeds: int) -> Iterator[Run]:
+        every = list(dict.fromkeys(task for tasks in needed.values() for task in tasks))
+        asked.update(every)
+        runs.update((task, kept[task]) for task in every if task in kept)
+        todo = [task for task in every if task not in runs]
+        _tell(todo)
+        with _progress(setup, needed, runs, seeds) as advance:
             for run in perform_all(source, todo):
                 store.add(run)
                 runs[run.task] = run
                 advance(run)
+        yield from (runs[task] for task in every)
+
+    try:
+        with ExitStack() as stack:
+            try:
+                kept = store.load() if resume else {}
+                stack.enter_context(store.open(kept))
+            except InputError:
+                _tell(None)
+                raise
+            result = conduct(setup, experiments, claims, perform)
+            _tell(None)
+            return result
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted; {len(runs)} of {len(every)} runs are kept, and the same command with --resume goes on."
+            f"interrupted; {len(runs)} of {len(asked)} runs are kept, and the same command with --resume goes on."
         ) from None
-    return Records(setup, {task: runs[task] for task in every})
 
 
-def _told(tasks: list[Task] | None) -> list[Task] | None:
-    """Send the first process's tasks to all processes; None if it cannot begin."""
+def _tell(tasks: list[Task] | None) -> list[Task] | None:
+    """Send the first process's next tasks to all processes; None if there are no more, or if it cannot begin."""
     if not (dist.is_available() and dist.is_initialized()):
         return tasks
     told = [tasks]
@@ -125,18 +131,20 @@ def _help(source: Path | None) -> None:
         InputError: If the first process fails.
     """
     try:
-        tasks = _told(None)
+        tasks = _tell(None)
         if tasks is None:
             raise InputError("the first process could not begin.")
-        for _ in perform_all(source, tasks):
-            pass
+        while tasks is not None:
+            for _ in perform_all(source, tasks):
+                pass
+            tasks = _tell(None)
     except RuntimeError as error:
         raise InputError(f"another process has ended ({error}).") from error
 
 
 @contextmanager
-def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]) -> Iterator[Any]:
-    """One bar for the study and one for the current experiment, if the output is a terminal.
+def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run], seeds: int) -> Iterator[Any]:
+    """One bar for the round and one for the current experiment or claim, if the output is a terminal.
 
     Bars and the remaining time follow the cost of tasks, not their number.
     """
@@ -157,14 +165,16 @@ def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]
         return {**costs, "done": len(done), "all": len(tasks)}
 
     def present() -> dict[str, Any]:
-        """The state of the first unfinished experiment."""
+        """The state of the first that is unfinished."""
         for title, tasks in needed.items():
             if any(task not in runs for task in tasks):
                 return {"description": title, **shown(tasks)}
         return {}
 
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        whole = progress.add_task(f"the study, on {escape(setup.dataset.name)}", **shown(every))
+        again = f"{seeds} seeds for what is undecided"
+        title = f"the study, on {escape(setup.dataset.name)}" if seeds == setup.settings.rounds[0] else again
+        whole = progress.add_task(title, **shown(every))
         part = progress.add_task(**{"description": "", **shown(every), **present()})
 
         def advance(run: Run) -> None:
@@ -179,14 +189,13 @@ def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]
 
 def _verdicts(records: Records, findings: list[Finding]) -> Table:
     """The table of claims, measurements and verdicts."""
-    settings, known = records.settings, facts(records)
-    seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
+    known = facts(records)
     table = Table(
-        title=f"{escape(records.setup.dataset.name)}; {escape(known['model'])}; {known['epochs']}, {seeds}",
+        title=f"{escape(records.setup.dataset.name)}; {escape(known['model'])}; {known['epochs']}",
         title_justify="left",
         show_lines=True,
     )
-    for heading in ("claim", "measured, medians", "effect", "95% interval", "verdict"):
+    for heading in ("claim", "measured, medians", "effect", "95% interval", "seeds", "verdict"):
         table.add_column(heading)
     for finding in findings:
         claim, style = finding.claim, STYLES[finding.verdict]
@@ -196,6 +205,7 @@ def _verdicts(records: Records, findings: list[Finding]) -> Table:
             f"{escape(claim.quantity.format(**known))}: {numbers}",
             report.effect(finding),
             report.interval(finding),
+            str(finding.seeds),
             f"[{style}]{finding.verdict}[/{style}]" + "\nnot as published" * disagrees(finding),
         )
     return table

@@ -4,12 +4,22 @@ It was fixed before any training, and nothing in it depends on the results.
 """
 
 import math
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Literal
 
 import numpy as np
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
-__all__ = ["FEWEST_SEEDS", "Rule", "Verdict", "bootstrap", "more_to_decide", "verdict"]
+__all__ = [
+    "CONFIDENCE",
+    "FEWEST_SEEDS",
+    "Rule",
+    "Verdict",
+    "each_round",
+    "mean_interval",
+    "more_to_decide",
+    "verdict",
+]
 
 Verdict = Literal["supported", "not supported", "contradicted", "undecided"]
 Rule = Literal["effect", "no harm"]
@@ -18,7 +28,7 @@ FEWEST_SEEDS = 5
 """With fewer seeds than this, every verdict is undecided."""
 
 CONFIDENCE = 0.95
-RESAMPLES = 10_000
+"""How often the true effect is in the intervals of a study, in all rounds together."""
 
 MOST_MORE = 200
 """If an effect needs more additional seeds than this, it is too close to its margin to be decided."""
@@ -55,39 +65,52 @@ def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "e
     return "undecided"
 
 
-def bootstrap(effects: list[float]) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of a mean.
+def each_round(rounds: int) -> float:
+    """The confidence of each interval with which those of all rounds contain the true effect in 95% of all studies.
 
-    The effects are resampled with replacement many times; the interval contains the central part of the means. With
-    few seeds it is somewhat too narrow, for which the margin of every claim compensates.
+    A claim that is looked at again with more seeds has more chances to be decided by accident. With `k` rounds the
+    confidence of each is `1 - 0.05/k`, Bonferroni's correction.
+    """
+    return 1 - (1 - CONFIDENCE) / rounds
+
+
+def mean_interval(effects: list[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+    """Student's interval of a mean.
+
+    `mean +- t s / sqrt(n)`, where `s` is the standard deviation of the `n` effects, and `t` the quantile of Student's
+    distribution with `n - 1` degrees of freedom. It is exact for normal effects, and nearly so for many effects.
 
     Args:
         effects: One per seed.
+        confidence: How often such an interval contains the true mean.
 
     Returns:
-        The low and the high end, or None with fewer than two effects. The draws are the same every time.
+        The low and the high end, or None with fewer than two effects.
 
-    Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979.
+    Source: Student, "The Probable Error of a Mean", 1908.
     """
     if len(effects) < 2:
         return None
-    draws = np.random.default_rng(0).choice(effects, size=(RESAMPLES, len(effects)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws.mean(axis=1), (tail, 1 - tail))
-    return float(low), float(high)
+    t = float(stdtrit(len(effects) - 1, (1 + confidence) / 2))
+    half = t * float(np.std(effects, ddof=1)) / math.sqrt(len(effects))
+    mean = fmean(effects)
+    return mean - half, mean + half
 
 
-def more_to_decide(effects: list[float], margin: float, rule: Rule = "effect") -> int | None:
+def more_to_decide(
+    effects: list[float], margin: float, rule: Rule = "effect", confidence: float = CONFIDENCE
+) -> int | None:
     """About how many more effects would decide a verdict if their mean and their spread stay the same.
 
-    With `n` effects of standard deviation `s` the interval reaches about `1.96 s / sqrt(n)` to either side of the mean.
-    The verdict is decided when that is less than the distance from the mean to the nearest end of the undecided range:
-    the margin, or for a claim of no harm the margin on the other side.
+    With `n` effects of standard deviation `s` the interval reaches about `z s / sqrt(n)` to either side of the mean,
+    where `z` is the normal quantile (1.96 for 95%). The verdict is decided when that is less than the distance from the
+    mean to the nearest end of the undecided range: the margin, or for a claim of no harm the margin on the other side.
 
     Args:
         effects: One per seed.
         margin: As in `verdict`.
         rule: As in `verdict`.
+        confidence: As in `mean_interval`.
 
     Returns:
         The number, at least one; None if there are too few effects to tell, or if too many would be needed.
@@ -95,7 +118,7 @@ def more_to_decide(effects: list[float], margin: float, rule: Rule = "effect") -
     if len(effects) < 2:
         return None
     distance = abs(float(np.mean(effects)) - (margin if rule == "effect" else -margin))
-    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * float(np.std(effects, ddof=1))
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * float(np.std(effects, ddof=1))
     if reach > distance * math.sqrt(len(effects) + MOST_MORE):
         return None
     needed = math.ceil((reach / distance) ** 2) if distance else FEWEST_SEEDS
