@@ -286,6 +286,7 @@ def _verdicts(tables: Tables) -> str:
     for r in tables["verdicts"]:
         found.setdefault(r["claim"], []).append(r)
     lines = []
+    agree = sum(len({r["verdict"] for r in records}) == 1 for records in found.values())
     for claim, records in found.items():
         effects = [float(r["effect"]) for r in records if r["effect"] != ""]
         counts = Counter(r["verdict"] for r in records).most_common()
@@ -293,7 +294,9 @@ def _verdicts(tables: Tables) -> str:
         taken = sorted({int(r["seeds"]) for r in records})
         seeds = " to ".join(map(str, dict.fromkeys((taken[0], taken[-1]))))
         lines.append((claim, span, ", ".join(f"{count} {verdict}" for verdict, count in counts), seeds))
-    return markdown(("claim", "effect, over the base seeds", "verdicts", "seeds taken"), lines)
+    bases = len({r["base_seed"] for r in tables["verdicts"]})
+    told = f"{agree} of {len(found)} claims get the same verdict from all {bases} base seeds.\n\n" if found else ""
+    return told + markdown(("claim", "effect, over the base seeds", "verdicts", "seeds taken"), lines)
 
 
 def _keras(tables: Tables) -> str:

@@ -241,7 +241,7 @@ def test_three_sentences(mixed: Findings) -> None:
     assert summary.sentences(none) == (
         "Of 2 claims 0 hold here, 0 do not, and 2 are left undecided.",
         "No effect is clear enough to be named.",
-        "Nothing that was decided disagrees with what is published.",
+        "No finding disagrees with the literature.",
     )
     by_id = {finding.claim.id: finding for finding in mixed[1]}
     some = [
@@ -253,8 +253,8 @@ def test_three_sentences(mixed: Findings) -> None:
     assert counted == "Of 3 claims 2 hold here, 1 does not, and 0 are left undecided."
     statement = some[0].claim.statement
     assert clearest == f"The clearest effect: {statement[0].lower()}{statement[1:]}"
-    assert against.startswith("The literature has it otherwise for 2 findings: contradicted is “")
-    assert "; supported is “It reduces internal covariate shift”." in against
+    assert against.startswith("The literature disagrees with 2 findings: “")
+    assert "; “It reduces internal covariate shift” is supported." in against
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def study(
     """Check the claims about batch normalization by training.
 
     The study trains a network with batch normalization, without it, and with its alternatives, from several seeds. It
-    prints a verdict for each claim and writes a report and the numbers behind it. The default takes about a minute and
-    a half. Processes started by torchrun train together.
+    prints a verdict for each claim and writes a report and the numbers behind it. Claims that the first seeds leave
+    undecided get more. The default takes a few minutes. Processes started by torchrun train together.
     """
     with _one_sentence("the study", "study"):
         if quick and full:

@@ -300,7 +300,7 @@ def _forest(findings: list[Finding]) -> Plot | None:
     if not effects:
         return None
     caption = "Every effect and its 95% interval, in units of its margin: right of 1 as claimed, left of -1 the "
-    caption += "opposite, in between too small to matter. ≠ marks effects on which the literature disagrees."
+    caption += "opposite, in between too small to matter. ≠ marks effects with which the literature disagrees."
     return Plot("effects", "All effects", forest(effects), caption)
 
 

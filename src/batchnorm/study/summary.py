@@ -56,10 +56,10 @@ def _clearest(findings: list[Finding]) -> str:
 def _against(findings: list[Finding]) -> str:
     against = [finding for finding in findings if disagrees(finding)]
     if not against:
-        return "Nothing that was decided disagrees with what is published."
+        return "No finding disagrees with the literature."
     number = "one finding" if len(against) == 1 else f"{len(against)} findings"
-    said = "; ".join(f"{finding.verdict} is “{finding.claim.statement.removesuffix('.')}”" for finding in against)
-    return f"The literature has it otherwise for {number}: {said}."
+    said = "; ".join(f"“{finding.claim.statement.removesuffix('.')}” is {finding.verdict}" for finding in against)
+    return f"The literature disagrees with {number}: {said}."
 
 
 def _lowered(statement: str) -> str:

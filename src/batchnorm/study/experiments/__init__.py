@@ -1,7 +1,7 @@
 """The experiments of the study, and with them the claims, in the order in which they are reported.
 
 Each file defines what one or several claims need: the training, the measurement, and the plots. To add an experiment,
-write such a file and add it to `EXPERIMENTS`. Rules and margins were fixed before anything was trained.
+write such a file and add it to `EXPERIMENTS`. The margins were fixed before anything was trained.
 """
 
 from batchnorm.errors import InputError

@@ -88,7 +88,7 @@ def _plots(records: Records) -> list[Plot]:
             ),
             f"Test accuracy against steps, median of the seeds, with the learning rate of each. At the end: {ends}."
             + (
-                f" At the end of the rates tried, so that others might be faster for it: {at_the_end}."
+                f" At an end of the rates that were tried, so that another might be faster: {at_the_end}."
                 if at_the_end
                 else ""
             ),

@@ -58,7 +58,7 @@ def _plots(records: Records) -> list[Plot]:
             "by-batch-size",
             "Accuracy against batch size",
             lines("images in a batch", "test accuracy", drawn, thin=False, ticks=_sizes(records.setup, "batch_norm")),
-            "Final test accuracy against batch size, median of the seeds. All have seen as many images.",
+            "Final test accuracy against batch size, median of the seeds. All have seen equally many images.",
         )
     ]
 
@@ -66,8 +66,9 @@ def _plots(records: Records) -> list[Plot]:
 BATCH_SIZES = Experiment(
     id="batch-sizes",
     title="Small batches",
-    ran="The network with batch, renormalized, group and ghost normalization, with batches of {batch_sizes}; all see "
-    f"as many images, at learning rates in proportion to the square root of the batch size, {2 * SAME_RATE:g} for 32. "
+    ran="The network with batch, renormalized, group and ghost normalization, with batches of {batch_sizes}. All see "
+    "equally many images. Learning rates are proportional to the square root of the batch size, "
+    f"{2 * SAME_RATE:g} for 32. "
     "The limits of renormalization grow during the first third of the training.",
     tasks=_tasks,
     claims=(

@@ -188,7 +188,7 @@ CONVERGENCE = Experiment(
             margin=1.1,
             shown=".0f",
             if_true="A well chosen learning rate does not make up for it.",
-            if_false="A well chosen learning rate makes up for it: much of what it gains elsewhere is a better rate.",
+            if_false="A well chosen learning rate makes up for it: much of its gain elsewhere is a better rate.",
         ),
     ),
     plots=_learning_curves,
@@ -216,7 +216,7 @@ RATES = Experiment(
             shown="g",
             best_seen=lambda records: records.settings.size.rates[-1],
             if_true="A rate that is chosen too high costs less: the plateau of rates that work is wider.",
-            if_false="The rates at which the network still trains end at about the same place with it and without it.",
+            if_false="The largest rate at which the network trains is about the same with it and without it.",
         ),
     ),
     plots=_accuracy_by_rate,
@@ -230,7 +230,7 @@ ACCURACY = Experiment(
     claims=(
         Claim(
             id="higher-accuracy",
-            statement="Batch normalization ends with a higher accuracy.",
+            statement="Batch normalization leads to a higher accuracy.",
             measured="Test accuracy after the last step, "
             "each network at the rate that is most accurate for it: with - without.",
             published=f"{IOFFE}, ImageNet: 72.2% without, 74.8% with and 30 times the rate.",
@@ -240,8 +240,8 @@ ACCURACY = Experiment(
             unit="percentage points",
             margin=0.5,
             shown=".1%",
-            if_true="After the same number of steps it is the better network, not only the one that was faster there.",
-            if_false="After the same number of steps both are about as good; what it gains is time.",
+            if_true="After the same number of steps it is the better network, not only the faster one.",
+            if_false="After the same number of steps both are about equally good; what it gains is time.",
         ),
     ),
     plots=_best_accuracies,

@@ -51,9 +51,9 @@ def _plots(records: Records) -> list[Plot]:
                     mark=(0.0, "the same"),
                     ticks=depths,
                 ),
-                f"How many powers of ten the gradient of the first layer's weights is larger than that of the last, "
-                f"against depth; at {depths[-1]} layers {ends} (medians). Below the line gradients vanish on their way "
-                "down, above it they explode.",
+                f"By how many powers of ten the gradient of the first layer's weights exceeds that of the last, "
+                f"against depth; at {depths[-1]} layers {ends} (medians). Below the line, gradients vanish on their "
+                "way down; above it, they explode.",
             )
         )
         places = [number / (depths[-1] - 1) for number in range(depths[-1])]

@@ -75,7 +75,7 @@ INFERENCE = Experiment(
             margin=1.1,
             shown=".3f",
             rule="no harm",
-            if_true="In evaluation it is a linear map, which the layers beside it can do on the way.",
+            if_true="In evaluation it is a linear map, which the layers beside it can compute as well.",
             if_false="Something of it is left after folding, or the bias that it brings costs time here.",
         ),
     ),

@@ -63,9 +63,8 @@ def _plots(records: Records) -> list[Plot]:
                 f"paper-inputs-{variant.replace('_', '-')}",
                 f"Input of a sigmoid, {name} (figure 1{letter})",
                 lines("steps of the optimizer", "input", drawn, log=False, percent=False, thin=False),
-                "The 15th, 50th and 85th percentile, over images, of what goes into a typical sigmoid of the last "
-                f"hidden layer, {name}. One seed; typical is the unit whose percentiles move as far as those of the "
-                "median unit.",
+                "The 15th, 50th and 85th percentile, over images, of the input of a typical sigmoid in the last "
+                f"hidden layer, {name}. One seed. The typical unit is the one whose movement is the median.",
             )
         )
     return plots
@@ -106,14 +105,14 @@ PAPER = Experiment(
             margin=0.5,
             shown=".1%",
             if_true="After so many steps the network without it has not caught up.",
-            if_false="After so many steps both are about as good.",
+            if_false="After so many steps both are about equally good.",
         ),
         Claim(
             id="steady-inputs",
             statement="It keeps each layer's input steady.",
-            measured="How far the 15th, 50th and 85th percentile of a sigmoid's input move during the training, on "
-            "average, in units of the distance between the outer two at the end; the median unit of the last hidden "
-            "layer: without / with.",
+            measured="Mean movement of the 15th, 50th and 85th percentile of a sigmoid's input during the training, "
+            "in units of the final distance between the outer two, for the median unit of the last hidden layer: "
+            "without / with.",
             published="Ioffe & Szegedy 2015, figures 1b and 1c: steady with it, wandering without.",
             quantity="Movement of a sigmoid's input",
             measure=partial(_both, lambda run: run.values.get("movement")),

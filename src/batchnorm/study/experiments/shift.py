@@ -97,7 +97,7 @@ SHIFT = Experiment(
     title="Internal covariate shift",
     ran=f"The network without batch normalization, with it, and with noise after it, at learning rate {SAME_RATE:g} "
     "for {epochs}. Ten times during the training the gradient of each layer is compared before and after the layers "
-    "below it have taken their step; the change is relative to the gradient, which is smaller where more is learned.",
+    "below it have taken their step; the change is relative to the gradient, which shrinks as the network learns.",
     tasks=_tasks,
     claims=(
         Claim(
@@ -114,12 +114,12 @@ SHIFT = Experiment(
             margin=1.1,
             shown=".2f",
             if_true="Each layer's gradient depends less on what those below it do at the same time.",
-            if_false="Each layer's gradient depends on those below it at least as much as without: this is not what it "
-            "does for the training.",
+            if_false="Each layer's gradient depends on those below it at least as much as without: this is not how it "
+            "helps.",
         ),
         Claim(
             id="steadiness-is-why",
-            statement="Steady inputs are why it helps: with noise after it, it helps no more.",
+            statement="Steady inputs are why it helps: with noise after it, it no longer helps.",
             measured="Steps until the test accuracy reaches {target}, "
             f"at learning rate {SAME_RATE:g}: batch normalization with noise after it / none at all; of the seeds for "
             "which batch normalization saves steps.",
@@ -134,8 +134,8 @@ SHIFT = Experiment(
             margin=1.1,
             shown=".0f",
             rule="no harm",
-            if_true="Once its outputs are made unsteady the network is no faster than without it.",
-            if_false="Even with its outputs made unsteady the network is faster than without it: it helps otherwise.",
+            if_true="With unsteady outputs the network is no faster than without it.",
+            if_false="Even with unsteady outputs the network is faster than without it: it helps in another way.",
         ),
     ),
     plots=_plots,
