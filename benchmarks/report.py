@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from batchnorm.bench import table
 from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import copies, losses, others, speedups, summarize
-from benchmarks import goals, memory, plots
+from benchmarks import goals, memory, plots, verdicts
 from benchmarks.goals import Tables
 from benchmarks.gpu import report as gpu
 
@@ -293,10 +293,19 @@ def _verdicts(tables: Tables) -> str:
         span = f"{min(effects):.2f} to {max(effects):.2f} {records[0]['unit']}" if effects else "none"
         taken = sorted({int(r["seeds"]) for r in records})
         seeds = " to ".join(map(str, dict.fromkeys((taken[0], taken[-1]))))
-        lines.append((claim, span, ", ".join(f"{count} {verdict}" for verdict, count in counts), seeds))
+        lines.append((claim, span, ", ".join(f"{count} {verdict}" for verdict, count in counts), seeds, _told(records)))
     bases = len({r["base_seed"] for r in tables["verdicts"]})
     told = f"{agree} of {len(found)} claims get the same verdict from all {bases} base seeds.\n\n" if found else ""
-    return told + markdown(("claim", "effect, over the base seeds", "verdicts", "seeds taken"), lines)
+    heading = ("claim", "effect, over the base seeds", "verdicts", "seeds", "expected")
+    return told + markdown(heading, lines)
+
+
+def _told(records: list[Record]) -> str:
+    """How studies are expected to end, as `99% supported, 1% undecided; 12 seeds`."""
+    if not (expected := verdicts.expected(records)):
+        return "—"
+    shares, seeds = expected
+    return ", ".join(f"{100 * share:.3g}% {verdict}" for verdict, share in shares.items()) + f"; {seeds:.0f} seeds"
 
 
 def _keras(tables: Tables) -> str:

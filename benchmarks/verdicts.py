@@ -1,6 +1,10 @@
 """How often the study reaches the same verdict: the whole study from many different base seeds."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from batchnorm.bench.clock import Record
 from batchnorm.study.data import load
@@ -10,13 +14,49 @@ from batchnorm.study.runner import perform_all
 from batchnorm.study.settings import Settings
 from batchnorm.study.summary import in_margins
 from batchnorm.study.tasks import Run, Setup, Task
+from batchnorm.study.verdicts import Rule, Verdict, each_round, mean_interval, verdict
 
 CLAIM = {claim.id: claim for claim in CLAIMS}
+STUDIES = 2000
 
 
 def effects(records: Sequence[Record]) -> list[float]:
     """The effects of one claim from all base seeds, in units of its margin."""
     return [in_margins(CLAIM[r["claim"]], float(r["effect"])) for r in records if r["effect"] != ""]
+
+
+def expected(records: Sequence[Record]) -> tuple[dict[str, float], float] | None:
+    """How studies would end whose seeds vary as much as those of the records: simulated, with normal effects.
+
+    A recorded effect is a mean over its seeds, so its variance is that of one seed divided by their number.
+
+    Args:
+        records: Those of one claim.
+
+    Returns:
+        The share of each verdict, the most frequent first, and the mean number of seeds; None if there are too few
+        records to tell.
+    """
+    found, claim = effects(records), CLAIM[records[0]["claim"]]
+    if len(found) < 2:
+        return None
+    seeds = np.array([int(r["seeds"]) for r in records if r["effect"] != ""])
+    mean = float(np.average(found, weights=seeds))
+    spread = math.sqrt(float(np.sum(seeds * (np.array(found) - mean) ** 2)) / (len(found) - 1))
+    rounds = Settings().rounds
+    drawn = np.random.default_rng(0).normal(mean, spread, (STUDIES, rounds[-1]))
+    ends = [_ended(study.tolist(), rounds, claim.rule) for study in drawn]
+    counts = Counter(found for found, _ in ends).most_common()
+    return {found: count / STUDIES for found, count in counts}, sum(taken for _, taken in ends) / STUDIES
+
+
+def _ended(study: list[float], rounds: Sequence[int], rule: Rule) -> tuple[Verdict, int]:
+    """The verdict on effects in units of their margin, and the number of seeds that it took."""
+    for seeds in rounds:
+        found = verdict(mean_interval(study[:seeds], each_round(len(rounds))), 1.0, rule)
+        if found != "undecided":
+            break
+    return found, seeds
 
 
 def run(base_seeds: int, quick: bool) -> Iterator[list[Record]]:

@@ -16,7 +16,7 @@ for module in ("rich", "matplotlib"):
     pytest.importorskip(module)
 
 from benchmarks import __main__ as command
-from benchmarks import goals, package, report
+from benchmarks import goals, package, report, verdicts
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.__main__ import main as gpu_main
 
@@ -430,6 +430,20 @@ def section(text: str, name: str) -> str:
     return text.partition(f"<!-- begin {name} -->\n")[2].partition(f"<!-- end {name} -->")[0]
 
 
+def test_studies_of_a_clear_effect_agree_soon_and_of_one_at_its_margin_never() -> None:
+    """Means of six seeds that are 3% off are those of seeds that are 7.5% off: three quarters of the margin."""
+    near = [
+        {"claim": "faster-at-same-rate", "effect": 1.1 * off, "seeds": 6} for off in (0.97, 1 / 0.97, 0.97, 1 / 0.97)
+    ]
+    shares, seeds = verdicts.expected(near) or ({}, 0.0)
+    assert next(iter(shares)) == "undecided"
+    assert 0.93 < shares["undecided"] < 1
+    assert seeds > 170
+    clear = [record | {"effect": 2 * record["effect"]} for record in near]
+    assert verdicts.expected(clear) == ({"supported": 1.0}, 6.0)
+    assert verdicts.expected(near[:1]) is None
+
+
 def test_the_report(tmp_path: Path) -> None:
     for name, records in TABLES.items():
         table.write(tmp_path / "results" / f"{name}.csv", records, columns() | {"commit": "abc"})
@@ -457,7 +471,7 @@ def test_the_report(tmp_path: Path) -> None:
         text, "jax"
     )
     assert "| renorm | 2 | 15.00 ± 7.07 |" in section(text, "small")
-    assert "| faster-at-same-rate | 1.25 to 2.50 ratio | 2 supported, 1 undecided | 6 to 24 |" in section(
+    assert "| faster-at-same-rate | 1.25 to 2.50 ratio | 2 supported, 1 undecided | 6 to 24 | " in section(
         text, "verdicts"
     )
     assert "| c channels-first | 2.0 (2.0 to 2.0) | 0.50 | 2.00 |" in section(text, "compiled")
