@@ -6,6 +6,7 @@ import faulthandler
 import math
 import re
 from collections import Counter
+from functools import partial
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_rounds_are_interleaved() -> None:
     """In each round every candidate is called once, and over the rounds after each of the others equally often."""
     for names, rounds in ("ab", 2), ("abc", 6), ("abcd", 4), ("abcde", 10):
         calls: list[str] = []
-        candidates = {name: lambda name=name: calls.append(name) for name in names}
+        candidates = {name: partial(calls.append, name) for name in names}
         samples = clock.interleave(candidates, 0.0, fewest=rounds)
         assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(names, rounds)
         n = len(names)
