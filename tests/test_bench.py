@@ -5,6 +5,9 @@ import csv
 import faulthandler
 import math
 import re
+from collections import Counter
+from functools import partial
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +87,17 @@ def test_all_candidates_compute_the_same(case: Case, mode: layers.Mode) -> None:
 
 
 def test_rounds_are_interleaved() -> None:
-    calls: list[str] = []
-    samples = clock.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 0.0, fewest=3)
-    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
-    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", 3)
+    """In each round every candidate is called once, and over the rounds after each of the others equally often."""
+    for names, rounds in ("ab", 2), ("abc", 6), ("abcd", 4), ("abcde", 10):
+        calls: list[str] = []
+        candidates = {name: partial(calls.append, name) for name in names}
+        samples = clock.interleave(candidates, 0.0, fewest=rounds)
+        assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(names, rounds)
+        n = len(names)
+        orders = [calls[start : start + n] for start in range(2 * n, len(calls), n)]
+        assert all(sorted(order) == list(names) for order in orders)
+        after = Counter(pair for order in orders for pair in pairwise(order))
+        assert after == dict.fromkeys(permutations(names, 2), rounds // n)
 
 
 def test_records_of_samples() -> None:

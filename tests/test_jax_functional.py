@@ -334,6 +334,9 @@ def test_a_source_of_a_user_gets_more_than_one_value_per_channel() -> None:
     assert not y.any()
 
 
+RUNNING = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
@@ -351,6 +354,15 @@ def test_a_source_of_a_user_gets_more_than_one_value_per_channel() -> None:
         ({"training": False}, ValueError, "running_mean and running_var are needed"),
         ({"statistics": BatchStatistics}, TypeError, "must be a source such as BatchStatistics()"),
         ({"statistics": GhostStatistics(1)}, ValueError, "x of shape (4, 3) in groups of 1"),
+        ({"x": "s"}, TypeError, "x must be an array, got str"),
+        ({"x": None}, TypeError, "x must be an array, got NoneType"),
+        ({"weight": "s"}, TypeError, "weight must be an array, got str"),
+        ({"mask": "s"}, TypeError, "mask must be an array, got str"),
+        ({"residual": "s"}, TypeError, "residual must be an array, got str"),
+        ({"running_mean": "s", "running_var": np.ones(3)}, TypeError, "running_mean must be an array, got str"),
+        ({"eps": "s"}, TypeError, "eps must be a number, got 's'"),
+        ({"momentum": "s", **RUNNING}, TypeError, "momentum must be an array, got str"),
+        ({"momentum": np.ones(3), **RUNNING}, ValueError, "momentum must be a number, got shape (3,)"),
     ],
 )
 def test_bad_input_is_one_sentence(changes: dict[str, Any], error: type[Exception], said: str) -> None:

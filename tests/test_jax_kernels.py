@@ -109,6 +109,38 @@ def test_what_only_the_formula_computes(given: dict[str, Any], said: str) -> Non
         assert np.isfinite(compute()).all()
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["computed", "given"])
+@pytest.mark.parametrize("members", [(), (3,)], ids=["", "vmap"])
+def test_dx_in_the_memory_of_dy(
+    members: tuple[int, ...], given: bool, monkeypatch: pytest.MonkeyPatch, by_kernels: None
+) -> None:
+    """Where the program computes `dy`; an argument stays as it is, and so does what else is made of `dy`."""
+    x, dy = np.random.default_rng(0).normal(size=(2, *members, 6, 5)).astype(np.float32)
+    backward, in_place = launch.backward, []
+
+    def watched(dy: Any, *others: Any) -> None:
+        in_place.append(others[11] is dy)
+        backward(dy, *others)
+
+    def normalize(x: Any) -> Any:
+        return batch_norm(x, training=True, activation="silu")[0]
+
+    @jax.jit
+    def step(x: Any, half: Any) -> Any:
+        dy = half if given else half * 2
+        return jax.vjp(jax.vmap(normalize) if members else normalize, x)[1](dy)[0], dy + 1
+
+    monkeypatch.setattr(launch, "backward", watched)
+    half = jnp.asarray(dy if given else dy / 2)
+    dx, more = jax.block_until_ready(step(x, half))
+    assert in_place == [not given] * int(np.prod(members))
+    np.testing.assert_array_equal(half, dy if given else dy / 2)
+    np.testing.assert_array_equal(more, dy + 1)
+    for i in np.ndindex(members):
+        exact = definition.backward(dy[i], x[i], activation="silu")[0]
+        np.testing.assert_allclose(dx[i], exact, rtol=1e-4, atol=1e-5)
+
+
 def test_vmap_takes_the_kernels(by_kernels: None) -> None:
     """One call for all members, of which one mask and one weight are the same for all."""
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from flax import nnx
 from batchnorm.jax import (
     BatchNorm,
     GhostStatistics,
+    Renorm,
     RunningStatistics,
     Standardize,
     calibrate,
+    diagnose,
+    exclude_from_weight_decay,
     fold,
     freeze,
     route,
@@ -305,3 +309,39 @@ def test_activations_as_functions_and_modules(given: Any, meant: Any) -> None:
     np.testing.assert_allclose(layer(x, use_running_average=False), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match=r"got a class: write PReLU\(\)"):
         BatchNorm(5, activation=nnx.PReLU, rngs=nnx.Rngs(0))
+
+
+TOOLS: dict[str, Callable[[Any], Any]] = {
+    "calibrate": lambda model: calibrate(model, [jnp.ones((2, 3))]),
+    "diagnose": diagnose,
+    "fold": lambda model: fold(model, jnp.ones((2, 3))),
+    "freeze": freeze,
+    "unfreeze": unfreeze,
+    "exclude_from_weight_decay": lambda model: exclude_from_weight_decay(optax.adamw(1e-3), model),
+}
+
+
+@pytest.mark.parametrize("wrong", [5, "model", None, [1]], ids=["number", "text", "None", "list"])
+@pytest.mark.parametrize("name", TOOLS)
+def test_no_model(name: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^model must be a flax\.nnx\.Module, got {type(wrong).__name__}$"):
+        TOOLS[name](wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, "data", None], ids=["number", "text", "None"])
+def test_no_data(wrong: Any) -> None:
+    layer, scale = BatchNorm(3, rngs=nnx.Rngs(0)), Standardize(3)
+    for tool in (functools.partial(calibrate, layer), scale.fit):
+        with pytest.raises(TypeError, match=r"^data must give batches, one after the other, got "):
+            tool(wrong)
+    with pytest.raises(TypeError, match=r"^example_inputs must be an array, or a tuple of arguments, got "):
+        fold(layer, wrong)
+    assert scale.count[...] == 0
+
+
+def test_wrong_options() -> None:
+    for limit in ("s", None, [3], 0.5):
+        with pytest.raises(ValueError, match=r"^r_max must be at least 1, got "):
+            Renorm(limit)
+    with pytest.raises(ValueError, match=r"^a route must be one of kernels, formula; got 5$"), route(5):  # type: ignore[arg-type]
+        pass

@@ -238,3 +238,17 @@ def test_keras() -> None:
     done = subprocess.run([sys.executable, "-c", KERAS], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "agree"
+
+
+@pytest.mark.parametrize("wrong", [5, "model", None, [1]], ids=["number", "text", "None", "list"])
+def test_arguments_of_the_wrong_kind(wrong: Any) -> None:
+    ours, theirs, kind = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nn.Linear(3, 4), type(wrong).__name__
+    for call in lambda: to_torch(wrong, theirs), lambda: from_torch(theirs, wrong):
+        with pytest.raises(TypeError, match=rf"^model must be a flax\.nnx\.Module, got {kind}$"):
+            call()
+    for call in lambda: to_torch(ours, wrong), lambda: from_torch(wrong, ours):
+        with pytest.raises(TypeError, match=rf"^model must be a torch\.nn\.Module, got {kind}$"):
+            call()
+    if wrong is not None:
+        with pytest.raises(TypeError, match=r"^names must be a mapping, .*, got "):
+            to_torch(ours, theirs, wrong)

@@ -1506,3 +1506,14 @@ def test_more_than_fits_into_one_file(folder: Path, monkeypatch: pytest.MonkeyPa
     new = onnx.load_model("out.onnx")
     assert operations(new) == operations(expected)
     np.testing.assert_array_equal(constants_of(new)["w"], constants_of(expected)["w"])
+
+
+@pytest.mark.parametrize("wrong", [5, "in.onnx", None, b"bytes", [1]], ids=["number", "path", "None", "bytes", "list"])
+def test_arguments_of_the_wrong_kind(wrong: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^model must be an onnx\.ModelProto, got {type(wrong).__name__}: load a file"
+    ):
+        fold(wrong)
+    if wrong is not None:
+        with pytest.raises(TypeError, match=rf"^example_inputs must be a mapping.*, got {type(wrong).__name__}$"):
+            fold(onnx.ModelProto(), wrong)

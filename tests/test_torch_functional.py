@@ -3,6 +3,7 @@
 Both paths, that of the kernels and that of PyTorch's operations, go through the same tests.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from cases import (
 from torch import Tensor
 
 from batchnorm import definition
-from batchnorm.torch import BatchStatistics, RunningStatistics, batch_norm, route
+from batchnorm.torch import BatchNorm1d, BatchStatistics, RunningStatistics, batch_norm, route
 
 MATRIX, SERIES, IMAGES, VOLUMES = CONTIGUOUS
 IMAGES_LAST, VOLUMES_LAST = CHANNELS_LAST
@@ -519,3 +520,27 @@ def test_the_error_is_at_most_twice_that_of_torch(layout: Layout, ratio: float) 
     for name, pairs in errors.items():
         ours, theirs = (rms(np.array(column)) for column in zip(*pairs, strict=True))
         assert ours <= max(2 * theirs, floor), name
+
+
+@pytest.mark.parametrize("wrong", [5j, "s", [1.0, 2.0, 3.0], np.ones(3)], ids=["number", "text", "list", "array"])
+@pytest.mark.parametrize("name", ["x", "running_mean", "running_var", "weight", "bias", "residual", "mask", "eps"])
+def test_an_argument_of_the_wrong_kind(name: str, wrong: Any) -> None:
+    mean = torch.zeros(3)
+    given = {"x": torch.randn(6, 3), "running_mean": mean, "running_var": torch.ones(3), "training": True} | {
+        name: wrong
+    }
+    with pytest.raises(TypeError) as caught:
+        batch_norm(**given)
+    assert re.match(f"{name} must be a (tensor|number), got ", str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert not mean.any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, "s", None, [1.0], np.ones((4, 3))], ids=["number", "text", "None", "list", "array"]
+)
+def test_a_layer_says_that_its_input_is_no_tensor(wrong: Any) -> None:
+    layer = BatchNorm1d(3)
+    with pytest.raises(TypeError, match=rf"BatchNorm1d\(3\): the input must be a tensor, got {type(wrong).__name__}"):
+        layer(wrong)
+    assert layer.num_batches_tracked == 0

@@ -185,14 +185,14 @@ def test_the_limits_grow_as_in_the_paper() -> None:
     for steps, limits in {
         0: (1, 0), 5000: (1, 0), 15000: (1 + 2 * 2 / 7, 2.5), 25000: (1 + 2 * 4 / 7, 5), 40000: (3, 5), 10**6: (3, 5)
     }.items():  # fmt: skip
-        assert renorm.limits(steps) == pytest.approx(limits)
-        assert [float(v) for v in renorm.limits(torch.tensor(steps))] == pytest.approx(limits)
-    assert renorm.limits(None) == (3, 5)
+        assert renorm.limits_after(steps) == pytest.approx(limits)
+        assert [float(v) for v in renorm.limits_after(torch.tensor(steps))] == pytest.approx(limits)
+    assert renorm.limits_after(None) == (3, 5)
     without = Renorm(np.inf, np.inf)
-    assert without.limits(7) == (1, 0)
-    assert without.limits(5001) == (np.inf, np.inf)
-    assert [float(v) for v in without.limits(torch.tensor(7))] == [1, 0]
-    assert Renorm(2.0, 1.0, 0).limits(0) == (2, 1)
+    assert without.limits_after(7) == (1, 0)
+    assert without.limits_after(5001) == (np.inf, np.inf)
+    assert [float(v) for v in without.limits_after(torch.tensor(7))] == [1, 0]
+    assert Renorm(2.0, 1.0, 0).limits_after(0) == (2, 1)
 
 
 def test_a_saved_layer_goes_on_where_it_was() -> None:

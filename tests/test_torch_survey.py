@@ -261,3 +261,34 @@ def test_a_parametrized_weight_learns_again() -> None:
     register_parametrization(layer, "weight", nn.Identity())
     assert not any(p.requires_grad for p in bn.freeze(layer, affine=True).parameters())
     assert all(p.requires_grad for p in bn.unfreeze(layer).parameters())
+
+
+TOOLS: dict[str, Callable[[Any], Any]] = {
+    **{
+        name: getattr(bn, name)
+        for name in ("convert", "explain", "freeze", "revert", "save_memory", "unfreeze", "watch")
+    },
+    "calibrate": lambda model: bn.calibrate(model, [torch.ones(2, 3)]),
+    "diagnose": bn.diagnose,
+    "fold": bn.fold,
+}
+
+
+@pytest.mark.parametrize("wrong", [5, "model", None, [nn.BatchNorm1d(3)]], ids=["number", "text", "None", "list"])
+@pytest.mark.parametrize("name", TOOLS)
+def test_no_model(name: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^model must be a torch.nn.Module, got {type(wrong).__name__}$"):
+        TOOLS[name](wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, "data", None, {"x": torch.ones(2, 3)}], ids=["number", "text", "None", "mapping"])
+def test_no_data(wrong: Any) -> None:
+    model, scale = nn.Sequential(nn.BatchNorm1d(3)), bn.Standardize(3)
+    tools: dict[str, Callable[[Any], Any]] = {"calibrate": lambda data: bn.calibrate(model, data), "fit": scale.fit}
+    if wrong is not None:
+        tools["diagnose"] = lambda data: bn.diagnose(model, data)
+    for tool in tools.values():
+        with pytest.raises(TypeError, match=r"^data must give batches, one after the other, got "):
+            tool(wrong)
+    assert scale.count == 0
+    assert model[0].num_batches_tracked == 0

@@ -406,10 +406,10 @@ def test_limits_of_renormalization_do_not_depend_on_the_default_type() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        limits = bn.Renorm().limits(torch.tensor(20_001))
+        limits = bn.Renorm().limits_after(torch.tensor(20_001))
     finally:
         torch.set_default_dtype(before)
-    assert [float(limit) for limit in limits] == pytest.approx(bn.Renorm().limits(20_001), rel=1e-12)
+    assert [float(limit) for limit in limits] == pytest.approx(bn.Renorm().limits_after(20_001), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,18 @@ from keras import layers
 from torch import nn
 
 import batchnorm.torch as bt
-from batchnorm.keras import BatchNormalization, from_torch, to_torch
+from batchnorm.keras import (
+    BatchNormalization,
+    calibrate,
+    convert,
+    diagnose,
+    fold,
+    freeze,
+    from_torch,
+    revert,
+    to_torch,
+    unfreeze,
+)
 
 BOUND = 1e-5
 
@@ -244,3 +255,34 @@ def test_what_cannot_be_ported() -> None:
         to_torch(BatchNormalization())
     with pytest.raises(ValueError, match=r"Keras has no counterpart of Renorm"):
         from_torch(bt.BatchNorm1d(3, statistics=bt.Renorm()))
+
+
+@pytest.mark.parametrize("wrong", [5, "model", None, [1]], ids=["number", "text", "None", "list"])
+def test_no_model(wrong: Any) -> None:
+    ours, theirs, names = models()
+    kind = type(wrong).__name__
+    for port, model, into in (to_torch, wrong, theirs), (from_torch, theirs, wrong if wrong is not None else 0):
+        with pytest.raises(TypeError, match=r"^model must be a keras\.Model or a layer, got (int|" + kind + ")$"):
+            port(model, into, names)
+    for port, model, into in (to_torch, ours, wrong if wrong is not None else 0), (from_torch, wrong, ours):
+        with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got (int|" + kind + ")$"):
+            port(model, into, names)
+    if wrong is not None:
+        with pytest.raises(
+            TypeError, match=r"^names must be a mapping, from the names of layers to those of the others, "
+        ):
+            to_torch(ours, theirs, wrong)
+
+
+@pytest.mark.parametrize("wrong", [5, "model", None, [1]], ids=["number", "text", "None", "list"])
+def test_tools_without_a_model(wrong: Any) -> None:
+    tools = calibrate, convert, diagnose, fold, freeze, revert, unfreeze
+    for tool in tools:
+        given = ([draw((2, 3))],) if tool is calibrate else ()
+        with pytest.raises(
+            TypeError, match=rf"^model must be a keras\.Model( or a layer)?, got {type(wrong).__name__}"
+        ):
+            tool(wrong, *given)  # type: ignore[operator]
+    if wrong != [1]:
+        with pytest.raises(TypeError, match=r"^data must give batches, one after the other, got "):
+            calibrate(models()[0], wrong)

@@ -67,7 +67,7 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
         was folded; and the reason why others were not.
 
     Raises:
-        TypeError: If `model` is not a module.
+        TypeError: If `model` is not a module, or if there is no array among `example_inputs`.
         OutputsDiffer: If the outputs on the example inputs differ by more than rounding explains.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -75,6 +75,8 @@ def fold(model: M, example_inputs: Any) -> Folded[M]:
     """
     refuse(model)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(inputs)):
+        raise TypeError(f"example_inputs must be an array, or a tuple of arguments, got {example_inputs!r}")
     return fold_network(_Network(model, inputs))
 
 

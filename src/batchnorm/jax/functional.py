@@ -1,8 +1,11 @@
 """`batch_norm`: check the arguments, normalize by a source of statistics, and move the running statistics."""
 
+from numbers import Real
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
@@ -73,20 +76,20 @@ def batch_norm(
         ValueError: If `x` has fewer than two axes, or no axis `axis`; if another array does not fit it; if there is
             only one value per channel in training; if running statistics are missing; if the activation is unknown;
             if `eps` is negative; if a mask that is not traced has a negative or infinite weight.
-        TypeError: If `x` is not of a floating-point type; if `statistics` is not a source; if the activation is a
-            class; if `eps` is traced.
+        TypeError: If an argument is of the wrong kind; if `x` is not of a floating-point type; if `statistics` is not a
+            source; if the activation is a class; if `eps` is traced.
 
     Source: Ioffe & Szegedy 2015, algorithm 1.
     """
-    x = jnp.asarray(x)
+    x = _array("x", x)
     expect(statistics)
     source = (statistics or BATCH) if training else RUNNING
     channels = _check(x, axis, eps)
     wide = arithmetic(x.dtype)
     running = _running(running_mean, running_var, x, channels, needed=source.needs_running)
-    counts = None if mask is None or source.is_constant else expand_mask(jnp.asarray(mask), x, channels).astype(wide)
+    counts = None if mask is None or source.is_constant else expand_mask(_array("mask", mask), x, channels).astype(wide)
     if residual is not None:
-        residual = jnp.asarray(residual)
+        residual = _array("residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual must have the shape of x, {x.shape}, got {residual.shape}")
     weight, bias = (_vector(name, v, x, channels) for name, v in (("weight", weight), ("bias", bias)))
@@ -111,6 +114,8 @@ def batch_norm(
 
 def _moved(running: Running, batch: Moments, momentum: Any, unbiased: bool) -> Running:
     """The running statistics after a batch: `definition.update_running`."""
+    if _array("momentum", momentum).ndim > 0:
+        raise ValueError(f"momentum must be a number, got shape {jnp.shape(momentum)}")
     count, mean, low, var = lax.stop_gradient(batch)
     count = jnp.asarray(count, var.dtype)
     if unbiased:
@@ -127,6 +132,14 @@ def _moved(running: Running, batch: Moments, momentum: Any, unbiased: bool) -> R
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
+def _array(name: str, values: Any) -> Any:
+    """The values of an argument as an array."""
+    try:
+        return jnp.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {type(values).__name__}") from error
+
+
 def _check(x: Any, axis: int, eps: float) -> int:
     """The channel axis, not negative."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -139,6 +152,8 @@ def _check(x: Any, axis: int, eps: float) -> int:
         raise TypeError(
             f"eps must be a number, got a traced value of shape {eps.shape}: programs have it as a constant"
         )
+    if not isinstance(eps, Real | np.ndarray | jax.Array):
+        raise TypeError(f"eps must be a number, got {eps!r}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     return axis % int(x.ndim)
@@ -157,7 +172,7 @@ def _check_count(call: Call, axis: int) -> None:
 def _vector(name: str, values: Any, x: Any, axis: int) -> Any:
     if values is None:
         return None
-    values = jnp.asarray(values)
+    values = _array(name, values)
     if values.shape != (x.shape[axis],):
         raise ValueError(
             f"{name} must have shape ({x.shape[axis]},), one value per channel, got {values.shape}; "

@@ -19,7 +19,7 @@ from batchnorm.jax.layers import BatchNorm, adopt, source
 from batchnorm.jax.linear import linear
 from batchnorm.jax.modules import named_modules, refuse, to_float64
 from batchnorm.jax.statistics import OURS, BatchStatistics, GhostStatistics, Renorm, RunningStatistics, Statistics
-from batchnorm.whole.port import Linear, Ported
+from batchnorm.whole.port import Linear, Ported, expect_names
 
 __all__ = ["Ported", "from_keras", "from_torch", "to_keras", "to_torch"]
 
@@ -46,7 +46,7 @@ def to_torch(model: Any, into: Any, names: Names = None) -> Ported:
         ValueError: If a layer is of an unknown kind, or has no counterpart of the same shape; nothing has changed then.
         TypeError: If `model` is not a module.
     """
-    return Ported(into, _port(model, dict(into.named_modules()), names, _fit_torch, _give_torch))
+    return Ported(into, _port(model, _modules_torch(into), names, _fit_torch, _give_torch))
 
 
 def from_torch(model: Any, into: Any, names: Names = None) -> Ported:
@@ -67,7 +67,7 @@ def from_torch(model: Any, into: Any, names: Names = None) -> Ported:
         ValueError: As in `to_torch`, and if a layer averages over all batches (`momentum=None`) or keeps no statistics.
         TypeError: If `into` is not a module.
     """
-    return Ported(into, _port(into, dict(model.named_modules()), names, _fit_torch, _take_torch))
+    return Ported(into, _port(into, _modules_torch(model), names, _fit_torch, _take_torch))
 
 
 def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
@@ -76,9 +76,7 @@ def to_keras(model: Any, into: Any, names: Names = None) -> Ported:
     Args, Returns and Raises: as `to_torch`. Names of Keras layers in other layers are such as "block/norm". A separable
     convolution is the counterpart of two layers, with `names={"depthwise": "separable", "pointwise": "separable"}`.
     """
-    from batchnorm.keras.models import named_layers
-
-    return Ported(into, _port(model, named_layers(into), names, _fit_keras, _give_keras))
+    return Ported(into, _port(model, _layers_keras(into), names, _fit_keras, _give_keras))
 
 
 def from_keras(model: Any, into: Any, names: Names = None) -> Ported:
@@ -86,9 +84,7 @@ def from_keras(model: Any, into: Any, names: Names = None) -> Ported:
 
     Args, Returns and Raises: as `from_torch`. Names of Keras layers are as in `to_keras`.
     """
-    from batchnorm.keras.models import named_layers
-
-    return Ported(into, _port(into, named_layers(model), names, _fit_keras, _take_keras))
+    return Ported(into, _port(into, _layers_keras(model), names, _fit_keras, _take_keras))
 
 
 # --- Pairs of layers --------------------------------------------------------------------------------------------------
@@ -103,6 +99,7 @@ Move = Callable[[Any, Any], list[str]]
 def _port(model: Any, others: Mapping[str, Any], names: Names, fit: Fit, move: Move) -> dict[str, tuple[str, ...]]:
     """Pair the layers by name, check all pairs, then copy the weights."""
     refuse(model)
+    expect_names(names)
     weighted = {
         name: module
         for name, module in named_modules(model).items()
@@ -158,6 +155,13 @@ def _no_counterpart(module: Any) -> str:
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def _modules_torch(model: Any) -> dict[str, Any]:
+    from batchnorm.torch.survey import expect_module
+
+    expect_module(model)
+    return dict(model.named_modules())
 
 
 def _parts_torch(other: Any) -> list[Linear]:
@@ -286,6 +290,13 @@ def _become_ours(module: Any, activation: Any, statistics: Statistics) -> None:
 
 
 # --- Keras ------------------------------------------------------------------------------------------------------------
+
+
+def _layers_keras(model: Any) -> dict[str, Any]:
+    from batchnorm.keras import models
+
+    models.refuse(model)
+    return models.named_layers(model)
 
 
 def _fit_keras(module: Any, other: Any) -> str:

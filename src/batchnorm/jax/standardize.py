@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from batchnorm.definition import Moments, merge_moments, moments
+from batchnorm.whole.calibrate import expect_batches
 
 __all__ = ["Standardize"]
 
@@ -62,9 +63,10 @@ class Standardize(nnx.Module):  # type: ignore[misc, unused-ignore]
         Raises:
             ValueError: If there are no data, if the channel axis does not have `num_features` channels, or if the data
                 are not finite; mean and std then stay as they were.
-            TypeError: If a batch contains no array.
+            TypeError: If the data are no batches, or if a batch contains no array.
         """
         batches: Iterable[Any] = [data] if hasattr(data, "shape") else data
+        expect_batches(batches)
         seen = Moments(0.0, *np.zeros((2, self.num_features)))
         for batch in batches:
             x = batch if select is None else select(batch)

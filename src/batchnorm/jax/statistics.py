@@ -6,10 +6,12 @@ A source is a small value, given as `statistics=` to `batch_norm` or to a layer.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
@@ -291,8 +293,9 @@ class Renorm(Statistics):
     def __post_init__(self) -> None:
         for name, least in ("r_max", 1), ("d_max", 0):
             value = getattr(self, name)
-            if not isinstance(value, Tracer) and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            is_number = isinstance(value, Real | np.ndarray | jax.Array)
+            if not isinstance(value, Tracer) and not (is_number and value >= least):
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
     @property
     def limits(self) -> tuple[Any, Any]:  # type: ignore[override]

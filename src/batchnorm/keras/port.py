@@ -15,8 +15,8 @@ import numpy as np
 
 from batchnorm.keras.layers import BatchNormalization, KerasBatchNormalization
 from batchnorm.keras.linear import linear_parts
-from batchnorm.keras.models import named_layers, to_float64
-from batchnorm.whole.port import Ported
+from batchnorm.keras.models import named_layers, refuse, to_float64
+from batchnorm.whole.port import Ported, expect_names
 
 __all__ = ["Ported", "from_torch", "to_torch"]
 
@@ -50,7 +50,7 @@ def to_torch(model: Any, into: Any = None, names: Names = None) -> Ported:
         return Ported(*_layer_to_torch(model))
     if into is None:
         raise TypeError(f"{type(model).__name__} has several layers: pass the PyTorch model that gets their weights")
-    return _model(model, into, names or {}, _give)
+    return _model(model, into, names, _give)
 
 
 def from_torch(model: Any, into: Any = None, names: Names = None, *, axis: int = 1) -> Ported:
@@ -80,7 +80,7 @@ def from_torch(model: Any, into: Any = None, names: Names = None, *, axis: int =
         return Ported(*_layer_from_torch(model, axis))
     if into is None:
         raise TypeError(f"{type(model).__name__} has several layers: pass the Keras model that gets their weights")
-    return _model(into, model, names or {}, _take)
+    return _model(into, model, names, _take)
 
 
 # --- One layer --------------------------------------------------------------------------------------------------------
@@ -118,22 +118,18 @@ def _set(layer: Any, new: Any) -> list[str]:
     from batchnorm.torch import BatchStatistics, GhostStatistics, Renorm, RunningStatistics, SyncStatistics
 
     said = [f"momentum {layer.momentum:g} (weight of the old) is {1 - layer.momentum:g} (weight of the new)"]
-    statistics: Any = BatchStatistics(unbiased=False)
-    if isinstance(layer, BatchNormalization):
-        statistics = BatchStatistics(unbiased=layer.unbiased)
-        if layer.virtual_batch_size is not None:
-            statistics = GhostStatistics(layer.virtual_batch_size, layer.unbiased)
-        if layer.synchronized:
-            statistics = SyncStatistics(unbiased=layer.unbiased)
+    unbiased = bool(getattr(layer, "unbiased", False))
+    statistics: Any = SyncStatistics(unbiased=unbiased) if layer.synchronized else BatchStatistics(unbiased)
     if layer.renorm:
         clipping = layer.renorm_clipping or {}
-        inner = statistics if isinstance(statistics, BatchStatistics | SyncStatistics) else BatchStatistics(False)
-        statistics = Renorm(clipping.get("rmax", np.inf), clipping.get("dmax", np.inf), 0, inner)
+        statistics = Renorm(clipping.get("rmax", np.inf), clipping.get("dmax", np.inf), 0, statistics)
         said.append("renormalization corrects towards the running statistics; rmin is always 1/rmax")
+    elif getattr(layer, "virtual_batch_size", None) is not None:
+        statistics = GhostStatistics(layer.virtual_batch_size, unbiased)
     if not layer.trainable or getattr(layer, "frozen", None) is not None:
         statistics = RunningStatistics()
         said.append("it is frozen: RunningStatistics()")
-    elif not (statistics.statistics if isinstance(statistics, Renorm) else statistics).unbiased:
+    elif not unbiased:
         said.append("the running variance stays the biased one")
     new.statistics = statistics
     new.eps, new.momentum = layer.epsilon, 1.0 - layer.momentum
@@ -224,21 +220,25 @@ def _get(new: Any, layer: Any) -> list[str]:
 # --- Whole models -----------------------------------------------------------------------------------------------------
 
 
-def _model(keras_model: Any, torch_model: Any, names: Mapping[str, Any], move: Any) -> Ported:
+def _model(keras_model: Any, torch_model: Any, names: Names, move: Any) -> Ported:
     """Pair the layers by name, check all of them, then move the weights."""
-    from torch import nn
+    from batchnorm.torch.survey import expect_module
 
+    refuse(keras_model)
+    expect_module(torch_model)
+    expect_names(names)
+    given: Mapping[str, Any] = names or {}
     theirs = dict(torch_model.named_modules())
     weighted = {
         name: layer
         for name, layer in named_layers(keras_model).items()
         if layer.weights and not layer._flatten_layers(include_self=False, recursive=False)
     }
-    if unknown := set(names) - set(weighted):
+    if unknown := set(given) - set(weighted):
         raise ValueError(f"the Keras model has no layer with weights named {', '.join(sorted(unknown))}")
     pairs: dict[str, tuple[Any, list[Any]]] = {}
     for name, layer in weighted.items():
-        others = names.get(name, name.replace("/", "."))
+        others = given.get(name, name.replace("/", "."))
         others = (others,) if isinstance(others, str) else tuple(others)
         parts = len(linear_parts(layer)) or 1
         if len(others) != parts:
@@ -260,7 +260,6 @@ def _model(keras_model: Any, torch_model: Any, names: Mapping[str, Any], move: A
     for name, module in theirs.items():
         if id(module) not in taken and any(True for _ in module.parameters(recurse=False)):
             raise ValueError(f"{name}, a {type(module).__name__} of the PyTorch model, has no counterpart: give names")
-    assert isinstance(torch_model, nn.Module)
     changes = {name: tuple(move(layer, modules)) for name, (layer, modules) in pairs.items()}
     return Ported(torch_model if move is _give else keras_model, changes)
 

@@ -51,6 +51,7 @@ def fold(model: ModelProto, example_inputs: Inputs | None = None) -> Folded[Mode
         The new model; the node into which each normalization was folded; and the reason why others were not.
 
     Raises:
+        TypeError: If `model` is not a ModelProto, or `example_inputs` no mapping.
         InputError: If the model is not valid or does not run on the inputs. Also if a part of the new model, between
             the places where normalizations were folded, differs from the original on the same values by more than
             rounding explains: relative to the largest value 1e-10 in float64, 1e-4 in float32, 0.02 in float16 and 0.1
@@ -60,6 +61,12 @@ def fold(model: ModelProto, example_inputs: Inputs | None = None) -> Folded[Mode
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", 2017, section 3.2.
     """
+    if not isinstance(model, ModelProto):
+        raise TypeError(
+            f"model must be an onnx.ModelProto, got {type(model).__name__}: load a file with onnx.load(path)"
+        )
+    if not (example_inputs is None or isinstance(example_inputs, Mapping)):
+        raise TypeError(f"example_inputs must be a mapping, from inputs to arrays, got {type(example_inputs).__name__}")
     if example_inputs is not None and not can_run():
         warnings.warn(UNCHECKED, RuntimeWarning, stacklevel=2)
         example_inputs = None

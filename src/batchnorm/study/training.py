@@ -11,7 +11,7 @@ dropout, noise and ghost batches differ between processes.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.study.data import Dataset, Part
 from batchnorm.study.networks import build, own, scale, swap
 from batchnorm.study.tasks import Run, Task
-from batchnorm.torch import GhostStatistics, Renorm, Statistics, SyncStatistics, convert
+from batchnorm.torch import BatchStatistics, Statistics, SyncStatistics, convert
 
 __all__ = ["Trainee", "checks", "moments_of", "reproducible", "right", "train"]
 
@@ -161,7 +161,7 @@ def _together(model: nn.Module, task: Task) -> tuple[nn.Module, int, int]:
     convert(model, fuse=False)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
-            layer.statistics = _shared(layer.statistics)  # type: ignore[assignment]
+            layer.statistics = _shared(layer.statistics or BatchStatistics())  # type: ignore[assignment]
     torch.manual_seed(task.seed * world + rank)  # the weights are there; dropout and noise differ between processes
     unused = own(task.model)  # the study's own networks use all their parameters
     return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=unused), rank, world
@@ -169,11 +169,12 @@ def _together(model: nn.Module, task: Task) -> tuple[nn.Module, int, int]:
 
 def _shared(statistics: Any) -> Statistics:
     """The same statistics over the batches of all processes; ghost batches stay within a process."""
-    if isinstance(statistics, Renorm):
-        return Renorm(statistics.r_max, statistics.d_max, statistics.warmup_steps, statistics=SyncStatistics())
-    if isinstance(statistics, GhostStatistics):
-        return statistics
-    return SyncStatistics()
+    if statistics.limits is not None:
+        statistics = replace(statistics, statistics=SyncStatistics())
+    elif statistics.group is None:
+        statistics = SyncStatistics()
+    found: Statistics = statistics
+    return found
 
 
 def _average(value: Tensor) -> float:

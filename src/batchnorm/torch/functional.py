@@ -1,5 +1,6 @@
 """`batch_norm`: check the call, plan its statistics, compute it by a route, and move the running statistics."""
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,8 @@ def batch_norm(
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
             per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
             unknown; if `eps` is negative, or 0 in training; if a group of `GhostStatistics` has fewer than two values.
-        TypeError: If `statistics` is not a source of statistics, or if `mask` is not a tensor; if `x` is missing; if
-            the activation is a class.
+        TypeError: If an argument is of the wrong kind: `x`, `residual`, `mask` or values per channel no tensor, `eps`
+            no number, `statistics` no source of statistics; if `x` is missing; if the activation is a class.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
             type than `x` where `x` is float32 or float64; if the running statistics are missing in evaluation, or with
             `Renorm`; if they require a gradient or have a tangent; with `SyncStatistics`, as described there.
@@ -135,7 +136,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     source = BATCH if source is None else source
     if not isinstance(source, Statistics):
         expect(source)
-    if not source.takes_mask:
+    if source.is_constant:
         asked = (*asked[:4], None, *asked[5:])
     try:
         _check_eps(asked[5], source)
@@ -153,7 +154,9 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
             )
         chosen = choose(call, plan)
     except Exception:
-        source.fail(asked[0].device)  # the other processes wait for this one
+        if isinstance(asked[0], Tensor):
+            source.fail(asked[0].device)  # the other processes wait for this one
+        _check_kinds(asked, running)
         raise
     if plan.constants is not None and plan.count != 0:
         running = Running()  # constants move nothing
@@ -180,6 +183,16 @@ def _record(running: Running, batch: Batch | None, plan: Plan, is_mapped: bool) 
         update(running, batch, plan.unbiased)
     elif running.mean is None:
         running.note(True)
+
+
+def _check_kinds(asked: tuple[Any, ...], running: Running) -> None:
+    """Say which argument is of the wrong kind, once something has failed: checking each call would take time."""
+    tensors = dict(zip(("x", "weight", "bias", "residual"), asked, strict=False))
+    for name, value in (tensors | {"running_mean": running.mean, "running_var": running.var}).items():
+        if not isinstance(value, Tensor) and (value is not None or name == "x"):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not isinstance(asked[5], Real):
+        raise TypeError(f"eps must be a number, got {asked[5]!r}")
 
 
 def _check_eps(eps: float, source: Statistics) -> None:

@@ -248,6 +248,11 @@ class _Layer(_Base):
             if type(error) not in (ValueError, RuntimeError, NotImplementedError):
                 raise
             raise type(error)(self._explain(str(error), input)) from error
+        except AttributeError:
+            if isinstance(input, Tensor):
+                raise
+            problem = f"the input must be a tensor, got {type(input).__name__}"
+            raise TypeError(self._explain(problem, input)) from None
 
     def _explain(self, problem: str, x: Tensor) -> str:
         """Add the layer to the message, and the shape to PyTorch's error about the rank."""

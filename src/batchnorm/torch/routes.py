@@ -185,7 +185,7 @@ def route(*names: str) -> Iterator[None]:
     global _allowed
     unknown = [name for name in names if name not in _NAMES]
     if unknown:
-        raise ValueError(f"a route must be one of {', '.join(_NAMES)}; got {', '.join(unknown)}")
+        raise ValueError(f"a route must be one of {', '.join(_NAMES)}; got {', '.join(map(str, unknown))}")
     before, _allowed = _allowed, names or None
     try:
         yield

@@ -33,8 +33,17 @@ class Statistics:
     needs_running = False
     """Whether a call needs running statistics."""
 
-    takes_mask = True
-    """Whether a mask has an effect; if not, it is ignored without a check."""
+    is_constant = False
+    """Whether nothing of a batch counts, its mask included, and the running statistics do not move."""
+
+    is_synchronized = False
+    """Whether the statistics are those of all processes together."""
+
+    group: int | None = None
+    """The smallest number of samples that are normalized on their own; None if it is the batch."""
+
+    limits: tuple[float, float] | None = None
+    """How far a correction towards the running statistics may go, `(r_max, d_max)`; None without a correction."""
 
     def plan(self, call: Call, running: Running) -> Plan:
         """Plan the statistics by which a call is normalized.
@@ -81,7 +90,7 @@ class RunningStatistics(Statistics):
     """The running statistics, in training as well, and unchanged: a frozen layer. Weight and bias may still learn."""
 
     needs_running = True
-    takes_mask = False
+    is_constant = True
 
     def plan(self, call: Call, running: Running) -> Plan:
         """The running statistics as constants."""
@@ -117,6 +126,11 @@ class GhostStatistics(Statistics):
         if not (isinstance(self.batch_size, int | np.integer) and self.batch_size > 0):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
         object.__setattr__(self, "batch_size", int(self.batch_size))  # it may be NumPy's
+
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        """`batch_size`."""
+        return self.batch_size
 
     def sizes(self, samples: int) -> list[int]:
         """The number of samples of each group."""
@@ -172,22 +186,23 @@ class SyncStatistics(Statistics):
 
     process_group: Any = None
     unbiased: bool = True
+    is_synchronized = True
 
     @property
-    def group(self) -> Group | None:
+    def processes(self) -> Group | None:
         """The current group of processes; None if there are no others."""
         return Group.of(self.process_group)
 
     def plan(self, call: Call, running: Running) -> Plan:
         """The batches of all processes; the total count is known only after the collective."""
-        group = self.group
+        group = self.processes
         if group is None:
             return BatchStatistics(self.unbiased).plan(call, running)
         return Plan(call.total(), group=group, unbiased=self.unbiased)
 
     def fail(self, device: torch.device) -> None:
         """Make the other processes fail as well."""
-        group = self.group
+        group = self.processes
         if group is not None:
             group.fail(device)
 
@@ -239,6 +254,16 @@ class Renorm(Statistics):
         if not isinstance(self.statistics, BatchStatistics | SyncStatistics):
             raise TypeError(f"statistics must be BatchStatistics() or SyncStatistics(), got {self.statistics!r}")
 
+    @property
+    def is_synchronized(self) -> bool:  # type: ignore[override]
+        """As of the inner statistics."""
+        return self.statistics.is_synchronized
+
+    @property
+    def limits(self) -> tuple[float, float]:  # type: ignore[override]
+        """The full ones."""
+        return self.r_max, self.d_max
+
     def plan(self, call: Call, running: Running) -> Plan:
         """The plan of the inner statistics, with the correction."""
         if running.is_recomputed:
@@ -252,7 +277,7 @@ class Renorm(Statistics):
         plan = self.statistics.plan(call, running)
         if plan.constants is not None:
             return plan
-        r_max, d_max = self.limits(running.batches)
+        r_max, d_max = self.limits_after(running.batches)
 
         def adjust(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
             exact = torch.promote_types(mean.dtype, torch.float32)
@@ -268,7 +293,7 @@ class Renorm(Statistics):
         """As for the inner statistics."""
         self.statistics.fail(device)
 
-    def limits(self, steps: Any) -> tuple[Any, Any]:
+    def limits_after(self, steps: Any) -> tuple[Any, Any]:
         """`r_max` and `d_max` after a number of batches; the full limits if `steps` is None.
 
         Args:

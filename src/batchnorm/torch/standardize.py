@@ -12,6 +12,7 @@ from batchnorm.definition import Moments, merge_moments
 from batchnorm.torch.call import is_eager, is_plain
 from batchnorm.torch.functional import moments
 from batchnorm.torch.pool import Pool
+from batchnorm.whole.calibrate import expect_batches
 
 __all__ = ["Standardize"]
 
@@ -103,7 +104,7 @@ class Standardize(nn.Module):
         Raises:
             ValueError: If there are no data, if the second axis does not have `num_features` channels, or if the data
                 are not finite.
-            TypeError: If a batch contains no tensor.
+            TypeError: If the data are no batches, or if a batch contains no tensor.
             RuntimeError: If another process failed. In all these cases mean and std stay as they were.
         """
         pool = Pool(process_group)
@@ -111,8 +112,10 @@ class Standardize(nn.Module):
         with pool.all_or_none():
             pool.agree({name: self.num_features})
         with pool.all_or_none():
+            batches = [data] if isinstance(data, Tensor) else data
+            expect_batches(batches)
             seen = Moments(0.0, *np.zeros((2, self.num_features)))
-            for batch in [data] if isinstance(data, Tensor) else data:
+            for batch in batches:
                 x = self._select(batch, select)
                 if not x.is_floating_point():
                     x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)

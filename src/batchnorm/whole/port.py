@@ -1,12 +1,22 @@
 """The result of porting a layer or a model to another framework."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from batchnorm.whole.linear import LinearMap
 
-__all__ = ["Linear", "Ported"]
+__all__ = ["Linear", "Ported", "expect_names"]
+
+
+def expect_names(names: Any) -> None:
+    """Raise an error unless `names` is a mapping or None.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not (names is None or isinstance(names, Mapping)):
+        raise TypeError(f"names must be a mapping, from the names of layers to those of the others, got {names!r}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from numpy.typing import NDArray
 
@@ -82,9 +83,19 @@ def lowering(name: str, formula: Any, times: int = 1) -> Any:
         large = math.prod(context.avals_out[0].shape) >= times * how.least
         if not (large and alone and not module.lowering_parameters.for_export and registered()):
             return mlir.lower_fun(formula, multiple_results=True)(context, *operands, how=how)
-        return jax.ffi.ffi_lowering(name)(context, *operands, how=json.dumps(how))
+        over = {0: 0} if name == BACKWARD and _is_computed(operands[0]) else None
+        return jax.ffi.ffi_lowering(name, operand_output_aliases=over)(context, *operands, how=json.dumps(how))
 
     return lower
+
+
+def _is_computed(value: Any) -> bool:
+    """Whether the program computes an array, in whose memory it may then have another one.
+
+    `dx` over `dy` saves the reading of memory that is only written. XLA copies `dy` before if something else needs it,
+    as it always does with an argument of the program.
+    """
+    return not isinstance(value.owner, ir.Block)
 
 
 # --- What XLA calls ---------------------------------------------------------------------------------------------------
@@ -158,11 +169,12 @@ def _backward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], how: H
     rows = _rows(x, how.axis)
     weight, bias, residual, counts = _spread(how, arrays)
     count = rows.shape[0] * rows.shape[2] if counts is None else float(counts.sum(dtype=np.float64))
-    sums = np.empty((2, rows.shape[1]))
+    sums, dy_rows = np.empty((2, rows.shape[1])), _rows(dy, how.axis)
     launch.backward(
-        _rows(dy, how.axis), rows, residual, counts, mean.astype(np.float64) + low,
+        dy_rows, rows, residual, counts, mean.astype(np.float64) + low,
         1 / np.sqrt(var.astype(np.float64) + how.eps), weight, bias, count, how.activation, sums[0], sums[1],
-        _rows(dx, how.axis), None if d_residual is None else _rows(d_residual, how.axis),
+        dy_rows if dx.ctypes.data == dy.ctypes.data else _rows(dx, how.axis),
+        None if d_residual is None else _rows(d_residual, how.axis),
     )  # fmt: skip
     if d_weight is not None:
         d_weight[:] = sums[1]

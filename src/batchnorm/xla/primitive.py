@@ -127,7 +127,8 @@ BACKWARD = _primitive(
 )
 mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, routes.FORWARD_ALONE), platform="cpu")
 mlir.register_lowering(FORWARD, kernels.lowering(kernels.FORWARD, _forward), platform="cpu")
-mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, _gradients), platform="cpu")
+# Not cached, because in a cached lowering every operand looks like an argument of the program.
+mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, _gradients), platform="cpu", cacheable=False)
 
 
 # --- Their derivatives ------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def route(*names: str) -> Iterator[None]:
     global _allowed
     unknown = [name for name in names if name not in ROUTES]
     if unknown:
-        raise ValueError(f"a route must be one of {', '.join(ROUTES)}; got {', '.join(unknown)}")
+        raise ValueError(f"a route must be one of {', '.join(ROUTES)}; got {', '.join(map(str, unknown))}")
     before, _allowed = _allowed, names or None
     try:
         yield
