@@ -311,7 +311,8 @@ print("agree")
 
 
 def test_four_devices_with_uneven_masks_are_one_device() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FOUR_DEVICES],
         capture_output=True, text=True, env=environment, check=False, timeout=900,

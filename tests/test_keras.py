@@ -16,17 +16,14 @@ FILTERS = [
 
 
 CHECKS = {
-    "layer": ("check_layer",),
-    "sync": ("check_sync",),
+    "layer": ("check_layer", "check_sync"),
     "tools": ("check_tools", "check_fold", "check_port", "check_diagnose"),
 }
 """What shares a process: a backend takes seconds to start."""
 
 XLA = {
     "tensorflow": "--xla_force_host_platform_device_count=2",
-    # Compiling is most of what JAX does here.
-    "jax": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "jax": f"--xla_force_host_platform_device_count=2 {os.environ['XLA_FLAGS']}",
     "torch": "",
 }
 

@@ -12,17 +12,15 @@ pytestmark = pytest.mark.gpu
 HERE = Path(__file__).parent
 
 CHECKS = {
-    "check_stages": True,
-    "check_launch": True,
-    "check_route": True,
-    "check_memory": True,
-    "check_compiled": False,
+    "interpreted": ("check_stages", "check_launch", "check_route", "check_memory"),
+    "compiled": ("check_compiled",),
 }
-"""The files, and whether the interpreter may stand in for a GPU."""
+"""What shares a process: the interpreter may stand in for a GPU, or the compiler is needed."""
 
 
 def test_every_check_is_run() -> None:
-    assert {path.stem for path in (HERE / "gpu_cases").glob("check_*.py")} == CHECKS.keys()
+    files = {path.stem for path in (HERE / "gpu_cases").glob("check_*.py")}
+    assert {name for names in CHECKS.values() for name in names} == files
 
 
 @pytest.mark.parametrize("checks", CHECKS)
@@ -30,9 +28,9 @@ def test_kernels_gpu(checks: str) -> None:
     pytest.importorskip("triton")
     import torch
 
-    command = [sys.executable, "-m", "pytest", f"gpu_cases/{checks}.py", "--confcutdir=gpu_cases", "-x"]
-    command += ["-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
-    interpreted = CHECKS[checks] and not torch.cuda.is_available()
+    command = [sys.executable, "-m", "pytest", *(f"gpu_cases/{name}.py" for name in CHECKS[checks])]
+    command += ["--confcutdir=gpu_cases", "-x", "-p", "no:cacheprovider", "-o", "python_files=check_*.py"]
+    interpreted = checks == "interpreted" and not torch.cuda.is_available()
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(

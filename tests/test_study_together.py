@@ -1,6 +1,7 @@
 """Processes that `torchrun` started train together and give one report; and studies of planted networks."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -17,17 +18,19 @@ FILES = ["report.html", "report.md", "results.json", "runs.csv", "runs.jsonl"]
 
 
 def start(
-    folder: Path, *arguments: str, processes: int = 1, cwd: Path | None = None
+    folder: Path, *arguments: str, processes: int = 1, workers: int = 1, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """A study of processes that train together. Each may have workers, which import PyTorch once more."""
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.run(
         [sys.executable, *run, "-m", "batchnorm", "study", *arguments, "--out", str(folder)],
         capture_output=True, text=True, check=False, timeout=900, cwd=cwd,
+        env=os.environ | {"LOKY_MAX_CPU_COUNT": str(workers)},
     )  # fmt: skip
 
 
-def study(folder: Path, *arguments: str, processes: int = 1, cwd: Path | None = None) -> dict[str, Any]:
-    done = start(folder, *arguments, processes=processes, cwd=cwd)
+def study(folder: Path, *arguments: str, **how: Any) -> dict[str, Any]:
+    done = start(folder, *arguments, **how)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Written:") == 1
     assert sorted(path.name for path in folder.iterdir()) == FILES
@@ -104,14 +107,16 @@ PLANTED = """
 
 
 @pytest.mark.parametrize(
-    ("factory", "expected"),
+    ("factory", "expected", "workers"),
     [
-        ("deaf", {"faster-at-same-rate": "contradicted", "faster-at-best-rate": "contradicted"}),
-        ("aside", {"faster-at-same-rate": "not supported", "faster-at-best-rate": "not supported"}),
+        ("deaf", {"faster-at-same-rate": "contradicted", "faster-at-best-rate": "contradicted"}, 2),
+        ("aside", {"faster-at-same-rate": "not supported", "faster-at-best-rate": "not supported"}, 1),
     ],
 )
-def test_a_network_for_which_a_claim_is_false(tmp_path: Path, factory: str, expected: dict[str, str]) -> None:
+def test_a_network_for_which_a_claim_is_false(
+    tmp_path: Path, factory: str, expected: dict[str, str], workers: int
+) -> None:
     (tmp_path / "planted.py").write_text(textwrap.dedent(PLANTED))
     arguments = ("--quick", "--model", f"planted:{factory}", "--claims", ",".join(expected), "--target", "0.8")
-    results = study(tmp_path / "report", *arguments, cwd=tmp_path)
+    results = study(tmp_path / "report", *arguments, workers=workers, cwd=tmp_path)
     assert {claim["id"]: claim["verdict"] for claim in results["claims"]} == expected

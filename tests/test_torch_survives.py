@@ -374,7 +374,7 @@ def test_workers_of_a_loader_evaluate_after_their_parent_has_trained(path: str) 
     layer(draw((8, 3, 64, 64)).requires_grad_()).sum().backward()
     data = Evaluated(layer.eval())
     want = [data[i] for i in range(4)]
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=300)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=900)
     assert all(torch.equal(y, expected) for y, expected in zip(loader, want, strict=True))
 
 

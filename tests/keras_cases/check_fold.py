@@ -1,5 +1,6 @@
 """Folding: the same outputs, the original untouched, and what stays says why."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,12 @@ MAPS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "make"), MAPS)
-@pytest.mark.parametrize("kind", [layers.BatchNormalization, BN, Named])
+# What a normalization computes is read from it before the layer that it goes into is looked at: a kind for each layer
+# is enough.
+@pytest.mark.parametrize(
+    ("shape", "make", "kind"),
+    [(*m, kind) for m, kind in zip(MAPS, cycle([layers.BatchNormalization, BN, Named]))],
+)
 def test_into_the_layer_before(shape: tuple[int, ...], make: Any, kind: Any) -> None:
     map, extra = make(), {"activation": "relu"} if kind is BN else {}
     result = assert_folds(
@@ -456,7 +461,11 @@ def test_what_is_no_model() -> None:
         fold(keras.Sequential([layers.Dense(3)]))
 
 
-@pytest.mark.parametrize(("make", "options"), [("MobileNetV2", {"alpha": 0.35}), ("ResNet50V2", {})])
+# JAX compiles a program for each shape of each operation, which takes 15 s for the second: one network is enough there.
+NETWORKS: list[tuple[str, dict[str, Any]]] = [("MobileNetV2", {"alpha": 0.35}), ("ResNet50V2", {})]
+
+
+@pytest.mark.parametrize(("make", "options"), NETWORKS[: 1 if BACKEND == "jax" else 2])
 def test_networks_of_keras(make: str, options: dict[str, Any]) -> None:
     network = getattr(keras.applications, make)
     model = filled(network(weights=None, input_shape=(32, 32, 3), classes=5, **options))
