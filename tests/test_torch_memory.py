@@ -276,6 +276,24 @@ def test_what_was_made_is_freed_before_the_backward_pass_ends(made: list[Any]) -
     assert all(found is None for found in waiting)
 
 
+@pytest.mark.parametrize("way", ["numba", "native"])
+def test_each_input_is_freed_after_its_layer(way: str) -> None:
+    """So the backward pass frees memory from its beginning, and the peak falls with what is kept."""
+    model = bn.convert(Block(), save_memory=True)
+    inputs: list[Any] = []
+    for norm in model.norms:
+        norm.register_forward_pre_hook(lambda _, args: inputs.append(weak(args[0])))
+    alive: list[list[bool]] = []
+
+    def watch(layer: nn.Module, args: Any, y: Tensor) -> None:
+        y.register_hook(lambda _: alive.append([not each.expired() for each in inputs]))
+
+    model.norms[0].register_forward_hook(watch)
+    with bn.route(way):
+        model(batch()).sum().backward()
+    assert alive == [[True, False, False, False, False]]
+
+
 def test_memory_does_not_grow() -> None:
     model = bn.convert(Block(), save_memory=True)
     x = batch(2, 2)

@@ -220,6 +220,11 @@ class Recipes:
         finally:
             self._expected = None
 
+    def close(self) -> None:
+        """Forget what was noted: every tensor that is kept refers to `pack`, and so to this object."""
+        self._found.clear()
+        self._kept.clear()
+
     def pack(self, t: Tensor) -> Kept | Named:
         """Keep a tensor."""
         if type(t) is not Tensor or t.layout is not torch.strided:
@@ -324,6 +329,7 @@ def close_after(module: nn.Module, args: Any, output: Any) -> None:
     hooks = _autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and hooks[0] == _local.recipes.pack:
         _autograd._pop_saved_tensors_default_hooks()
+    _local.recipes.close()
     _local.recipes, _local.owner = None, 0
 
 
