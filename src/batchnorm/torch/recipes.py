@@ -32,9 +32,7 @@ LONGEST = 12
 keeping a tensor."""
 
 READ_ONLY_ITS_SHAPE = frozenset(
-    f"{kind}Pool{axes}Backward0"
-    for axes in ("2D", "3D")
-    for kind in ("Avg", "AdaptiveAvg", "AdaptiveMax")
+    f"{kind}Pool{axes}Backward0" for axes in ("2D", "3D") for kind in ("Avg", "AdaptiveAvg", "AdaptiveMax")
 ) | {"MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"}
 """The operations whose backward pass, on the CPU, reads nothing of the input that they keep but its shape and layout.
 Poolings of one axis are those of two."""
