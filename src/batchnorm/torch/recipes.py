@@ -83,7 +83,7 @@ class Named:
         if _only_its_shape_is_read(recipe.witness):
             recipe.pass_over(self)
             size, stride, _ = self.place
-            return torch.empty_strided(size, stride, dtype=recipe.dtype)
+            return torch.empty_strided(size, stride, dtype=recipe.dtype, device=recipe.witness.device)
         return self.value()
 
     def value(self) -> Tensor:
