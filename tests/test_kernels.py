@@ -15,7 +15,7 @@ from cases import ACTIVATIONS, DTYPES, KERNEL_SHAPES, Problem, problem, relative
 
 import batchnorm
 from batchnorm import definition
-from batchnorm.kernels import by_channel, by_row, calls, launch, threads
+from batchnorm.kernels import by_channel, by_row, calls, launch, running, threads
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.compilation import OPTIONS
 from batchnorm.kernels.tiling import CACHE, SERIAL, tiling
@@ -561,3 +561,31 @@ def test_eight_threads_at_once(layer: str) -> None:
         "    assert set(pool.map(mine, range(200))) == {want}"
     )
     in_new_process(code, NUMBA_THREADING_LAYER=layer)
+
+
+# --- Running statistics ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_running_statistics_move_as_in_the_definition(dtype: Any, rate: float) -> None:
+    mean, var = np.array([1.0, -2e38, 3.0]), np.array([0.5, 2e38, 0.0])
+    old = np.array([-1.0, 1e38, 0.1], dtype), np.array([1.0, 3.0, 1e-5], dtype)
+    want = definition.update_running(*old, definition.Moments(9.0, mean, var), rate)
+    got = old[0].copy(), old[1].copy()
+    assert running.move(mean, var, rate, 9 / 8, *got) is True
+    for value, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=2 * np.finfo(dtype).eps)
+    if rate == 1:
+        np.testing.assert_array_equal(got[0], mean.astype(dtype))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e39])
+@pytest.mark.parametrize("which", [0, 1])
+def test_running_statistics_stay_if_those_of_a_batch_are_not_finite(which: int, poison: float) -> None:
+    batch = np.ones(5), np.ones(5)
+    batch[which][3] = poison
+    old = np.arange(5, dtype=np.float32), np.ones(5, np.float32)
+    got = old[0].copy(), old[1].copy()
+    assert running.move(*batch, 0.1, 1.0, *got) is False
+    np.testing.assert_array_equal(got, old)

@@ -335,6 +335,17 @@ def test_autograd_is_told_that_running_statistics_changed(path: str) -> None:
         y.backward()
 
 
+def test_running_statistics_of_a_batch_far_from_zero(path: str) -> None:
+    """PyTorch's operation is tried first on a small batch, and what it did to the running statistics is undone."""
+    offset = 1e4
+    g = given(IMAGES, offset=offset)
+    want = definition.update_running(g.running_mean, g.running_var, definition.moments(g.x), 0.1)
+    got = g.running_mean.clone(), g.running_var.clone()
+    batch_norm(g.x, *got, training=True)
+    for value, expected in zip(got, want, strict=True):
+        assert relative_error(value.numpy(), expected) < offset * tolerance(np.float64, g.x.numel() // 3)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30])  # the square of 1e30 is not a float32
 def test_a_batch_that_is_not_finite_changes_no_running_statistics(poison: float, path: str) -> None:
     g = given(IMAGES, np.float32)

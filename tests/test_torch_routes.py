@@ -177,10 +177,12 @@ def test_the_table_chooses_by_size_type_and_layout() -> None:
     side = routes.SMALL // 16
     assert taken(layer, torch.randn(4, 4, 1, side - 1)) == "native"
     assert taken(layer, torch.randn(4, 4, 1, side)) == "numba"
-    last = torch.randn(4, 4, 2, side - 1).contiguous(memory_format=torch.channels_last)
+    last = torch.randn(4, 4, 4, side - 1).contiguous(memory_format=torch.channels_last)
     assert taken(layer, last) == "native"
-    last = torch.randn(4, 4, 2, side).contiguous(memory_format=torch.channels_last)
+    last = torch.randn(4, 4, 4, side).contiguous(memory_format=torch.channels_last)
     assert taken(layer, last) == "numba"
+    assert taken(bn.BatchNorm1d(4), torch.randn(routes.SMALL - 1, 4)) == "native"
+    assert taken(bn.BatchNorm1d(4), torch.randn(routes.SMALL, 4)) == "numba"
     assert taken(layer.eval(), torch.randn(4, 4, 1, routes.SMALL_EVALUATION // 16 - 1)) == "native"
     assert taken(layer, torch.randn(4, 4, 1, routes.SMALL_EVALUATION // 16)) == "numba"
     assert taken(layer.train(), torch.randn(4, 4, 2, 2, dtype=torch.bfloat16)) == "numba"

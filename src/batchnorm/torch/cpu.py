@@ -5,14 +5,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from batchnorm.kernels import launch, threads
+from batchnorm.kernels.running import move as launch_move
+from batchnorm.torch import arrays
 from batchnorm.torch.allocator import empty_like
-from batchnorm.torch.call import Call, Part
+from batchnorm.torch.call import Call, Part, Plan, is_plain
 from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
-from batchnorm.torch.running import Running
+from batchnorm.torch.running import Running, correction
 
 __all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
 
@@ -22,18 +23,23 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
 
-_TYPES = {
-    torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str,
-    torch.bfloat16: np.dtype(np.uint16).str,
-}  # fmt: skip
-"""How NumPy writes the types."""
-
 threads.follow(torch.get_num_threads)
 
 
-def can_move(running: Running, x: Tensor) -> bool:
-    """Whether `forward` moves the running statistics itself: never."""
-    return False
+def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
+    """Whether `forward` can move these running statistics: dense ones, by one batch."""
+    mean, var = running.mean, running.var
+    return (
+        mean is not None
+        and var is not None
+        and plan.parts is None
+        and mean.dtype is var.dtype
+        and (mean.dtype is torch.float32 or mean.dtype is torch.float64)
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and is_plain(x, mean, var)
+        and not (mean.is_inference() or var.is_inference())
+    )
 
 
 Tables = tuple[Any, Any]
@@ -46,7 +52,7 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
     if call.x.numel() > 0:
         laid = memory_format(call.x)
         with torch.no_grad():
-            launch.moments(_array(call.x, laid), _counts(call, laid), mean.numpy(), var.numpy())
+            launch.moments(arrays.batch(call.x, laid), _counts(call, laid), mean.numpy(), var.numpy())
     return mean, var
 
 
@@ -59,14 +65,26 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
     if x.numel() == 0:
         return y, statistics, affine
-    arrays = _array(y, laid), _array(x, laid), _array(call.residual, laid), _counts(call, laid)
-    for part, mean, var, rstd in zip(how.parts, *statistics.numpy(), strict=True):
-        y_, x_, residual, counts = _of_part(part, x, arrays)
+    given = arrays.batch(y, laid), arrays.batch(x, laid), arrays.batch(call.residual, laid), _counts(call, laid)
+    for part, mean, var, rstd in zip(how.parts, *arrays.view(statistics), strict=True):
+        y_, x_, residual, counts = _of_part(part, x, given)
         if how.statistics is None:
             launch.forward(x_, residual, counts, *affine, call.eps, call.activation, y_, mean, var, rstd)
         else:
             launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
+        if how.running is not None:
+            _move(how.running, part.count, mean, var, how.plan.unbiased)
     return y, statistics, affine
+
+
+def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -> None:
+    """Move running statistics that the kernel `can_move`, and count the batch."""
+    assert running.mean is not None
+    assert running.var is not None
+    rate = float(running.rate())
+    factor = float(correction(count)) if unbiased else 1.0
+    torch.autograd.graph.increment_version((running.mean, running.var))
+    running.note(launch_move(mean, var, rate, factor, arrays.view(running.mean), arrays.view(running.var)))
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: Needs) -> Gradients:
@@ -87,37 +105,40 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Table
         dx = dense if over_dy else empty_like(x, laid)
     d_residual = empty_like(x, laid) if needs.d_residual and call.residual is not None else None
     group = how.plan.group if needs.dx else None
-    sums = torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
+    sums = np.zeros((2, len(how.parts), x.shape[1]))
     if x.numel() == 0:
         if group is not None:
-            group.reduce(sums.clone())
-        return dx, sums[1, 0], sums[0, 0], d_residual
-    inputs = _array(x, laid), _array(call.residual, laid)
-    written = _output(dx, laid), _output(d_residual, laid)
-    dy_array = written[0] if over_dy else _array(dense, laid)
+            group.reduce(torch.from_numpy(sums))
+        d_bias, d_weight = (torch.zeros(x.shape[1], dtype=call.arithmetic, device="cpu") for _ in range(2))
+        return dx, d_weight, d_bias, d_residual
+    inputs = arrays.batch(x, laid), arrays.batch(call.residual, laid)
+    written = arrays.batch(dx, laid), arrays.batch(d_residual, laid)
+    dy_array = written[0] if over_dy else arrays.batch(dense, laid)
     if dx is not None or d_residual is not None:  # the kernels write both or none
         written = tuple(
             np.empty_like(of) if out is None and of is not None else out
             for of, out in zip(inputs, written, strict=True)
         )
-    arrays = dy_array, *inputs, _counts(call, laid), *written
-    for part, mean, _, rstd, *own in zip(how.parts, *statistics.numpy(), *sums.numpy(), strict=True):
-        dy_, x_, residual, counts, *outputs = _of_part(part, x, arrays)
-        given = mean, rstd, *affine
+    given = dy_array, *inputs, _counts(call, laid), *written
+    for part, mean, _, rstd, *own in zip(how.parts, *arrays.view(statistics), *sums, strict=True):
+        dy_, x_, residual, counts, *outputs = _of_part(part, x, given)
+        constants = mean, rstd, *affine
         of_output = keeps_output(call)
         if outputs[0] is not None and group is None:
             launch.backward(
-                dy_, x_, residual, counts, *given, part.count, call.activation, *own, *outputs, of_output=of_output
+                dy_, x_, residual, counts, *constants, part.count, call.activation, *own, *outputs, of_output=of_output
             )
             continue
-        exact = launch.grad_sums(dy_, x_, residual, *given, call.activation, *own, of_output=of_output)
+        exact = launch.grad_sums(dy_, x_, residual, *constants, call.activation, *own, of_output=of_output)
         if group is not None:
-            all_dz, all_dz_xhat = group.reduce(sums.clone())[:, 0].numpy()
+            all_dz, all_dz_xhat = group.reduce(torch.from_numpy(sums.copy()))[:, 0].numpy()
             launch.grad_input(
-                dy_, x_, residual, counts, *given, all_dz, all_dz_xhat, part.count, call.activation, *outputs,
+                dy_, x_, residual, counts, *constants, all_dz, all_dz_xhat, part.count, call.activation, *outputs,
                 of_output=of_output, exact=exact,
             )  # fmt: skip
-    d_bias, d_weight = sums[:, 0] if len(how.parts) == 1 else sums.sum(1)
+    d_bias, d_weight = (
+        arrays.tensor(each, call.arithmetic) for each in (sums[:, 0] if len(how.parts) == 1 else sums.sum(1))
+    )
     return dx, d_weight, d_bias, d_residual
 
 
@@ -129,43 +150,8 @@ def old_bias(statistics: Tensor, affine: Tables) -> Tensor:
 # --- Tensors as arrays -----------------------------------------------------------------------------------------------
 
 
-def _array(t: Tensor | None, laid: torch.memory_format) -> Any:
-    """The tensor as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` for channels last; copied only if necessary."""
-    if t is None:
-        return None
-    t = t.contiguous(memory_format=laid)
-    if type(t if t._base is None else t._base) is Parameter:
-        t = t.detach().clone()  # sharding could not free the memory of a parameter that NumPy has seen
-    if t.dtype is torch.bfloat16:
-        t = t.detach().view(torch.uint16)
-    if laid is torch.contiguous_format:
-        return t.numpy(force=True).reshape(t.shape[0], t.shape[1], t.shape[2:].numel())
-    return t.movedim(1, -1).numpy(force=True).reshape(-1, t.shape[1], 1)
-
-
-class _Memory:
-    """What NumPy makes an array of."""
-
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
-
-
-def _output(t: Tensor | None, laid: torch.memory_format) -> Any:
-    """A dense tensor of our own as such an array.
-
-    `Tensor.numpy` would mark its memory as shared with NumPy for good, and no layer could overwrite it any more.
-    """
-    if t is None:
-        return None
-    shape = (t.numel() // t.shape[1], t.shape[1], 1)
-    if laid is torch.contiguous_format:
-        shape = (t.shape[0], t.shape[1], t.shape[2:].numel())
-    interface = {"version": 3, "data": (t.data_ptr(), False), "shape": shape, "typestr": _TYPES[t.dtype]}
-    return np.asarray(_Memory(interface))
-
-
 def _counts(call: Call, laid: torch.memory_format) -> Any:
-    """The counts that go with such an array: `(N, L)` or `(N*L, 1)`."""
+    """The counts that go with the array of a batch: `(N, L)` or `(N*L, 1)`."""
     if call.counts is None:
         return None
     rows = call.counts.shape[0] if laid is torch.contiguous_format else call.counts.numel()
@@ -173,16 +159,8 @@ def _counts(call: Call, laid: torch.memory_format) -> Any:
 
 
 def tables(call: Call) -> Tables:
-    """Weight and bias as the kernels take them: copies.
-
-    So the bias may change before the backward pass, as PyTorch allows, and nothing keeps alive the memory of a
-    parameter that sharding frees.
-    """
-    weight, bias = (
-        None if values is None else values.detach().to(call.arithmetic, copy=True).numpy()
-        for values in (call.weight, call.bias)
-    )
-    return weight, bias
+    """Weight and bias as the kernels take them: copies, because the bias may change before the backward pass."""
+    return arrays.table(call.weight, call.arithmetic), arrays.table(call.bias, call.arithmetic)
 
 
 def _of_part(part: Part, x: Tensor, arrays: tuple[Any, ...]) -> list[Any]:

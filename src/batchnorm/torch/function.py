@@ -78,7 +78,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
             weight, bias = composed.adjusted(call, r, d)
             call = call._replace(weight=weight, bias=bias)
             plan = plan._replace(adjust=None)
-    elif stages.can_move(running, call.x):
+    elif stages.can_move(running, call.x, plan):
         moved = running
     how = How(stages, plan, count, found, call.eps, call.activation, moved)
     if torch.is_grad_enabled():

@@ -141,7 +141,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         _check_eps(asked[5], source)
         call = Call.of(*asked)
         running.check(call.x, source.needs_running)
-        if not source.needs_running and not torch.compiler.is_compiling() and is_repetition():
+        if not source.needs_running and (call.is_eager or not torch.compiler.is_compiling()) and is_repetition():
             running = running._replace(is_recomputed=True)
         plan = source.plan(call, running)
         if plan.constants is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.torch.call import Call, is_plain
+from batchnorm.torch.call import Call, Plan, is_plain
 from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
@@ -47,7 +47,7 @@ def is_available(device: torch.device) -> bool:
     return True
 
 
-def can_move(running: Running, x: Tensor) -> bool:
+def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
     """Whether the forward kernel can move these running statistics.
 
     They must be dense and on the device of `x`. Their type must have the range of float32, so that what is finite in

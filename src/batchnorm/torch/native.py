@@ -2,14 +2,15 @@
 
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.torch import recipes
+from batchnorm.torch import arrays, cpu, recipes
 from batchnorm.torch.activations import ACTIVATIONS
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
-from batchnorm.torch.running import Running, is_finite
+from batchnorm.torch.running import Running
 
 __all__ = ["compute", "takes"]
 
@@ -61,20 +62,22 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
 
 def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> Outcome | None:
     """By the statistics of the batch, which PyTorch returns on the CPU: so it can be asked how exact it was."""
-    mean, var, rate, batch = running.mean, running.var, running.rate(), None
+    mean, var, rate, batch, before = running.mean, running.var, 1.0, None, None
     if mean is not None and var is not None:
-        if plan.unbiased and (strict or is_finite(call.x)):
-            mean, var = mean.clone(), var.clone()
+        if strict and plan.unbiased and cpu.can_move(running, call.x, plan):
+            before = arrays.view(mean).copy(), arrays.view(var).copy()
+            mean, var = mean.data, var.data  # the gradient keeps them, and a later batch changes them
+            rate = float(running.rate())
         else:
             batch = _of_momentum_one(call, plan)
-            mean, var, rate = batch.mean, batch.var, 1.0
-    assert isinstance(rate, float)
+            mean, var = batch.mean, batch.var
     z, batch_mean, rstd = torch.native_batch_norm(call.x, call.weight, call.bias, mean, var, True, rate, call.eps)
     if strict and not _was_near(batch_mean, rstd):
+        if before is not None and mean is not None and var is not None:
+            arrays.view(mean)[:], arrays.view(var)[:] = before
         return None
-    if batch is None and running.mean is not None and running.var is not None:
-        with torch.no_grad():
-            torch._foreach_copy_([running.mean, running.var], [mean, var])  # type: ignore[list-item]  # pyright: ignore
+    if before is not None and running.mean is not None and running.var is not None:
+        torch.autograd.graph.increment_version((running.mean, running.var))
         running.note(True)
     return Outcome(_follow(call, z), batch)
 
@@ -93,7 +96,11 @@ def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
 
 def _was_near(mean: Tensor, rstd: Tensor) -> bool:
     """Whether `|mean| * rstd <= NEAR` in every channel, and no variance was infinite."""
-    return float(torch.linalg.vector_norm(mean * rstd, torch.inf)) <= NEAR and float(rstd.min()) > 0
+    inverse = arrays.view(rstd)
+    return bool(
+        np.minimum.reduce(inverse) > 0
+        and np.logical_and.reduce(np.abs(arrays.view(mean)) <= NEAR / inverse)  # no product: it might overflow
+    )
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:

@@ -78,8 +78,8 @@ def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     # The outputs of an operator must not share memory, even if they are not needed.
     return (
         call.x.new_empty(0) if dx is None else dx,
-        call.x.new_empty(0) if call.weight is None else d_weight.to(call.weight.dtype, copy=True),
-        call.x.new_empty(0) if call.bias is None else d_bias.to(call.bias.dtype, copy=True),
+        call.x.new_empty(0) if call.weight is None else d_weight.to(call.weight.dtype),
+        call.x.new_empty(0) if call.bias is None else d_bias.to(call.bias.dtype),
         call.x.new_empty(0) if d_residual is None else d_residual,
     )
 

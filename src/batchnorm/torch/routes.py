@@ -31,13 +31,14 @@ class Route(NamedTuple):
 
 
 SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 17, 1 << 20, 1 << 15
-"""The numbers of values from which the CPU kernels pay: in training (twice as many for channels-last tensors), in
-evaluation, and in training in a compiled graph.
+"""The numbers of values from which the CPU kernels pay: in training (four times as many where channels are adjacent),
+in evaluation, and in training in a compiled graph.
 
-Forward and backward, an autograd function in Python takes about 30 us more than PyTorch's operation in C++, and several
-times that with cold caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain
-in evaluation: PyTorch's operation reads once and writes once, and the activation is applied in place. In a compiled
-graph, an operator in Python takes about 100 us more than the graph's own loops, which are several times slower.
+Forward and backward, an autograd function in Python takes about 100 us more than PyTorch's operation in C++, and more
+with cold caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain where
+channels are adjacent, because PyTorch's operation is faster there. They also have less to gain in evaluation, where
+PyTorch's operation reads once and writes once, and the activation is applied in place. In a compiled graph, an operator
+in Python takes about 100 us more than the graph's own loops, which are several times slower.
 """
 
 
@@ -53,7 +54,7 @@ def _native_pays(call: Call, plan: Plan) -> bool:
         return False
     if plan.constants is not None:
         return call.x.numel() < SMALL_EVALUATION
-    return call.x.numel() < (SMALL if call.x.is_contiguous() else 2 * SMALL)
+    return call.x.numel() < (SMALL if call.x.is_contiguous() and call.x.dim() > 2 else 4 * SMALL)
 
 
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:

@@ -1,9 +1,8 @@
 """The running statistics of a layer, and how they move.
 
-PyTorch's operation and the GPU's forward kernel may move the running statistics themselves. All other moves are here.
+PyTorch's operation and our kernels may move the running statistics themselves. All other moves are here.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.autograd import forward_ad
 
 from batchnorm.torch.call import Batch, check_channels, is_eager, is_tracing
 
-__all__ = ["Running", "correction", "is_finite", "move", "update"]
+__all__ = ["Running", "correction", "move", "update"]
 
 
 class Running(NamedTuple):
@@ -169,12 +168,3 @@ def move(running_mean: Tensor, running_var: Tensor, batch: Batch, rate: float | 
             return finite
         torch._foreach_copy_(olds, kept)  # pyright: ignore[reportPrivateImportUsage]
     return True if at_once else finite
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether all values are finite, and the sum of their squares as well."""
-    values = x.detach()
-    if values.is_contiguous():  # the fastest test for a small tensor
-        values = values.view(-1)
-        return math.isfinite(torch.dot(values, values).item())
-    return math.isfinite(torch.linalg.vector_norm(values).item())

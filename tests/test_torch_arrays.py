@@ -1,0 +1,61 @@
+"""Tensors as arrays of the kernels."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm.torch as bn
+from batchnorm.torch import arrays
+
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+
+
+def expected(t: Tensor, laid: torch.memory_format) -> Any:
+    values = t.double().numpy(force=True)
+    return values.reshape(*t.shape[:2], -1) if laid is FIRST else np.moveaxis(values, 1, -1).reshape(-1, t.shape[1], 1)
+
+
+@pytest.mark.parametrize("laid", [FIRST, LAST])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_with_any_strides(laid: torch.memory_format, dtype: torch.dtype) -> None:
+    whole = torch.arange(4 * 6 * 5 * 7, dtype=dtype).reshape(4, 6, 5, 7)
+    for t in (
+        whole, whole.contiguous(memory_format=LAST), whole[:, ::2], whole[1:, 1:], whole.transpose(2, 3),
+        nn.Parameter(whole), torch._neg_view(whole), whole[:1].expand(3, 6, 5, 7),
+    ):  # fmt: skip
+        array = arrays.batch(t, laid)
+        assert array.flags.c_contiguous
+        np.testing.assert_array_equal(array, expected(t, laid))
+
+
+@pytest.mark.parametrize("laid", [FIRST, LAST])
+def test_the_bits_of_bfloat16(laid: torch.memory_format) -> None:
+    whole = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for t in (whole, whole[:, ::2]):
+        bits = arrays.batch(t, laid).astype(np.uint32) << 16
+        np.testing.assert_array_equal(bits.view(np.float32), expected(t, laid))
+
+
+def test_a_view_is_no_copy_and_a_table_is() -> None:
+    t = torch.zeros(3)
+    view, table = arrays.view(t), arrays.table(t, torch.float32)
+    t += 1
+    np.testing.assert_array_equal(view, 1)
+    np.testing.assert_array_equal(table, 0)
+    for values in (t[::2], torch._neg_view(t), t.bfloat16(), t.double()):
+        np.testing.assert_array_equal(arrays.table(values, torch.float32), values.float().numpy(force=True))
+
+
+def test_the_memory_of_tensors_stays_theirs() -> None:
+    """Sharding frees the memory of parameters, which is impossible for memory that NumPy has seen."""
+    layer = bn.BatchNorm2d(4, activation="relu")
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    for name in ("native", "numba"):
+        with bn.route(name):
+            layer(x).sum().backward()
+    for t in (x, x.grad, layer.weight, layer.bias, layer.weight.grad, layer.running_mean, layer.running_var):
+        assert t is not None
+        assert t.untyped_storage().resizable()
