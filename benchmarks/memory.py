@@ -1,8 +1,9 @@
 """The memory of a training step: what is kept for its backward pass, and the peak, each in its own process.
 
 The peak is the most memory that a process holds during a step, less what it held before the step. An earlier step loads
-libraries and kernels and creates the optimizer's state, which does not count. Freed tensors are returned to the system
-at once, so that the memory held is the memory used. What is kept is counted by storages, without the parameters.
+libraries and kernels and creates the optimizer's state, which does not count; gradients do. Freed tensors are returned
+to the system at once, so that the memory held is the memory used. What is kept is counted by storages, without the
+parameters.
 
 The largest batch is where the line through the peaks of two batches, one half of the other, meets the memory given:
 the whole memory that the process holds, libraries included.
@@ -176,9 +177,9 @@ def measure(subject: Subject, candidate: str, quick: bool) -> Found:
     half = subject.lay(x[:few].clone()), target[:few].clone()
     step(*half)
     saved = kept(model, x)
-    model.zero_grad()
     found = []
     for batch in (half, (x, target)):
+        model.zero_grad()  # so that both steps bring their gradients
         before = _before()
         step(*batch)
         found.append((before, _peak() - before))

@@ -26,6 +26,7 @@ ORDER = [
     "batchnorm.kernels.gpu",
     "batchnorm.torch.sync",
     "batchnorm.torch.layout",
+    "batchnorm.torch.allocator",
     "batchnorm.torch.activations",
     "batchnorm.torch.call",
     "batchnorm.torch.recomputation",

@@ -6,7 +6,7 @@ import pickle
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,12 @@ def test_a_mask_alone(activation: str) -> None:
         assert_same(gradients(one, x), gradients(other, x))
 
 
-def test_second_derivatives() -> None:
-    one, other = pair(Block())
+POOLED = [nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Tanh(), nn.MaxPool2d(2)]
+
+
+@pytest.mark.parametrize("network", [Block(), nn.Sequential(*POOLED)], ids=["residual blocks", "pooled"])
+def test_second_derivatives(network: nn.Module) -> None:
+    one, other = pair(network)
     x = batch().requires_grad_()
     found = []
     for model in (one, other):
@@ -274,6 +278,24 @@ def test_what_was_made_is_freed_before_the_backward_pass_ends(made: list[Any]) -
     model(x).sum().backward()
     assert len(waiting) >= 4
     assert all(found is None for found in waiting)
+
+
+@pytest.mark.parametrize("way", ["numba", "native"])
+def test_each_input_is_freed_after_its_layer(way: str) -> None:
+    """So the backward pass frees memory from its beginning, and the peak falls with what is kept."""
+    model = bn.convert(Block(), save_memory=True)
+    inputs: list[Any] = []
+    for norm in model.norms:
+        norm.register_forward_pre_hook(lambda _, args: inputs.append(weak(args[0])))
+    alive: list[list[bool]] = []
+
+    def watch(layer: nn.Module, args: Any, y: Tensor) -> None:
+        y.register_hook(lambda _: alive.append([not each.expired() for each in inputs]))
+
+    model.norms[0].register_forward_hook(watch)
+    with bn.route(way):
+        model(batch()).sum().backward()
+    assert alive == [[True, False, False, False, False]]
 
 
 def test_memory_does_not_grow() -> None:
@@ -370,6 +392,41 @@ def test_ways_to_hold_the_output(use: str, way: str) -> None:
     x = batch()
     with bn.route(way):
         assert_same(gradients(one, x), gradients(other, x))
+
+
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max 1d": lambda y: F.max_pool1d(y.flatten(2), 2),
+    "max 2d": lambda y: F.max_pool2d(y, 3, 2, 1),
+    "max 3d": lambda y: F.max_pool3d(y.unsqueeze(2), (1, 2, 2)),
+    "average 1d": lambda y: F.avg_pool1d(y.flatten(2), 2),
+    "average 2d": lambda y: F.avg_pool2d(y, 2),
+    "average 3d": lambda y: F.avg_pool3d(y.unsqueeze(2), (1, 2, 2)),
+    "adaptive average 2d": lambda y: F.adaptive_avg_pool2d(y, 2),
+    "adaptive average 3d": lambda y: F.adaptive_avg_pool3d(y.unsqueeze(2), (1, 2, 2)),
+    "adaptive max 2d": lambda y: F.adaptive_max_pool2d(y, 2),
+    "adaptive max 3d": lambda y: F.adaptive_max_pool3d(y.unsqueeze(2), (1, 2, 2)),
+}
+
+
+@pytest.fixture
+def nan_where_nothing_was_written() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_where_nothing_was_written")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_no_output_is_made_for_a_pooling(pooling: str, layout: Any, made: list[Any]) -> None:
+    pool = POOLINGS[pooling]
+    one, other = pair(Held(lambda m, y: pool(y)))
+    x = batch().contiguous(memory_format=layout)
+    assert_same(gradients(one, x), gradients(other, x))
+    assert made == []
+    one, other = pair(Held(lambda m, y: m.after(y).sum() + pool(y).square()))
+    assert_same(gradients(one, x), gradients(other, x))
+    assert len(made) == 1
 
 
 def test_an_activation_in_place_after_the_layer_is_kept() -> None:

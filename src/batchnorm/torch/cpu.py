@@ -9,6 +9,7 @@ from torch import Tensor
 from batchnorm.kernels import launch, threads
 from batchnorm.kernels.running import move as launch_move
 from batchnorm.torch import arrays
+from batchnorm.torch.allocator import empty_like
 from batchnorm.torch.call import Call, Part, Plan, is_plain
 from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
@@ -58,7 +59,7 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
     """`y`, the statistics as in `How`, and weight and bias as arrays."""
     x, laid, affine = call.x, memory_format(call.x), tables(call)
-    y = torch.empty_like(x, memory_format=laid)
+    y = empty_like(x, laid)
     statistics = how.statistics
     if statistics is None:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
@@ -101,8 +102,8 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Table
     over_dy = needs.dx and (needs.may_overwrite_dy or is_copy)
     dx = None
     if needs.dx:
-        dx = dense if over_dy else torch.empty_like(x, memory_format=laid)
-    d_residual = torch.empty_like(x, memory_format=laid) if needs.d_residual and call.residual is not None else None
+        dx = dense if over_dy else empty_like(x, laid)
+    d_residual = empty_like(x, laid) if needs.d_residual and call.residual is not None else None
     group = how.plan.group if needs.dx else None
     sums = np.zeros((2, len(how.parts), x.shape[1]))
     if x.numel() == 0:

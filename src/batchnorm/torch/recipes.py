@@ -31,6 +31,12 @@ LONGEST = 12
 """The longest chain of recipes in which each needs the next. A chain is recomputed as a whole; a longer one is cut by
 keeping a tensor."""
 
+READ_ONLY_ITS_SHAPE = frozenset(
+    f"{kind}Pool{axes}Backward0" for axes in ("2D", "3D") for kind in ("Avg", "AdaptiveAvg", "AdaptiveMax")
+) | {"MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0"}
+"""The operations whose backward pass, on the CPU, reads nothing of the input that they keep but its shape and layout.
+Poolings of one axis are those of two."""
+
 
 class Kept:
     """A tensor that is kept as it is."""
@@ -74,6 +80,10 @@ class Named:
         recipe = self.recipe
         if recipe.witness._version != recipe.version:
             raise _changed(recipe.witness, tuple(self.place[0]), recipe.version)
+        if _only_its_shape_is_read(recipe.witness):
+            recipe.pass_over(self)
+            size, stride, _ = self.place
+            return torch.empty_strided(size, stride, dtype=recipe.dtype, device=recipe.witness.device)
         return self.value()
 
     def value(self) -> Tensor:
@@ -127,10 +137,7 @@ class Recipe:
         The end of the backward pass frees it in any case.
         """
         with self.lock:
-            if user._turn == self._turn:  # the graph was retained, and this is another pass
-                self._turn, self._asked = self._turn + 1, 0
-            user._turn = self._turn
-            self._asked += 1
+            self._count(user)
             stream = _stream(self.witness.device)
             y = self._found if self._stream == stream else None
             if y is None:
@@ -144,6 +151,19 @@ class Recipe:
                 _at_the_end(self)
             self._found = y if waits else None
             return y
+
+    def pass_over(self, user: Named) -> None:
+        """Note that this user has asked, but needs no values."""
+        with self.lock:
+            self._count(user)
+            if self._asked >= self.users:
+                self._found = None
+
+    def _count(self, user: Named) -> None:
+        if user._turn == self._turn:  # the graph was retained, and this is another pass
+            self._turn, self._asked = self._turn + 1, 0
+        user._turn = self._turn
+        self._asked += 1
 
     def leave(self, user: Named) -> None:
         """Note that this user is gone."""
@@ -161,6 +181,14 @@ class Recipe:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _only_its_shape_is_read(y: Tensor) -> bool:
+    """Whether what asks for `y` now needs a tensor like it, but no values. A second derivative may need them."""
+    if not y.is_cpu or torch.is_grad_enabled() or not is_eager():
+        return False
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() in READ_ONLY_ITS_SHAPE
 
 
 def _at_the_end(recipe: Recipe) -> None:
@@ -219,6 +247,11 @@ class Recipes:
             yield
         finally:
             self._expected = None
+
+    def close(self) -> None:
+        """Forget what was noted: every tensor that is kept refers to `pack`, and so to this object."""
+        self._found.clear()
+        self._kept.clear()
 
     def pack(self, t: Tensor) -> Kept | Named:
         """Keep a tensor."""
@@ -324,6 +357,7 @@ def close_after(module: nn.Module, args: Any, output: Any) -> None:
     hooks = _autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and hooks[0] == _local.recipes.pack:
         _autograd._pop_saved_tensors_default_hooks()
+    _local.recipes.close()
     _local.recipes, _local.owner = None, 0
 
 
