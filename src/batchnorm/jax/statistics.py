@@ -294,7 +294,7 @@ class Renorm(Statistics):
         for name, least in ("r_max", 1), ("d_max", 0):
             value = getattr(self, name)
             is_number = isinstance(value, Real | np.ndarray | jax.Array)
-            if not isinstance(value, Tracer) and not (is_number and value >= least):
+            if not isinstance(value, Tracer) and not (is_number and np.all(np.asarray(value) >= least)):
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
     @property

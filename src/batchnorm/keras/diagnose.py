@@ -237,7 +237,7 @@ class _Around:
             if producer is not None and self.uses[producer[0]] == 1:
                 path, made = producer
                 bias = None if made.bias is None else to_float64(made.bias)
-                if bias is not None and not made.bias.trainable and not bias.any():
+                if made.bias is not None and not made.bias.trainable and not np.any(bias):
                     bias = None  # as the remedy leaves it
                 layer.producer = Producer(path, _at(self.model, path, made), bias)
 

@@ -60,7 +60,8 @@ class _WithoutCollector(Listener):
 
 
 def _is_ours(event: Event) -> bool:
-    module = getattr(event.data["dispatcher"].py_func, "__module__", None)  # functions made by `exec` have None
+    data: Any = event.data
+    module = getattr(data["dispatcher"].py_func, "__module__", None)  # functions made by `exec` have None
     return isinstance(module, str) and module.startswith("batchnorm.")
 
 
