@@ -301,11 +301,16 @@ def _verdicts(tables: Tables) -> str:
 
 
 def _told(records: list[Record]) -> str:
-    """How studies are expected to end, as `99% supported, 1% undecided; 12 seeds`."""
+    """How studies are expected to end, as `96% supported, 4% undecided; 12 seeds`."""
     if not (expected := verdicts.expected(records)):
         return "—"
     shares, seeds = expected
-    return ", ".join(f"{100 * share:.3g}% {verdict}" for verdict, share in shares.items()) + f"; {seeds:.0f} seeds"
+    told = (
+        f"{'over 99%' if share >= 0.995 else f'{share:.0%}'} {verdict}"
+        for verdict, share in shares.items()
+        if share >= 0.005
+    )
+    return f"{', '.join(told)}; {seeds:.0f} seeds"
 
 
 def _keras(tables: Tables) -> str:

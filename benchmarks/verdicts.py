@@ -28,7 +28,8 @@ def effects(records: Sequence[Record]) -> list[float]:
 def expected(records: Sequence[Record]) -> tuple[dict[str, float], float] | None:
     """How studies would end whose seeds vary as much as those of the records: simulated, with normal effects.
 
-    A recorded effect is a mean over its seeds, so its variance is that of one seed divided by their number.
+    A recorded effect is a mean over its seeds, so its variance is that of one seed divided by their number. This is only
+    nearly right if the studies stopped at different numbers of seeds, for extreme ones stop first.
 
     Args:
         records: Those of one claim.
@@ -53,7 +54,7 @@ def expected(records: Sequence[Record]) -> tuple[dict[str, float], float] | None
 def _ended(study: list[float], rounds: Sequence[int], rule: Rule) -> tuple[Verdict, int]:
     """The verdict on effects in units of their margin, and the number of seeds that it took."""
     for seeds in rounds:
-        found = verdict(mean_interval(study[:seeds], each_round(len(rounds))), 1.0, rule)
+        found = verdict(mean_interval(study[:seeds], each_round(rounds)), 1.0, rule)
         if found != "undecided":
             break
     return found, seeds

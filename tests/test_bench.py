@@ -452,6 +452,9 @@ def test_studies_of_a_clear_effect_agree_soon_and_of_one_at_its_margin_never() -
     clear = [record | {"effect": 2 * record["effect"]} for record in near]
     assert verdicts.expected(clear) == ({"supported": 1.0}, 6.0)
     assert verdicts.expected(near[:1]) is None
+    assert re.fullmatch(r"\d\d% undecided, .*; 1\d\d seeds", told := report._told(near))
+    assert "." not in told, "no more digits than a simulation gives"
+    assert report._told(clear) == "over 99% supported; 6 seeds"
 
 
 def test_the_report(tmp_path: Path) -> None:

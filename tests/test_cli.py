@@ -129,14 +129,24 @@ def test_an_option_that_is_no_number() -> None:
     assert "--seeds" in result.stderr
 
 
-def test_an_interrupt_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_an_interrupt_is_one_line_that_counts_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first round, in the second, and before the second goes on."""
+    perform_all, calls = terminal.perform_all, iter(range(5))
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) != 1:
+            raise KeyboardInterrupt
+        return perform_all(*arguments)
 
     monkeypatch.setattr(terminal, "perform_all", interrupted)
-    result = run("study", *SMALL, "--out", tmp_path / "report")
-    said = "batchnorm: interrupted; 0 of 26 runs are kept, and the same command with --resume goes on.\n"
-    assert (result.exit_code, result.stderr, result.stdout) == (130, said, "")
+    gradients = ("--quick", "--seeds", 1, "--doublings", 1, "--claims", "gradients", "--out", tmp_path / "report")
+    for kept, more in ((0, ()), (4, ("--resume",)), (4, ("--resume",))):
+        result = run("study", *gradients, *more)
+        said = f"batchnorm: interrupted; {kept} runs are kept, and the same command with --resume goes on.\n"
+        assert (result.exit_code, result.stderr, result.stdout) == (130, said, "")
+    monkeypatch.setattr(terminal.Store, "load", interrupted)
+    result = run("study", *gradients, "--resume")
+    assert (result.exit_code, result.stderr) == (130, "batchnorm: interrupted.\n"), "nobody has counted"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
@@ -170,7 +180,7 @@ def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_results(
     stdout, stderr = process.communicate(timeout=900)
     assert stdout == ""
     if kind != signal.SIGKILL:
-        said = "batchnorm: interrupted; 7 of 26 runs are kept, and the same command with --resume goes on.\n"
+        said = "batchnorm: interrupted; 7 runs are kept, and the same command with --resume goes on.\n"
         assert (process.returncode, stderr) == (130, said)
     assert [path.name for path in folder.iterdir()] == ["runs.jsonl"]
     kept = (folder / "runs.jsonl").read_text()

@@ -1,6 +1,7 @@
 """What follows from runs: the rule, and every claim on records where the answer is known."""
 # ruff: noqa: E402  (what is optional is asked for before it is imported)
 
+import io
 import json
 import math
 import re
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 for module in ("torch", "sklearn", "joblib", "plotly"):
     pytest.importorskip(module)
 
 from batchnorm.errors import InputError
+from batchnorm.study import terminal
 from batchnorm.study.claims import (
     Finding,
     best_rate,
@@ -155,8 +158,8 @@ def test_the_intervals_of_all_rounds_contain_the_mean_together() -> None:
         intervals = [mean_interval(study[:seeds], confidence) for seeds in rounds]
         return all(low <= 3.0 <= high for low, high in filter(None, intervals))
 
-    assert fmean(right(study, each_round(len(rounds))) for study in effects.tolist()) > 0.93
-    assert fmean(right(study, each_round(1)) for study in effects.tolist()) < 0.88, "without the correction"
+    assert fmean(right(study, each_round(rounds)) for study in effects.tolist()) > 0.93
+    assert fmean(right(study, each_round(rounds[:1])) for study in effects.tolist()) < 0.88, "without the correction"
 
 
 # --- Convergence, rates, accuracy -------------------------------------------------------------------------------------
@@ -398,6 +401,7 @@ def test_only_what_is_undecided_gets_more_seeds_until_it_is_decided() -> None:
     experiments, claims = chosen(["small-batches-hurt", "renorm-mends"])
     of = setup(6, doublings=3)
     asked: list[tuple[int, set[tuple[str, int]], int]] = []
+    names: list[list[str]] = []
 
     def run(task: Task) -> Run:
         worse = 0.3 if task.batch_size == 2 and task.variant == "batch_norm" else 0.0
@@ -406,12 +410,14 @@ def test_only_what_is_undecided_gets_more_seeds_until_it_is_decided() -> None:
 
     def perform(tasks: dict[str, list[Task]], seeds: int) -> list[Run]:
         every = [task for each in tasks.values() for task in each]
+        names.append(list(tasks))
         asked.append((seeds, {(task.variant, task.batch_size) for task in every}, len(every)))
         return [run(task) for task in every]
 
     records, (hurt, mends) = conduct(of, experiments, claims, perform)
     assert [(seeds, count) for seeds, _, count in asked[1:]] == [(12, 2 * 6), (24, 2 * 12)]
     assert all(tasks == {("batch_norm", 4), ("renorm", 4)} for _, tasks, _ in asked[1:])
+    assert names[1:] == [["renorm mends"]] * 2, "short enough for a progress bar"
     assert (hurt.seeds, hurt.verdict, hurt.effect) == (6, "supported", pytest.approx(30))
     assert (mends.seeds, mends.verdict, mends.effect) == (24, "supported", pytest.approx(2.5))
     assert mends.interval == mean_interval(mends.effects, 1 - 0.05 / 4)
@@ -436,6 +442,38 @@ def test_rates_stay_those_that_the_first_seeds_chose() -> None:
     conduct(of, [experiment], [claim], perform)
     assert len(rates) > 1
     assert rates[1:] == [{0.02}] * len(rates[1:])
+
+
+def test_rounds_that_are_too_small_to_decide_are_not_corrected_for() -> None:
+    """Of 2, 4, 8 and 16 seeds two can decide."""
+    assert each_round((2, 4, 8, 16)) == each_round((8, 16)) == pytest.approx(0.975)
+    assert each_round((2, 4)) == each_round((6,)) == pytest.approx(0.95)
+    experiments, claims = chosen(["faster-at-same-rate"])
+    asked: list[int] = []
+
+    def perform(tasks: dict[str, list[Task]], seeds: int) -> list[Run]:
+        asked.append(seeds)
+        every = [task for each in tasks.values() for task in each]
+        return [trained(task, reaches(8 if task.variant == "batch_norm" else 32)(task)) for task in every]
+
+    _, (finding,) = conduct(setup(2, doublings=3), experiments, claims, perform)
+    assert (finding.verdict, asked) == ("supported", [2, 4, 8])
+
+
+def test_progress_fits_a_terminal_of_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, shown = setup(6, doublings=5), io.StringIO()
+    monkeypatch.setattr(terminal, "Console", lambda **_: Console(file=shown, width=80, force_terminal=True))
+    (experiment,), _ = chosen(["less-careful-initialization"])
+    tasks = of.seeded(experiment.tasks(of))[:10]
+    runs: dict[Task, Run] = {}
+    with terminal._progress(of, {"less careful initialization": tasks}, runs, 192) as advance:
+        for task in tasks[:3]:
+            runs[task] = trained(task, [0.5])
+            advance(runs[task])
+    words = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).split())
+    assert "round 6 of 6: 192 seeds, 1 undecided" in words
+    assert "less careful initialization ━" in words
+    assert words.count("3/10") >= 2, "of the round and of the claim"
 
 
 def test_more_seeds_are_not_tried_where_there_is_no_effect_at_all() -> None:
@@ -545,6 +583,7 @@ def test_every_level_has_what_claims_ask_for() -> None:
         ({"epochs": -3}, "epochs must be 1 or more, got -3"),
         ({"paper_steps": 0}, "paper steps must be 1 or more, got 0"),
         ({"doublings": -1}, "doublings must be 0 or more, got -1"),
+        ({"seeds": 1001}, "1001 seeds are more than 1000; choose fewer"),
         ({"seeds": 63, "doublings": 4}, "63 seeds, doubled 4 times, are more than 1000; choose fewer seeds"),
         ({"batch_size": 1}, "batch size must be 2 or more"),
         ({"target": 1.0}, "between 0 and 1, got 1.0"),
@@ -555,6 +594,22 @@ def test_every_level_has_what_claims_ask_for() -> None:
 def test_settings_out_of_range(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         Settings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds"),
+    [
+        ({}, (6, 12, 24, 48, 96, 192)),
+        ({"level": "quick"}, (5,)),
+        ({"level": "full"}, (12, 24, 48, 96, 192)),
+        ({"seeds": 50}, (50, 100)),
+        ({"seeds": 500}, (500,)),
+        ({"seeds": FEWEST_SEEDS - 1}, (4,)),
+        ({"seeds": 1, "doublings": 3}, (1, 2, 4, 8)),
+    ],
+)
+def test_rounds(settings: dict[str, Any], rounds: tuple[int, ...]) -> None:
+    assert Settings(**settings).rounds == rounds
 
 
 def test_base_seeds_share_no_seed() -> None:

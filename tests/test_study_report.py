@@ -139,6 +139,19 @@ def test_markdown_has_a_row_and_a_meaning_for_every_claim(mixed: Findings) -> No
         assert any(line.startswith(f"**{finding.claim.statement}** {report.meaning(finding)}") for line in lines)
 
 
+def test_intervals_of_several_rounds_say_how_confident_they_are(mixed: Findings) -> None:
+    """Six rounds have intervals of 1 - 0.05/6 each."""
+    records = Records(setup(SEEDS, doublings=5), mixed[0].runs)
+    said = "Intervals are at 99.17%, so that those of all 6 rounds hold at 95%."
+    assert said in report.markdown(records, list(EXPERIMENTS), mixed[1])
+    assert "Intervals are at" not in report.markdown(mixed[0], list(EXPERIMENTS), mixed[1])
+    assert report.confidence((2, 4, 8)) == "", "one of the rounds can decide"
+    words = " ".join(Page(page((records, mixed[1]))).words.split())
+    assert "judged 6 times has more chances to be decided by accident, so each interval has 99.17%" in words
+    assert f"one in twenty may be wrong, of these {len(CLAIMS)} about 1." in words
+    assert report.environment(records)["confidence"] == pytest.approx(1 - 0.05 / 6)
+
+
 # --- Files for programs -----------------------------------------------------------------------------------------------
 
 
@@ -181,6 +194,8 @@ def test_runs_are_a_table(mixed: Findings) -> None:
 def test_the_environment_names_versions_and_neither_paths_nor_hosts(mixed: Findings) -> None:
     environment = report.environment(mixed[0])
     assert environment["versions"]["torch"]
+    assert environment["versions"]["scipy"]
+    assert environment["confidence"] == pytest.approx(0.95)
     assert environment["seeds"] == list(range(SEEDS))
     text = json.dumps(environment)
     assert os.uname().nodename not in text
@@ -328,12 +343,15 @@ def test_the_forest_has_a_row_for_every_effect(mixed: Findings) -> None:
         assert math.sinh(x) == pytest.approx(in_margins, rel=0.02, abs=0.01)
 
 
-def test_an_undecided_finding_says_how_many_more_seeds_it_would_take(mixed: Findings) -> None:
+def test_an_undecided_finding_says_how_many_seeds_it_would_take(mixed: Findings) -> None:
     finding = replace(mixed[1][0], verdict="undecided", more_seeds=9)
-    assert report.meaning(finding).endswith("About 9 more seeds would decide it, if the effect is what it seems.")
-    assert "About 1 more seed would" in report.meaning(replace(finding, more_seeds=1))
+    assert report.meaning(finding).endswith(
+        "About 15 seeds would decide it, in a study that starts with so many, if the effect is what it seems."
+    )
     assert "may never decide it" in report.meaning(replace(finding, more_seeds=None))
-    assert "Fewer than 5 seeds decide nothing." in report.meaning(replace(finding, effects=[1.0]))
+    assert report.more(replace(finding, effects=[])) == "Too few seeds have an effect to compare."
+    one = replace(finding, effects=[1.0], without=[1.0], with_=[1.0])
+    assert report.more(one) == "Fewer than 5 seeds decide nothing."
     assert report.more(replace(finding, verdict="supported")) == ""
 
 

@@ -112,7 +112,7 @@ def study(
         str, typer.Option(metavar="A,B", help="Check only these claims or sections, by id. [default: all]")
     ] = "",
     quick: Annotated[bool, _flag("--quick", help="Fewer seeds and steps: a shorter study.")] = False,
-    full: Annotated[bool, _flag("--full", help="More seeds and steps: several times as long.")] = False,
+    full: Annotated[bool, _flag("--full", help="More seeds and steps: many times as long.")] = False,
     resume: Annotated[
         bool, _flag("--resume", help="Keep the runs that an interrupted study left in DIR, and train the rest.")
     ] = False,
@@ -123,7 +123,8 @@ def study(
         int | None,
         typer.Option(
             metavar="N",
-            help="How often the seeds are doubled for claims that they leave undecided. [default: 5; quick 0, full 4]",
+            help="How often the seeds are doubled for claims that they leave undecided. [default: 5, to 192 seeds at "
+            "most; quick 0, full 4]",
         ),
     ] = None,
     epochs: Annotated[

@@ -21,8 +21,9 @@ FEWEST, MOST = 7, 2000
 def interleave(candidates: Mapping[str, Candidate], seconds: float, fewest: int = FEWEST) -> Samples:
     """Time the candidates, after two warm-up calls of each.
 
-    The orders of the rounds are balanced: in them a candidate runs after each of the others equally often, because it
-    finds the caches, the memory and the threads as the one before has left them.
+    The orders of the rounds are balanced, because a candidate finds the caches, the memory and the threads as the one
+    before has left them: within the rounds of a whole cycle of orders, it runs after each of the others equally often.
+    What comes first in a round, and a cycle that time cuts short, are not balanced.
 
     Args:
         candidates: The functions to call, by name.

@@ -100,7 +100,7 @@ class Finding:
         effects: The effects in the claim's unit, for every seed in which at least one side has a number. An effect
             above 1 (a ratio) or above 0 (a difference) agrees with the claim.
         effect: Their mean: geometric for a ratio, arithmetic for a difference. None if there are no effects.
-        interval: The mean's 95% interval, over all rounds together. None with fewer than two effects.
+        interval: The mean's interval; those of all rounds hold at 95%. None with fewer than two effects.
         bound: `"at least"` or `"at most"` if numbers are missing or at the limit of what could be seen; else empty.
         verdict: One of the four verdicts.
         more_seeds: About how many more seeds would decide an undecided verdict; None if that cannot be told, or if it
@@ -126,13 +126,13 @@ class Finding:
 def judge(claim: Claim, records: Records) -> Finding:
     """Measure a claim and judge it.
 
-    Ratios are averaged and resampled as logarithms, so that twice and half have the same weight. With fewer than
-    `FEWEST_SEEDS` effects the verdict is *undecided*, whatever the interval.
+    Ratios are averaged as logarithms, so that twice and half have the same weight. With fewer than `FEWEST_SEEDS`
+    effects the verdict is *undecided*, whatever the interval.
     """
     without, with_ = claim.measure(records)
     best_seen = claim.best_seen(records) if claim.best_seen else None
     effects = _effects(claim, without, with_, claim.unmeasured(records) if claim.unmeasured else None, best_seen)
-    confidence = each_round(len(records.settings.rounds))
+    confidence = each_round(records.settings.rounds)
     interval = mean_interval(effects, confidence)
     ratio = claim.unit == "ratio"
     linear: Callable[[float], float] = math.exp if ratio else float

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any, NamedTuple, get_args
@@ -25,10 +26,11 @@ from batchnorm.study.figures import Effect, Plot, forest, strip
 from batchnorm.study.runner import processes
 from batchnorm.study.summary import disagrees, in_margins, sentences
 from batchnorm.study.tasks import Records, Run
-from batchnorm.study.verdicts import FEWEST_SEEDS, Verdict, each_round
+from batchnorm.study.verdicts import CONFIDENCE, FEWEST_SEEDS, Verdict, each_round, judged
 
 __all__ = [
     "compared",
+    "confidence",
     "counted",
     "effect",
     "environment",
@@ -104,15 +106,19 @@ def meaning(finding: Finding) -> str:
 
 
 def more(finding: Finding) -> str:
-    """How many more seeds would decide an undecided finding, as a sentence; empty if that cannot be told."""
+    """How many seeds would decide an undecided finding, as a sentence; empty if that cannot be told.
+
+    They are those of another study: a claim that gets more seeds until it is decided is decided by accident.
+    """
     if finding.verdict != "undecided":
         return ""
     if len(finding.effects) < 2:
-        return f"Fewer than {FEWEST_SEEDS} seeds decide nothing."
+        few = f"Fewer than {FEWEST_SEEDS} seeds decide nothing."
+        return few if finding.seeds < FEWEST_SEEDS else "Too few seeds have an effect to compare."
     if finding.more_seeds is None:
         return ""
-    seeds = "1 more seed" if finding.more_seeds == 1 else f"{finding.more_seeds} more seeds"
-    return f"About {seeds} would decide it, if the effect is what it seems."
+    seeds = f"{finding.seeds + finding.more_seeds} seeds"
+    return f"About {seeds} would decide it, in a study that starts with so many, if the effect is what it seems."
 
 
 def spent(findings: list[Finding]) -> str:
@@ -121,6 +127,14 @@ def spent(findings: list[Finding]) -> str:
     if len(numbers) > 1:
         return f"{numbers[0]} to {numbers[-1]} seeds"
     return "1 seed" if numbers == [1] else f"{numbers[0]} seeds"
+
+
+def confidence(rounds: Sequence[int]) -> str:
+    """How confident the intervals are, as a sentence; empty if it is what it is called, because one round decides."""
+    if len(judged(rounds)) < 2:
+        return ""
+    each, looks = each_round(rounds), len(judged(rounds))
+    return f"Intervals are at {100 * each:.2f}%, so that those of all {looks} rounds hold at {CONFIDENCE:.0%}."
 
 
 def counted(findings: list[Finding]) -> dict[Verdict, int]:
@@ -206,7 +220,7 @@ def environment(records: Records) -> dict[str, Any]:
         "versions": {
             "batchnorm": batchnorm.__version__,
             "python": platform.python_version(),
-            **versions(("torch", "numpy", "numba", "scikit-learn")),
+            **versions(("torch", "numpy", "scipy", "numba", "scikit-learn")),
         },
         "system": system(),
         "cpu": cpu(),
@@ -223,6 +237,7 @@ def environment(records: Records) -> dict[str, Any]:
             "chance": round(dataset.chance, 6),
         },
         "seeds": list(settings.first_seeds(settings.rounds[0])),
+        "confidence": each_round(settings.rounds),
         "settings": {**asdict(settings), "optimizer": "Adam", "learning_rates": settings.size.rates},
     }
 
@@ -330,7 +345,7 @@ def page(records: Records, experiments: list[Experiment], findings: list[Finding
         environment=environment(records),
         fewest_seeds=FEWEST_SEEDS,
         rounds=records.settings.rounds,
-        confidence=each_round(len(records.settings.rounds)),
+        judged=judged(records.settings.rounds),
         spent=spent(findings),
         figures={plot.id: json.loads(str(plot.figure.to_json())) for plot in plots},
         sliders={
@@ -369,6 +384,8 @@ def markdown(records: Records, experiments: list[Experiment], findings: list[Fin
             )
             otherwise = "**Not so here:** " * disagrees(row.finding)
             lines.append(f"| {' | '.join(cells)} | {otherwise}{_cell(claim.published)} |")
+    if said := confidence(records.settings.rounds):
+        lines += ["", said]
     for section in sections:
         lines += ["", f"## {section.experiment.title}", "", _cell(section.ran)]
         for row in section.rows:

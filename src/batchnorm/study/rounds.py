@@ -1,7 +1,7 @@
 """The rounds of a study: every claim from a few seeds, then what is undecided from twice as many, and so on.
 
-A claim that a few seeds decide costs no more than these, and one that needs many gets them. The intervals of all rounds
-together hold with 95% (`verdicts.each_round`), so looking several times decides nothing by accident.
+A claim that a few seeds decide costs no more than these, and one that needs many gets them. A claim's intervals of all
+rounds together hold at 95% (`verdicts.each_round`), so looking several times makes no accident more likely.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +40,7 @@ def conduct(
         undecided = [f.claim for f in findings.values() if f.verdict == "undecided" and f.effects]
         if not undecided:
             break
-        tasks = {claim.statement: setup.seeded(needed(claim, records), seeds) for claim in undecided}
+        tasks = {claim.id.replace("-", " "): setup.seeded(needed(claim, records), seeds) for claim in undecided}
         new = {name: [task for task in each if task not in records.runs] for name, each in tasks.items()}
         records.runs.update((run.task, run) for run in perform(new, seeds))
         findings |= {claim.id: judge(claim, records.first(seeds)) for claim in undecided}

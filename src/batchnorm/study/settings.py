@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from batchnorm.errors import InputError
+from batchnorm.study.verdicts import FEWEST_SEEDS
 
 __all__ = ["RATES", "SAME_RATE", "SIZES", "Level", "Settings", "Size"]
 
@@ -98,7 +99,9 @@ class Settings:
         model: `mlp`, `cnn`, `resnet`, or `MODULE:FACTORY`.
         base_seed: Selects the seeds: studies with different base seeds have none in common.
         paper_steps: Steps of the paper's network; the level's number if None.
-        doublings: How often the seeds are doubled for the claims that are still undecided; the level's number if None.
+        doublings: How often the seeds are doubled for the claims that are still undecided. If None, the level's number,
+            or fewer: no more seeds than the level's unless the first round has them, and none after a first round that
+            has too few to decide anything.
 
     Raises:
         InputError: If a number is out of its range.
@@ -115,12 +118,18 @@ class Settings:
     doublings: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("epochs", 1), ("paper_steps", 1), ("doublings", 0)):
+        for name in ("seeds", "epochs", "paper_steps"):
             value = getattr(self, name)
             if value is None:
                 object.__setattr__(self, name, getattr(self.size, name))
-            elif value < least:
-                raise InputError(f"{name.replace('_', ' ')} must be {least} or more, got {value}.")
+            elif value < 1:
+                raise InputError(f"{name.replace('_', ' ')} must be 1 or more, got {value}.")
+        if self.doublings is None:
+            object.__setattr__(self, "doublings", self._fitting_doublings())
+        elif self.doublings < 0:
+            raise InputError(f"doublings must be 0 or more, got {self.doublings}.")
+        if self.rounds[0] > MOST_SEEDS:
+            raise InputError(f"{self.seeds} seeds are more than {MOST_SEEDS}; choose fewer.")
         if self.rounds[-1] > MOST_SEEDS:
             raise InputError(
                 f"{self.seeds} seeds, doubled {self.doublings} times, are more than {MOST_SEEDS}; choose fewer seeds "
@@ -132,6 +141,13 @@ class Settings:
             raise InputError(f"target must be an accuracy between 0 and 1, got {self.target}.")
         if self.base_seed < 0:
             raise InputError(f"base seed must be 0 or more, got {self.base_seed}.")
+
+    def _fitting_doublings(self) -> int:
+        assert self.seeds is not None
+        if self.seeds < FEWEST_SEEDS:
+            return 0
+        most = self.size.seeds * 2**self.size.doublings
+        return min(self.size.doublings, max((most // self.seeds).bit_length() - 1, 0))
 
     @property
     def size(self) -> Size:

@@ -64,6 +64,8 @@ def study(
         records, findings = _trained(setup, experiments, judged, source, store, resume)
     console = Console()
     console.print(_verdicts(records, findings))
+    if said := report.confidence(settings.rounds):
+        console.print(said, markup=False, highlight=False)
     console.print(" ".join(sentences(findings)), markup=False, highlight=False)
     output.write(
         folder,
@@ -82,12 +84,10 @@ def _trained(
     setup: Setup, experiments: list[Experiment], claims: list[Claim], source: Path | None, store: Store, resume: bool
 ) -> tuple[Records, list[Finding]]:
     """All runs that the claims need, new or kept, and what they say."""
-    asked: set[Task] = set()
     runs: dict[Task, Run] = {}
 
     def perform(needed: dict[str, list[Task]], seeds: int) -> Iterator[Run]:
         every = list(dict.fromkeys(task for tasks in needed.values() for task in tasks))
-        asked.update(every)
         runs.update((task, kept[task]) for task in every if task in kept)
         todo = [task for task in every if task not in runs]
         _tell(todo)
@@ -98,21 +98,21 @@ def _trained(
                 advance(run)
         yield from (runs[task] for task in every)
 
-    try:
-        with ExitStack() as stack:
-            try:
-                kept = store.load() if resume else {}
-                stack.enter_context(store.open(kept))
-            except InputError:
-                _tell(None)
-                raise
-            result = conduct(setup, experiments, claims, perform)
+    with ExitStack() as stack:
+        try:
+            kept = store.load() if resume else {}
+            stack.enter_context(store.open(kept))
+        except InputError:
             _tell(None)
-            return result
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; {len(runs)} of {len(asked)} runs are kept, and the same command with --resume goes on."
-        ) from None
+            raise
+        try:
+            result = conduct(setup, experiments, claims, perform)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; {len(kept | runs)} runs are kept, and the same command with --resume goes on."
+            ) from None
+        _tell(None)
+        return result
 
 
 def _tell(tasks: list[Task] | None) -> list[Task] | None:
@@ -172,8 +172,9 @@ def _progress(setup: Setup, needed: dict[str, list[Task]], runs: dict[Task, Run]
         return {}
 
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        again = f"{seeds} seeds for what is undecided"
-        title = f"the study, on {escape(setup.dataset.name)}" if seeds == setup.settings.rounds[0] else again
+        rounds = setup.settings.rounds
+        again = f"round {rounds.index(seeds) + 1} of {len(rounds)}: {seeds} seeds, {len(needed)} undecided"
+        title = f"the study, on {escape(setup.dataset.name)}" if seeds == rounds[0] else again
         whole = progress.add_task(title, **shown(every))
         part = progress.add_task(**{"description": "", **shown(every), **present()})
 

@@ -1,10 +1,11 @@
 """The rule that turns an effect with an interval into one of four verdicts.
 
-The verdicts were fixed before any training. The correction for several rounds came later, when it had been seen that
-few seeds often leave a claim undecided; it makes intervals wider, and changes no margin.
+The verdicts were fixed before any training. Student's interval, in place of a bootstrap, and the correction for several
+rounds came later, when few seeds often left a claim undecided. Both make intervals wider; neither changes a margin.
 """
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist, fmean
 from typing import Literal
 
@@ -17,6 +18,7 @@ __all__ = [
     "Rule",
     "Verdict",
     "each_round",
+    "judged",
     "mean_interval",
     "more_to_decide",
     "verdict",
@@ -29,7 +31,10 @@ FEWEST_SEEDS = 5
 """With fewer seeds than this, every verdict is undecided."""
 
 CONFIDENCE = 0.95
-"""How often the true effect is in the intervals of a study, in all rounds together."""
+"""How often the intervals of all rounds of one claim contain its true effect.
+
+Nothing corrects for the number of claims.
+"""
 
 MOST_MORE = 200
 """If an effect needs more additional seeds than this, it is too close to its margin to be decided."""
@@ -66,13 +71,21 @@ def verdict(interval: tuple[float, float] | None, margin: float, rule: Rule = "e
     return "undecided"
 
 
-def each_round(rounds: int) -> float:
-    """The confidence of each interval with which those of all rounds contain the true effect in 95% of all studies.
+def judged(rounds: Sequence[int]) -> list[int]:
+    """The rounds that have enough seeds to decide anything, as numbers of seeds."""
+    return [seeds for seeds in rounds if seeds >= FEWEST_SEEDS]
 
-    A claim that is looked at again with more seeds has more chances to be decided by accident. With `k` rounds the
-    confidence of each is `1 - 0.05/k`, Bonferroni's correction.
+
+def each_round(rounds: Sequence[int]) -> float:
+    """The confidence with which one claim's intervals of all rounds contain its true effect in 95% of all studies.
+
+    A claim that is looked at again with more seeds has more chances to be decided by accident. With `k` rounds that can
+    decide it, the confidence of each interval is `1 - 0.05/k`, Bonferroni's correction.
+
+    Args:
+        rounds: The number of seeds after each round.
     """
-    return 1 - (1 - CONFIDENCE) / rounds
+    return 1 - (1 - CONFIDENCE) / max(len(judged(rounds)), 1)
 
 
 def mean_interval(effects: list[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
@@ -80,6 +93,9 @@ def mean_interval(effects: list[float], confidence: float = CONFIDENCE) -> tuple
 
     `mean +- t s / sqrt(n)`, where `s` is the standard deviation of the `n` effects, and `t` the quantile of Student's
     distribution with `n - 1` degrees of freedom. It is exact for normal effects, and nearly so for many effects.
+
+    Effects that come in steps, such as those of learning rates, may all be equal: the interval is then a point, and
+    says too much.
 
     Args:
         effects: One per seed.
