@@ -28,8 +28,8 @@ def effects(records: Sequence[Record]) -> list[float]:
 def expected(records: Sequence[Record]) -> tuple[dict[str, float], float] | None:
     """How studies would end whose seeds vary as much as those of the records: simulated, with normal effects.
 
-    A recorded effect is a mean over its seeds, so its variance is that of one seed divided by their number. This is only
-    nearly right if the studies stopped at different numbers of seeds, for extreme ones stop first.
+    A recorded effect is a mean over its seeds, so its variance is that of one seed divided by their number.
+    Nearly right if the studies stopped at different numbers of seeds, for extreme ones stop first.
 
     Args:
         records: Those of one claim.
