@@ -171,7 +171,10 @@ def test_a_study_that_was_stopped_goes_on_and_ends_with_the_same_results(
     assert stdout == ""
     if kind != signal.SIGKILL:
         said = "batchnorm: interrupted; 7 of 26 runs are kept, and the same command with --resume goes on.\n"
-        assert (process.returncode, stderr) == (130, said)
+        assert process.returncode == 130
+        assert stderr.startswith(said)
+        rest = stderr[len(said) :].splitlines()  # on a busy machine, the library of the workers may add a warning
+        assert all("resource_tracker" in line or line.startswith("  ") for line in rest), stderr
     assert [path.name for path in folder.iterdir()] == ["runs.jsonl"]
     kept = (folder / "runs.jsonl").read_text()
     assert kept.count("\n") == 8, "a line on what it is of, and one for every run"
