@@ -19,7 +19,10 @@ PRELOADED = ["pytest", "torch.nn.parallel", "torch.distributed.fsdp", "torch._dy
 
 
 def forked() -> Any:
-    """The context of processes that are forked from one that has imported these and done nothing else."""
+    """The context of processes that are forked from one that has imported these and done nothing else.
+
+    They have the environment and the streams of the first test that asked, and NumPy's global generator in one state.
+    """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context

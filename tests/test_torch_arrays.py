@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import batchnorm.torch as bn
 from batchnorm.torch import arrays
@@ -59,3 +60,30 @@ def test_the_memory_of_tensors_stays_theirs() -> None:
     for t in (x, x.grad, layer.weight, layer.bias, layer.weight.grad, layer.running_mean, layer.running_var):
         assert t is not None
         assert t.untyped_storage().resizable()
+
+
+def test_a_gradient_without_memory() -> None:
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    with bn.route("numba"):
+        bn.batch_norm(x, training=True).backward(torch._efficientzerotensor(4, 3, 5))
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+def test_a_gradient_beyond_the_type_is_infinite() -> None:
+    x, bias = torch.randn(64, 3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
+    with bn.route("numba"):
+        y = bn.batch_norm(x, bias=bias, training=True)
+    y.backward(torch.full_like(y, 1e36))
+    assert bias.grad is not None
+    assert bias.grad.isinf().all()
+
+
+def test_a_weight_of_a_class_of_its_own() -> None:
+    x, ones = torch.randn(8, 3, 4), torch.ones(3)
+    running_mean = torch.zeros(3)
+    two = TwoTensor(ones, ones.clone())
+    y = bn.batch_norm(x, running_mean, torch.ones(3), two, two, training=True)
+    want = bn.batch_norm(x, weight=ones, bias=ones, training=True)
+    np.testing.assert_allclose(y.a.detach(), want, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(running_mean, 0.1 * x.mean((0, 2)), rtol=1e-5, atol=1e-6)

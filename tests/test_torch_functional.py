@@ -541,6 +541,8 @@ def test_an_argument_of_the_wrong_kind(name: str, wrong: Any) -> None:
 )
 def test_a_layer_says_that_its_input_is_no_tensor(wrong: Any) -> None:
     layer = BatchNorm1d(3)
+    with pytest.raises(TypeError, match=r"^BatchNorm1d\(3\): mask must be a tensor, got int"):
+        layer(torch.ones(4, 3), mask=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=rf"BatchNorm1d\(3\): the input must be a tensor, got {type(wrong).__name__}"):
         layer(wrong)
     assert layer.num_batches_tracked == 0

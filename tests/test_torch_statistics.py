@@ -371,6 +371,23 @@ class FirstHalf(bn.Statistics):
         return Plan(torch.inf, (half.mean(axes), half.var(axes, correction=0)))
 
 
+class WithoutCheck(bn.Statistics):
+    """The statistics of the batch, whatever its mask leaves."""
+
+    def plan(self, call: Call, running: Running) -> Plan:
+        return Plan(call.total())
+
+
+@pytest.mark.parametrize("name", ["numba", "composed"])
+def test_a_batch_of_which_nothing_counts_moves_nothing(name: str) -> None:
+    layer = bn.BatchNorm1d(3, statistics=WithoutCheck())
+    with bn.route(name):
+        layer(torch.randn(4, 3), mask=torch.zeros(4, dtype=torch.bool))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+    assert torch.equal(layer.running_var, torch.ones(3))
+    assert (layer.num_batches_tracked, layer.num_batches_skipped) == (0, 1)
+
+
 @pytest.mark.parametrize("name", ["native", "numba", "composed"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_source_of_a_user_works_through_the_function_and_a_layer(layout: Layout, name: str) -> None:

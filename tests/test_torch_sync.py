@@ -338,7 +338,8 @@ def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, how: str) -> Non
         process.start()
     try:
         for rank in (0, 2):
-            processes[rank].join(900)  # without the group's timeout it would be the default one, half an hour
+            # One that is gone is noticed at once; one that is late is waited for, until the group's timeout.
+            processes[rank].join(900)
             assert processes[rank].exitcode == 0
             told = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
             assert told.startswith("RuntimeError: ")

@@ -524,8 +524,11 @@ def network(normalization: Any, **kwargs: Any) -> Any:
 RENORM = {"renorm": True, "renorm_clipping": {"rmax": 2.0, "rmin": 0.4, "dmax": 1.0}}
 
 
-# On PyTorch neither is compiled: that takes minutes here, and is tested with the layers of batchnorm.torch.
-@pytest.mark.parametrize(("jit", "kwargs"), [(False, {}), (BACKEND != "torch", RENORM)])
+# PyTorch takes minutes to compile, which is tested with the layers of batchnorm.torch; JAX takes long not to.
+@pytest.mark.parametrize(
+    ("jit", "kwargs"),
+    [(False, {}), *[(False, RENORM)] * (BACKEND != "jax"), *[(True, RENORM)] * (BACKEND != "torch")],
+)
 def test_training_gives_the_numbers_of_keras(kwargs: dict[str, Any], jit: bool) -> None:
     x, y = draw((48, 8, 8, 3)), np.random.default_rng(5).integers(0, 3, 48)
     results = []

@@ -138,7 +138,7 @@ class _Model:
             trains=not frozen and not (self.is_training and layer.use_running_average),
             is_frozen=frozen,
             learns=any(t.learns for t in treated) if treated else None,
-            group=statistics.group,
+            group=statistics.group_size,
             is_corrected=statistics.limits is not None,
             is_synchronized=layer.axis_name is not None,
         )

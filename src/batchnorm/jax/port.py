@@ -203,8 +203,8 @@ def _give_torch(module: Any, other: Any) -> list[str]:
         inner = ours.SyncStatistics(unbiased=statistics.unbiased)
     if statistics.is_constant:
         inner = ours.RunningStatistics()
-    elif statistics.group is not None:
-        inner = ours.GhostStatistics(statistics.group, statistics.unbiased)
+    elif statistics.group_size is not None:
+        inner = ours.GhostStatistics(statistics.group_size, statistics.unbiased)
     elif statistics.limits is not None:
         r_max, d_max = statistics.limits
         inner = ours.Renorm(float(r_max), float(d_max), 0, inner)
@@ -342,7 +342,7 @@ def _give_keras(module: Any, other: Any) -> list[str]:
     statistics = source(module)
     other.activation = Activation(_spec(getattr(module, "activation", None), resolve))
     other.unbiased, other.momentum, other.epsilon = statistics.unbiased, module.momentum, module.epsilon
-    other.virtual_batch_size = statistics.group
+    other.virtual_batch_size = statistics.group_size
     other.synchronized = module.axis_name is not None
     other.frozen = () if statistics.is_constant else None
     for own, theirs in _weights(module, other):

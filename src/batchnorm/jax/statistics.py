@@ -131,7 +131,7 @@ class Statistics:
     is_constant = False
     """Whether nothing of a batch counts, its mask included, and the running statistics do not move."""
 
-    group: int | None = None
+    group_size: int | None = None
     """The smallest number of samples that are normalized on their own; None if it is the batch."""
 
     limits: tuple[Any, Any] | None = None
@@ -213,7 +213,7 @@ class GhostStatistics(Statistics):
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
 
     @property
-    def group(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:  # type: ignore[override]
         """`batch_size`."""
         return self.batch_size
 

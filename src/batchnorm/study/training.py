@@ -171,7 +171,7 @@ def _shared(statistics: Any) -> Statistics:
     """The same statistics over the batches of all processes; ghost batches stay within a process."""
     if statistics.limits is not None:
         statistics = replace(statistics, statistics=SyncStatistics())
-    elif statistics.group is None:
+    elif statistics.group_size is None:
         statistics = SyncStatistics()
     found: Statistics = statistics
     return found

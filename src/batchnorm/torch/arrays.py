@@ -46,8 +46,8 @@ def batch(t: Tensor | None, laid: torch.memory_format) -> Any:
     if t is None:
         return None
     is_last = laid is not torch.contiguous_format
-    if not t.is_contiguous(memory_format=laid) or t.is_neg() or not is_plain(t):
-        t = t.detach().resolve_neg().contiguous(memory_format=laid)
+    if not t.is_contiguous(memory_format=laid) or t.is_neg() or t._is_zerotensor() or not is_plain(t):
+        t = (t.detach().clone() if t._is_zerotensor() else t.detach().resolve_neg()).contiguous(memory_format=laid)
         t = t.view(torch.uint16) if t.dtype is torch.bfloat16 else t
         array = (t.movedim(1, -1) if is_last else t).numpy()  # keeps the copy
         return array.reshape(-1, t.shape[1], 1) if is_last else array.reshape(*t.shape[:2], -1)
@@ -69,5 +69,6 @@ def table(values: Tensor | None, dtype: torch.dtype) -> Any:
 def tensor(values: Any, dtype: torch.dtype) -> Tensor:
     """A tensor with these values of `(C,)`, in a type of NumPy's."""
     t = torch.empty(len(values), dtype=dtype, device="cpu")
-    view(t)[:] = values
+    with np.errstate(over="ignore"):  # infinity, as in PyTorch
+        view(t)[:] = values
     return t

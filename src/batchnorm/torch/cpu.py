@@ -27,12 +27,13 @@ threads.follow(torch.get_num_threads)
 
 
 def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
-    """Whether `forward` can move these running statistics: dense ones, by one batch."""
+    """Whether `forward` can move these running statistics: dense ones, by one batch that is not empty."""
     mean, var = running.mean, running.var
     return (
         mean is not None
         and var is not None
         and plan.parts is None
+        and bool(plan.count != 0)
         and mean.dtype is var.dtype
         and (mean.dtype is torch.float32 or mean.dtype is torch.float64)
         and mean.is_contiguous()
@@ -83,8 +84,10 @@ def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -
     assert running.var is not None
     rate = float(running.rate())
     factor = float(correction(count)) if unbiased else 1.0
-    torch.autograd.graph.increment_version((running.mean, running.var))
-    running.note(launch_move(mean, var, rate, factor, arrays.view(running.mean), arrays.view(running.var)))
+    moved = launch_move(mean, var, rate, factor, arrays.view(running.mean), arrays.view(running.var))
+    if moved:
+        torch.autograd.graph.increment_version((running.mean, running.var))
+    running.note(moved)
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: Needs) -> Gradients:
@@ -97,6 +100,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Table
         needs: As in `Needs`.
     """
     x, laid = call.x, memory_format(call.x)
+    dy = torch.zeros_like(dy) if dy._is_zerotensor() else dy  # it has no memory
     dense = dy.resolve_neg().contiguous(memory_format=laid)
     is_copy = type(dense) is Tensor and dense.data_ptr() != dy.data_ptr()
     over_dy = needs.dx and (needs.may_overwrite_dy or is_copy)

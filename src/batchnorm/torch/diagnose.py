@@ -24,7 +24,7 @@ from batchnorm.torch import batches
 from batchnorm.torch.adapters import eps_of
 from batchnorm.torch.eager import not_compiled
 from batchnorm.torch.observer import Surroundings, moments_of, watch_calls
-from batchnorm.torch.sources import BatchStatistics
+from batchnorm.torch.sources import BatchStatistics, Statistics
 from batchnorm.torch.survey import expect_module, is_frozen, is_unsized, keeps_statistics, survey
 from batchnorm.torch.tracing import leaves
 from batchnorm.torch.untouched import random_states_kept, untouched
@@ -248,7 +248,8 @@ def _state(name: str, layer: Any) -> State:
     def array(tensor: Any) -> Any:
         return None if tensor is None else tensor.detach().to("cpu", torch.float64, copy=True).numpy()
 
-    source = getattr(layer, "statistics", None) or BatchStatistics()
+    given = getattr(layer, "statistics", None)  # of a layer that is not ours it may be anything
+    source = given if isinstance(given, Statistics) else BatchStatistics()
     keeps = keeps_statistics(layer)
     learns = [p.requires_grad for p in (layer.weight, layer.bias) if p is not None]
     return State(
@@ -268,7 +269,7 @@ def _state(name: str, layer: Any) -> State:
         trains=layer.training or not keeps,
         is_frozen=is_frozen(layer),
         learns=any(learns) if learns else None,
-        group=source.group,
+        group=source.group_size,
         is_corrected=source.limits is not None,
         is_synchronized=isinstance(layer, nn.SyncBatchNorm) or source.is_synchronized,
     )

@@ -153,10 +153,12 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
                 "process; trace the model after model.eval()"
             )
         chosen = choose(call, plan)
-    except Exception:
-        if isinstance(asked[0], Tensor):
-            source.fail(asked[0].device)  # the other processes wait for this one
-        _check_kinds(asked, running)
+    except Exception as error:
+        given = *asked[:4], running.mean
+        device = next((t.device for t in given if isinstance(t, Tensor)), torch.device("cpu"))
+        source.fail(device)  # the other processes wait for this one
+        if isinstance(error, TypeError | AttributeError | ValueError):
+            _check_kinds(asked, running)
         raise
     if plan.constants is not None and plan.count != 0:
         running = Running()  # constants move nothing
@@ -191,7 +193,7 @@ def _check_kinds(asked: tuple[Any, ...], running: Running) -> None:
     for name, value in (tensors | {"running_mean": running.mean, "running_var": running.var}).items():
         if not isinstance(value, Tensor) and (value is not None or name == "x"):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not isinstance(asked[5], Real):
+    if not isinstance(asked[5], Real | Tensor):
         raise TypeError(f"eps must be a number, got {asked[5]!r}")
 
 

@@ -244,8 +244,8 @@ class _Layer(_Base):
         """`forward` with some activation; errors name the layer."""
         try:
             return self._normalize(input, residual, mask, activation)
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            if type(error) not in (ValueError, RuntimeError, NotImplementedError):
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            if type(error) not in (ValueError, TypeError, RuntimeError, NotImplementedError):
                 raise
             raise type(error)(self._explain(str(error), input)) from error
         except AttributeError:
@@ -264,9 +264,9 @@ class _Layer(_Base):
         source = self.statistics if self.training else None
         try:
             self._check_input_dim(input)
-        except ValueError:
-            if source is not None:
-                source.fail(input.device)  # the other processes wait for this one
+        except (ValueError, AttributeError):
+            if source is not None:  # the other processes wait for this one
+                source.fail(input.device if isinstance(input, Tensor) else self.num_batches_skipped.device)
             raise
         tracks = self.training and self.track_running_stats
         if tracks:

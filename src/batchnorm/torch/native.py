@@ -62,24 +62,30 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
 
 def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> Outcome | None:
     """By the statistics of the batch, which PyTorch returns on the CPU: so it can be asked how exact it was."""
-    mean, var, rate, batch, before = running.mean, running.var, 1.0, None, None
+    mean, var, rate, batch, moves = running.mean, running.var, 1.0, None, False
     if mean is not None and var is not None:
-        if strict and plan.unbiased and cpu.can_move(running, call.x, plan):
-            before = arrays.view(mean).copy(), arrays.view(var).copy()
-            mean, var = mean.data, var.data  # the gradient keeps them, and a later batch changes them
-            rate = float(running.rate())
+        moves = strict and plan.unbiased and cpu.can_move(running, call.x, plan)
+        if moves:
+            mean, var, rate = mean.clone(), var.clone(), float(running.rate())
         else:
             batch = _of_momentum_one(call, plan)
             mean, var = batch.mean, batch.var
     z, batch_mean, rstd = torch.native_batch_norm(call.x, call.weight, call.bias, mean, var, True, rate, call.eps)
     if strict and not _was_near(batch_mean, rstd):
-        if before is not None and mean is not None and var is not None:
-            arrays.view(mean)[:], arrays.view(var)[:] = before
         return None
-    if before is not None and running.mean is not None and running.var is not None:
-        torch.autograd.graph.increment_version((running.mean, running.var))
+    if moves:
+        _store(running.mean, mean)
+        _store(running.var, var)
         running.note(True)
     return Outcome(_follow(call, z), batch)
+
+
+def _store(running: Tensor | None, moved: Tensor | None) -> None:
+    """Write a running statistic, as `copy_` does, which takes longer."""
+    assert running is not None
+    assert moved is not None
+    torch.autograd.graph.increment_version(running)
+    arrays.view(running)[:] = arrays.view(moved)
 
 
 def _of_momentum_one(call: Call, plan: Plan) -> Batch:

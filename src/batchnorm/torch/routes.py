@@ -101,9 +101,9 @@ def _always(call: Call, plan: Plan) -> bool:
 
 def _compute_natively(call: Call, plan: Plan, running: Running) -> Outcome | None:
     """By PyTorch's operation, which must be as exact as our kernels where these may be used instead."""
-    return native.compute(
-        call, plan, running, strict=call.is_eager and call.x.numel() > 0 and (_allowed is None or "numba" in _allowed)
-    )
+    others = _allowed is None or "numba" in _allowed
+    strict = call.is_eager and call.x.numel() > 0 and others and is_plain(call.x, *call.tensors)
+    return native.compute(call, plan, running, strict=strict)
 
 
 def _composed_takes(call: Call, plan: Plan) -> bool:

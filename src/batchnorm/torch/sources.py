@@ -39,7 +39,7 @@ class Statistics:
     is_synchronized = False
     """Whether the statistics are those of all processes together."""
 
-    group: int | None = None
+    group_size: int | None = None
     """The smallest number of samples that are normalized on their own; None if it is the batch."""
 
     limits: tuple[float, float] | None = None
@@ -128,7 +128,7 @@ class GhostStatistics(Statistics):
         object.__setattr__(self, "batch_size", int(self.batch_size))  # it may be NumPy's
 
     @property
-    def group(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:  # type: ignore[override]
         """`batch_size`."""
         return self.batch_size
 
