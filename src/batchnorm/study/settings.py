@@ -146,7 +146,7 @@ class Settings:
         assert self.seeds is not None
         if self.seeds < FEWEST_SEEDS:
             return 0
-        most = self.size.seeds * 2**self.size.doublings
+        most = self.size.seeds << self.size.doublings
         return min(self.size.doublings, max((most // self.seeds).bit_length() - 1, 0))
 
     @property
