@@ -81,7 +81,7 @@ def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> 
 
 
 def _store(running: Tensor | None, moved: Tensor | None) -> None:
-    """Write a running statistic, as `copy_` does, which takes longer."""
+    """Write a running statistic: `copy_` does the same in more time."""
     assert running is not None
     assert moved is not None
     torch.autograd.graph.increment_version(running)
