@@ -28,6 +28,7 @@ ORDER = [
     "batchnorm.torch.layout",
     "batchnorm.torch.allocator",
     "batchnorm.torch.activations",
+    "batchnorm.torch.deferred",
     "batchnorm.torch.call",
     "batchnorm.torch.recomputation",
     "batchnorm.torch.recipes",
