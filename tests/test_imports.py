@@ -41,6 +41,7 @@ ORDER = [
     "batchnorm.torch.cpu",
     "batchnorm.torch.native",
     "batchnorm.torch.gpu",
+    "batchnorm.torch.cards",
     "batchnorm.torch.operators",
     "batchnorm.torch.transforms",
     "batchnorm.torch.routes",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm import torch as bn
-from batchnorm.torch import deferred, function, gpu, route, sources
+from batchnorm.torch import cards, deferred, function, gpu, route, sources
 from batchnorm.torch.call import Call, Plan
+from batchnorm.torch.functional import normalize
 from batchnorm.torch.running import Running
 from batchnorm.torch.sync import HEADER, Group
 
@@ -183,6 +184,18 @@ def test_a_mask_is_checked_late_and_told_by_the_backward_pass(monkeypatch: pytes
         with pytest.raises(ValueError, match=problem):
             gpu.backward(x, Call(x, counts=torch.ones(5, 2)), *[None] * 4)  # type: ignore[arg-type]
         assert not under_way
+
+
+def test_the_size_from_which_the_kernels_compute(monkeypatch: pytest.MonkeyPatch, expected: list[Tensor]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
+    monkeypatch.setattr(cards, "SMALLEST", {"a card": 24})
+    cards.smallest.cache_clear()
+    with route():
+        chosen = [
+            normalize((torch.empty(n, 4, device="meta"), *[None] * 4, 1e-5, None), Running(), None)[1] for n in (5, 6)
+        ]
+    cards.smallest.cache_clear()
+    assert chosen == ["native", "triton"]
 
 
 def test_the_groups_of_a_mask() -> None:
