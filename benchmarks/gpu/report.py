@@ -52,7 +52,8 @@ def _where(tables: Tables) -> str:
     lines: dict[str, list[str]] = {}
     for name in NAMES:
         for r in tables[name]:
-            line = f"torch {r['torch']}, Triton {r['triton']}, CUDA {r['cuda']}, commit {r['commit']}"
+            cuda = f", CUDA {r['cuda']}" if r["cuda"] else ""
+            line = f"torch {r['torch']}, Triton {r['triton']}{cuda}, commit {r['commit']}"
             files = lines.setdefault(line, [])
             if name not in files:
                 files.append(name)
