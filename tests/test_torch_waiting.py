@@ -190,12 +190,13 @@ def test_the_size_from_which_the_kernels_compute(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
     monkeypatch.setattr(cards, "SMALLEST", {"a card": 24})
     cards.smallest.cache_clear()
+    mask, chosen = torch.empty(5, device="meta", dtype=torch.bool), []
     with route():
-        chosen = [
-            normalize((torch.empty(n, 4, device="meta"), *[None] * 4, 1e-5, None), Running(), None)[1] for n in (5, 6)
-        ]
+        for samples, counts in ((5, None), (6, None), (5, mask)):
+            asked = torch.empty(samples, 4, device="meta"), None, None, None, counts, 1e-5, None
+            chosen.append(normalize(asked, Running(), None)[1])
     cards.smallest.cache_clear()
-    assert chosen == ["native", "triton"]
+    assert chosen == ["native", "triton", "triton"], "PyTorch's operation has no mask"
 
 
 def test_the_groups_of_a_mask() -> None:

@@ -194,6 +194,8 @@ def _kernels(session: Session, chosen: list[str]) -> list[Task]:
         for network in models.networks(session.quick):
             with session.attempt(f"layers of {network.name}"):
                 steps += models.layers_of(network)
+    if "sizes" in chosen:
+        steps += sizes.ladder(session.quick)
     seen: set[Any] = set()
     for layer in dict.fromkeys(steps):
         kernels = needed(layer)

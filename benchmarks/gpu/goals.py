@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from batchnorm.bench.clock import Record
 from benchmarks.gpu.session import columns
 
-__all__ = ["Goal", "goals", "tell"]
+__all__ = ["Goal", "are_told_by", "goals", "tell"]
 
 LARGE_MIB = 100e6 / 2**20
 
@@ -92,8 +92,15 @@ def goals(records: dict[str, list[Record]]) -> Iterator[Goal]:
     )
 
 
+def are_told_by(records: dict[str, list[Record]]) -> bool:
+    """Whether anything was measured that a goal asks for."""
+    return any(records.get(name) for name in ("layers", "models", "host"))
+
+
 def tell(records: dict[str, list[Record]], card: str) -> None:
-    """Print the table."""
+    """Print the table, if anything of it was measured."""
+    if not are_told_by(records):
+        return
     rows: list[list[object]] = [[f"goal on {card}", "", "found", "", "worst case"]]
     for goal in goals(records):
         sign = "<=" if goal.at_most else ">="

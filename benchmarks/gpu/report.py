@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import speedups, summarize
-from benchmarks.gpu.goals import goals
+from benchmarks.gpu.goals import are_told_by, goals
 
 __all__ = ["NAMES", "section"]
 
 NAMES = (
-    "gpu_checks", "gpu_copies", "gpu_layers", "gpu_host", "gpu_models", "gpu_sizes", "gpu_ahead",
-    "gpu_sweep",
+    "gpu_checks", "gpu_copies", "gpu_layers", "gpu_host", "gpu_models", "gpu_sizes", "gpu_ahead", "gpu_sweep",
 )  # fmt: skip
 """Of the CSVs."""
 
@@ -140,8 +139,7 @@ def _goals(tables: Tables, markdown: Markdown) -> str:
         limit = f"{'at most' if goal.at_most else 'at least'} {goal.limit:g}"
         found = "" if math.isnan(goal.found) else f"{goal.found:.2f}"
         rows.append((goal.what, limit, found, goal.verdict, goal.where))
-    measured = records["layers"] or records["models"] or records["host"]
-    return markdown(("goal", "", "found", "", "worst case"), rows) if measured else ""
+    return markdown(("goal", "", "found", "", "worst case"), rows) if are_told_by(records) else ""
 
 
 def _sweep(records: list[Record], markdown: Markdown) -> str:

@@ -8,14 +8,14 @@ from benchmarks.gpu import layers
 from benchmarks.gpu.cases import Layer
 from benchmarks.gpu.session import Session
 
-__all__ = ["crossing", "sizes"]
+__all__ = ["crossing", "ladder", "sizes"]
 
 SAMPLES = 2, 8, 32, 128
 PLANES = (64, 4), (64, 14)
 """Channels and the side of an image."""
 
 
-def _ladder(quick: bool) -> Iterator[Layer]:
+def ladder(quick: bool) -> Iterator[Layer]:
     """Layers of 2^11 to 2^20 values in both layouts, the smallest first."""
     planes, samples = (PLANES[:1], SAMPLES[:1]) if quick else (PLANES, SAMPLES)
     shapes = sorted(((n, c, side, side) for c, side in planes for n in samples), key=lambda s: s[0] * s[2])
@@ -27,7 +27,7 @@ def _ladder(quick: bool) -> Iterator[Layer]:
 def sizes(session: Session, bandwidth: float) -> None:
     """Time PyTorch's operation and ours on the ladder, and print the line."""
     records: list[Record] = []
-    for layer in _ladder(session.quick):
+    for layer in ladder(session.quick):
         if session.late():
             session.say(f"out of time: sizes from {layer.name} on left out")
             break

@@ -126,7 +126,8 @@ def _of_torch() -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "devices": ["cpu", *names],
         "routes": [route.name for route in routes if ours or route.name != "triton"],
-        "triton": {name: f"from {values} values" for name, values in ours.items()} or "no GPU for these kernels",
+        "triton": {name: f"for tensors of {values} values and more" for name, values in ours.items()}
+        or "no GPU for these kernels",
     }
 
 

@@ -1,5 +1,6 @@
 """How kernels are started: the same bits every time, scratch memory left clean, any alignment, clear errors."""
 
+import inspect
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from check_stages import ALONE, DEVICE, SMALL, assert_backward, assert_forward, 
 from triton.language import constexpr, tensor
 
 from batchnorm.kernels import gpu
+from batchnorm.kernels import launch as cpu
 from batchnorm.kernels.gpu import launch, stages, tiles
 from batchnorm.kernels.gpu.tiling import TUNING, factor_of, tiling
 
@@ -77,6 +79,14 @@ def test_the_launches_that_are_kept_are_not_ever_more(monkeypatch: pytest.Monkey
     for samples in (2, 3, 4, 5):
         layer((samples, 3, 4)).forward()
     assert len(stages._launches) == 2
+
+
+@pytest.mark.parametrize("stage", ["moments", "normalize", "forward", "grad_sums", "grad_input", "backward"])
+def test_stages_have_the_arguments_of_the_cpus(stage: str) -> None:
+    ours, theirs = (list(inspect.signature(getattr(module, stage)).parameters) for module in (gpu, cpu))
+    shared = [name for name in theirs if name in ours and name != "of_output"]
+    assert ours[: len(shared)] == theirs[: len(shared)] == shared
+    assert {"of_output"} & set(ours) == {"of_output"} & set(theirs)
 
 
 def clean(scratch: gpu.Scratch) -> bool:

@@ -95,8 +95,8 @@ class Call(NamedTuple):
 
     @property
     def is_opaque(self) -> bool:
-        """Whether code must not depend on the values of the mask: in a graph of all values, and on a GPU."""
-        return self.counts is not None and (is_symbolic() or self.counts.is_cuda)
+        """Whether code must not depend on the values of the mask: in a graph for all values, and on a GPU."""
+        return self.counts is not None and (is_symbolic() or (self.counts.is_cuda and self.x.numel() > 0))
 
     def positions(self) -> int | Tensor:
         """The number of values of each channel whose count is not 0; a tensor if the mask is opaque."""

@@ -89,8 +89,8 @@ def _triton_takes(call: Call, plan: Plan) -> bool:
 
 
 def _triton_pays(call: Call, plan: Plan) -> bool:
-    """On GPUs where PyTorch's operation takes less time for small tensors, from a size on."""
-    return call.x.numel() >= cards.smallest(call.x.device)
+    """From a size on, where PyTorch's operation takes less time for small tensors and can compute the call."""
+    return call.x.numel() >= cards.smallest(call.x.device) or not native.takes(call, plan)
 
 
 def _operator_takes(call: Call, plan: Plan) -> bool:
@@ -137,7 +137,7 @@ ROUTES = (
 """In order of preference.
 
 1. `triton`: the GPU kernels, in one autograd function. For eager calls with CUDA tensors of a supported type, from the
-   size on that the table in `cards.py` has for the GPU.
+   size on that the table in `cards.py` has for the GPU, and all calls that `native` cannot compute.
 2. `native`: `torch.batch_norm` and the activation. For the statistics of the batch or constants, without a mask: small
    tensors on the CPU, unless their mean is so far from 0 that the kernels are more exact, and all sizes on devices
    without kernels of ours.

@@ -87,7 +87,7 @@ _launches: dict[tuple[Any, ...], tuple[Launch, float]] = {}
 """By everything that they were made for; with each, the activation's parameter."""
 
 MOST_LAUNCHES = 1 << 13
-"""That are kept: twice as many as a network makes with thousands of shapes. Triton keeps the kernels themselves."""
+"""Launches that are kept: more than a network makes, unless its inputs always have new shapes."""
 
 
 def moments(
