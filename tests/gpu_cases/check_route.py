@@ -222,7 +222,7 @@ class Alone:
     """A group of one process, which pools and adds up all the same."""
 
     def pool(self, x: Tensor, positions: int, count: float, mean: Tensor, var: Tensor) -> tuple[Any, Tensor, Tensor]:
-        return count, mean, var
+        return torch.tensor(count, dtype=torch.float64, device=mean.device), mean, var
 
     def reduce(self, sums: Tensor) -> Tensor:
         return sums

@@ -354,10 +354,10 @@ def _count_two(call: Call) -> float | Tensor:
         finally:
             tracer._set_tracing_state(state)
         return call.total()
-    if call.is_opaque:
+    if call.counts is not None and call.is_opaque:
         if not is_symbolic():  # a graph for all values cannot check some of them
             deferred.expect(
-                call.positions() >= 2,
+                (call.counts > 0).sum() >= 2,
                 f"mask leaves fewer than two values of each channel of x of shape {tuple(call.x.shape)}: skip such a "
                 "batch, or use larger ones",
             )
