@@ -213,6 +213,7 @@ def _verdicts(tables: Tables) -> Any:
 
 def _gpu_layers(tables: Tables) -> Any:
     """Each layer as a row: how many copies of its tensor forward and backward take together, by candidate."""
+    last = tables["gpu_layers"][-1]["gpu"]
     records = tables["gpu_layers"]
     rows = {case: i for i, case in enumerate(reversed(dict.fromkeys(r["case"] for r in records)))}
     figure, panel = plt.subplots(figsize=(7, 0.9 + 0.19 * len(rows)))
@@ -227,7 +228,7 @@ def _gpu_layers(tables: Tables) -> Any:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.set_yticks(list(rows.values()), list(rows))
-    panel.set_title("forward + backward on the GPU, in copies of the tensor")
+    panel.set_title(f"forward + backward on an {last}, in copies of the tensor")
     panel.grid()
     panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

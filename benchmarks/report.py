@@ -30,7 +30,7 @@ def write(out: Path, template: Path) -> None:
     text = template.read_text(encoding="utf-8")
     of_all = {"environment": _environment(everything), "goals": _goals(everything)}
     sections = {name: of_all.get(name) or section(tables) or EMPTY for name, section in SECTIONS.items()}
-    for name, section in (sections | {"gpu": gpu.section(tables, markdown)}).items():
+    for name, section in (sections | {"gpu": gpu.section(everything, markdown)}).items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         filled = f"{begin}{section}{end}"
         text, found = re.subn(f"{begin}.*?{end}", lambda _, filled=filled: filled, text, flags=re.DOTALL)
@@ -40,8 +40,12 @@ def write(out: Path, template: Path) -> None:
 
 
 def _of_last_machine(records: list[Record]) -> list[Record]:
-    """The records of the machine that was measured last."""
-    return [record for record in records if record["cpu"] == records[-1]["cpu"]]
+    """The records of the machine, and of its GPU if it has one, that was measured last."""
+
+    def machine(record: Record) -> object:
+        return record["cpu"], record.get("gpu")
+
+    return [record for record in records if machine(record) == machine(records[-1])]
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

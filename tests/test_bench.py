@@ -22,6 +22,9 @@ from benchmarks import __main__ as command
 from benchmarks import goals, package, report, verdicts
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.__main__ import main as gpu_main
+from benchmarks.gpu.ahead import resident
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.sizes import crossing
 
 from batchnorm import cli
 from batchnorm.bench import clock, layers, peers, summary, table, terminal
@@ -352,7 +355,7 @@ GPU: goals.Tables = {
     ],
     "gpu_copies": [{"mib": 64, "bytes_per_second": 3.0e12, "us": 45.0}],
     "gpu_layers": [
-        {"case": case, "layout": "rows", "dtype": "bfloat16", "candidate": name, "residual": 0}
+        {"case": case, "layout": "rows", "dtype": "bfloat16", "candidate": name, "residual": 0, "mib": 98.0}
         | {"forward_copies": 1.5, "backward_copies": time - 1.5, "copies": time, "median_us": 10 * time}
         | {"wall_us": 99.0, "host_us": 98.0}
         for case, times in (("a", (8.0, 4.0, 3.0)), ("b", (2.0, 4.0)))
@@ -360,12 +363,17 @@ GPU: goals.Tables = {
     ],
     "gpu_host": [{"case": "8x16", "candidate": "eager", "piece": "forward", "us": 30.0}],
     "gpu_models": [
-        {"network": "resnet50 128 channels-last", "candidate": name, "step_ms": time, "busy_ms": 9.0, "peak_mib": 7}
+        {"network": "resnet50 128 channels-last", "model": "resnet50", "batch": 128, "layout": "channels-last"}
+        | {"candidate": name, "step_ms": time, "busy_ms": 9.0, "peak_mib": 7}
         for name, time in (("eager", 12.0), ("converted", 10.0))
     ],
-    "gpu_goals": [
-        {"what": "wall", "limit": 1.2, "at_most": 0, "found": found, "where": "a", "verdict": verdict}
-        for found, verdict in ((1.3, "met"), (math.nan, "not measured"))
+    "gpu_sizes": [
+        {"case": "a", "values": 2048, "candidate": name, "median_us": us, "wall_us": 2 * us}
+        for name, us in (("eager", 3.0), ("batchnorm", 2.0))
+    ],
+    "gpu_ahead": [
+        {"case": "a", "direction": "forward", "programs": 792, "warps": 4, "registers": 80, "spills": 0, "shared": 2048}
+        | {"resident": 6, "rounds": 1.0}
     ],
     "gpu_sweep": [
         {"walk": "last", "direction": "forward", "case": "a", "setting": setting, "us": us, "copies": us / 10}
@@ -519,13 +527,17 @@ def test_machines_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_the_report_of_a_gpu(tmp_path: Path) -> None:
     for name, records in GPU.items():
-        table.write(tmp_path / "results" / f"{name}.csv", records, columns() | CARD)
+        other = [r | {"bytes_per_second": 2.0e12, "gpu": "NVIDIA H200"} for r in records if name == "gpu_copies"]
+        both = [columns() | CARD | record for record in (*other, *records)]
+        table.write(tmp_path / "results" / f"{name}.csv", both, {})
     report.write(tmp_path, README)
     text = (tmp_path / "README.md").read_text()
     assert section(text, "environment") == report.EMPTY, "the GPU's tables tell theirs themselves"
     found = section(text, "gpu")
     assert found.startswith("## On a GPU")
-    assert found.count("NVIDIA H100, torch 2.11.0+cu130, Triton 3.6.0, CUDA 13.0, commit abc") == 1
+    assert found.count("### NVIDIA H") == 2
+    assert found.count("- torch 2.11.0+cu130, Triton 3.6.0, CUDA 13.0, commit abc") == 2
+    assert "2.00 TB/s" in found, "the other card's"
     assert "3.00 TB/s" in found
     assert "2 checks against float64 on the GPU, of which 1 failed." in found
     assert "| triton, y | 0.20 | 2.00 |" in found
@@ -535,7 +547,10 @@ def test_the_report_of_a_gpu(tmp_path: Path) -> None:
     assert "1.00× as fast as eager in the geometric mean; worst 0.50× (b)" in found
     assert "| resnet50 128 channels-last converted | 10.0 | 1.20 | 9.0 | 7 |" in found
     assert "| 8x16 eager | 30.0 |" in found
-    assert "| wall | at least 1.2 | 1.30 | met | a |" in found
+    assert "× eager | at least 1.2 | 1.20 | met | resnet50 128 channels-last, of 1 |" in found
+    assert "| ResNet-50 step, wall, batch 256 channels-last, × eager | at least 1.3 |  | not measured |  |" in found
+    assert "| a | 2048 | 1.50 | 1.50 |" in found
+    assert "| forward a | 792 | 4 | 80 | 0 | 2048 | 6 | 1 |" in found
     assert "| last forward a | 1.80 | 1.50 | warps=4 |" in found
     assert "results/gpu_layers.svg" in found
     assert "batchnorm" in (tmp_path / "results/gpu_layers.svg").read_text()
@@ -621,7 +636,7 @@ def test_the_run_on_a_gpu_runs(
         ("resnet50", "converted save_memory"),
     }
     assert "in a chain" in {r["piece"] for r in table.read(tmp_path / "gpu_host.csv")}
-    assert len(table.read(tmp_path / "gpu_goals.csv")) == 14
+    assert told.count("not measured") + told.count(" met ") + told.count(" missed ") == 14
 
 
 def test_a_run_on_a_gpu_keeps_to_its_time(
@@ -632,6 +647,37 @@ def test_a_run_on_a_gpu_keeps_to_its_time(
     assert gpu_main([*arguments, "--out", str(tmp_path)]) == 0
     faulthandler.cancel_dump_traceback_later()
     assert "out of time: 7 of 7 skipped" in capsys.readouterr().out
+
+
+def test_a_run_that_is_interrupted_tells_what_it_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another card has done stays in its file."""
+
+    def stop(session: Session) -> None:
+        session.add("host", [{"case": "a", "candidate": "eager", "piece": "forward", "us": 30.0}])
+        raise KeyboardInterrupt
+
+    table.write(tmp_path / "gpu_host.csv", GPU["gpu_host"], CARD)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("benchmarks.gpu.host.host", stop)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_main(["--quick", "--device", "cpu", "--workers", "0", "--only", "host", "--out", str(tmp_path)])
+    faulthandler.cancel_dump_traceback_later()
+    assert "not measured" in capsys.readouterr().out
+    assert [r["case"] for r in table.read(tmp_path / "gpu_host.csv")] == ["8x16", "a"]
+
+
+def test_sizes_and_what_a_processor_holds() -> None:
+    records = [
+        {"case": str(values), "values": values, "candidate": name, "us": us}
+        for values, times in ((2048, (1.0, 2.0)), (4096, (3.0, 2.0)), (8192, (3.0, 3.5)), (16384, (9.0, 3.0)))
+        for name, us in zip(("eager", "batchnorm"), times, strict=True)
+    ]
+    assert crossing(records, "us") == 8193
+    assert crossing(records[-2:], "us") == 0
+    assert [resident(8, 80, 4096), resident(8, 96, 4096), resident(8, 168, 0), resident(1, 16, 0)] == [3, 2, 1, 32]
+    assert resident(4, 32, 100 << 10) == 2, "shared memory"
 
 
 # --- The package ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import argparse
 import faulthandler
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -17,16 +18,20 @@ import torch
 
 from batchnorm import environment
 from batchnorm.bench.clock import Record
-from benchmarks.gpu import checks, goals, host, layers, models, sweep
+from benchmarks.gpu import ahead, checks, goals, host, layers, models, sizes, sweep
 from benchmarks.gpu.cases import is_compiled, timed
 from benchmarks.gpu.kernels import needed
 from benchmarks.gpu.session import Session, columns, last_line
 from benchmarks.gpu.workers import Done, Task, work
 from benchmarks.sources import commit
 
-PARTS = {"checks": 100.0, "copies": 6.0, "host": 15.0, "models": 120.0, "layers": 95.0, "sweep": 100.0}
+PARTS = {
+    "checks": 100.0, "copies": 6.0, "host": 15.0, "models": 120.0, "layers": 95.0, "sizes": 15.0, "ahead": 100.0,
+    "sweep": 100.0,
+}  # fmt: skip
 """Their shares of the time, in the order in which they run: the most telling first. A part that has used up its share
 of what is left says what it leaves out."""
+ON_DEMAND = "ahead", "sweep"
 SECONDS = 345.0
 """For all together, if nothing else is said."""
 
@@ -36,22 +41,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only see that everything runs, on small tensors")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the CSVs")
-    parser.add_argument("--only", default="", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--only", default="", help=f"some of {','.join(PARTS)}; 'ahead' needs no GPU")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="try other settings of the tuning table, too")
     parser.add_argument("--workers", type=int, default=max(0, min(14, (os.cpu_count() or 1) - 2)), help="processes")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    chosen = given.only.split(",") if given.only else [name for name in PARTS if name != "sweep"]
+    chosen = given.only.split(",") if given.only else [name for name in PARTS if name not in ON_DEMAND]
     chosen += ["sweep"] if given.sweep and "sweep" not in chosen else []
     unknown = [name for name in chosen if name not in PARTS]
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    device = torch.device(given.device)
+    device = torch.device(given.device if set(chosen) != {"ahead"} else "cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             print(
-                "There is no GPU here that PyTorch can use: this measures the kernels for NVIDIA GPUs.", file=sys.stderr
+                "There is no GPU here that PyTorch can use: this measures the kernels for NVIDIA GPUs. "
+                "What the compiler makes of them needs none: --only ahead",
+                file=sys.stderr,
             )
             return 2
         device = torch.device("cuda", torch.cuda.current_device())
@@ -59,9 +66,20 @@ def main(arguments: list[str] | None = None) -> int:
     # Inductor would change Triton's cache on its first compilation, and the processes would not find each other's.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     faulthandler.dump_traceback_later(120 + given.seconds, exit=True, file=sys.__stderr__)
-    session = Session(device, given.quick, given.out, _sources(device), given.seconds)
+    sources = _sources(device) | ({"gpu": ahead.CARDS} if set(chosen) == {"ahead"} else {})
+    session = Session(device, given.quick, given.out, sources, given.seconds)
     session.say(", ".join(f"{name} {value}" for name, value in session.sources.items() if value not in ("", None)))
-    copies = {"copies", "layers", "sweep"} & set(chosen)
+    try:
+        _run(session, chosen, given.workers)
+    finally:  # an interrupted run tells what it has, too
+        goals.tell(session.records, str(session.sources["gpu"]))
+    session.say(f"done; written to {given.out}")
+    return int(any(not record["ok"] for record in session.records.get("checks", [])))
+
+
+def _run(session: Session, chosen: list[str], workers: int) -> None:
+    """The parts, in order."""
+    copies = {"copies", "layers", "sizes", "sweep"} & set(chosen)
     waiting = {name for name in PARTS if name in chosen} | {"checks"} | ({"copies"} if copies else set())
 
     def part(name: str) -> AbstractContextManager[None]:
@@ -70,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         return session.part("checks and compilation" if name == "checks" else name, share)
 
     with part("checks"):
-        _ahead(session, chosen, given.workers)
+        _prepare(session, chosen, workers)
     bandwidth = 0.0
     if copies:
         with part("copies"):
@@ -82,17 +100,18 @@ def main(arguments: list[str] | None = None) -> int:
     if "models" in chosen:
         with part("models"):
             models.models(session)
-        goals.write(session)
     if "layers" in chosen:
         with part("layers"):
             layers.layers(session, bandwidth)
-    goals.write(session)
-    goals.tell(session)
+    if "sizes" in chosen:
+        with part("sizes"):
+            sizes.sizes(session, bandwidth)
+    if "ahead" in chosen:
+        with part("ahead"):
+            ahead.ahead(session)
     if "sweep" in chosen:
         with part("sweep"):
-            sweep.sweep(session, bandwidth, lambda tasks: deque(_work(session, tasks, given.workers), maxlen=0))
-    session.say(f"done; written to {given.out}")
-    return int(any(not record["ok"] for record in session.records.get("checks", [])))
+            sweep.sweep(session, bandwidth, lambda tasks: deque(_work(session, tasks, workers), maxlen=0))
 
 
 def _sources(device: torch.device) -> dict[str, Any]:
@@ -118,7 +137,7 @@ def _sources(device: torch.device) -> dict[str, Any]:
 # --- Ahead of the measurements ---------------------------------------------------------------------------------------
 
 
-def _ahead(session: Session, chosen: list[str], workers: int) -> None:
+def _prepare(session: Session, chosen: list[str], workers: int) -> None:
     """Run the checks, and compile what will be timed, in processes beside each other."""
     networks = (
         models.compilations(session.device) if session.on_gpu and "models" in chosen and not session.quick else []
@@ -175,6 +194,8 @@ def _kernels(session: Session, chosen: list[str]) -> list[Task]:
         for network in models.networks(session.quick):
             with session.attempt(f"layers of {network.name}"):
                 steps += models.layers_of(network)
+    if "sizes" in chosen:
+        steps += sizes.ladder(session.quick)
     seen: set[Any] = set()
     for layer in dict.fromkeys(steps):
         kernels = needed(layer)
@@ -204,6 +225,7 @@ def _tell(session: Session, records: list[Record]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whoever ends this wants what there is
     try:
         code = main()
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ each time that a value is stored in half precision.
 import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -250,10 +251,10 @@ def _layer(shape: Sequence[int], device: torch.device, activation: ActivationSpe
     return layer
 
 
-def _step(layer: Any, x: Tensor, dy: Tensor, residual: Tensor | None = None) -> Step:
+def _step(layer: Any, x: Tensor, dy: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Step:
     """`y` and the gradients of `x`, weight and bias."""
     x = x.detach().requires_grad_()
-    y = layer(x, residual=residual)
+    y = layer(x, residual=residual, mask=mask)
     return (y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy))
 
 
@@ -279,46 +280,68 @@ def _walk(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, 
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
+def _mask(x: Tensor) -> Tensor:
+    """Weights of 0, 1 and 2; the first position counts."""
+    generator = torch.Generator(x.device).manual_seed(9)
+    mask = torch.randint(0, 3, (x.shape[0], *x.shape[2:]), generator=generator, device=x.device).float()
+    mask.view(-1)[0] = 1.0
+    return mask
+
+
 def without_waiting(device: torch.device) -> list[Record]:
     """Training never waits for the GPU; a batch that is not finite moves nothing and is counted as skipped."""
     records = []
     sources = {"batch": None, "ghost": bt.GhostStatistics(4), "frozen": bt.RunningStatistics()}
     sources["renorm"] = bt.Renorm(warmup_steps=0)
-    for route in routes(device)[:1]:
-        for walk in WALKS:
-            for name, source in sources.items():
-                x, dy = _walk(walk, device), _walk(walk, device, seed=1)
-                layer = _layer(x.shape, device, source=source)
-                for _ in range(2):
-                    with bt.route(route):
-                        _step(layer, x, dy)
-                before = [t.clone() for t in (layer.running_mean, layer.running_var)]
-                tracked = int(layer.num_batches_tracked)
-                x[0, 0, 0, 0] = math.inf
-                mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
-                problem = ""
-                try:
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                        torch.cuda.set_sync_debug_mode("error")
-                    with bt.route(route):
-                        _step(layer, x, dy)
-                except RuntimeError as error:
-                    problem = str(error).splitlines()[-1]
-                finally:
-                    if device.type == "cuda":
-                        torch.cuda.set_sync_debug_mode(mode)
-                about = f"no wait, {walk}, {name}"
-                records.append(_row(about, route, "sync", not problem, problem))
-                if name == "frozen":
-                    continue
-                after = layer.running_mean, layer.running_var
-                kept = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-                records.append(_row(f"infinity, {walk}, {name}", route, "running", kept, "they moved"))
-                counters = int(layer.num_batches_tracked) - tracked, int(layer.num_batches_skipped)
-                records.append(
-                    _row(f"infinity, {walk}, {name}", route, "counters", counters == (0, 1), f"{counters}, not (0, 1)")
-                )
+    route = routes(device)[0]
+    for walk, (name, source), masked in product(WALKS, sources.items(), (False, True)):
+        x, dy = _walk(walk, device), _walk(walk, device, seed=1)
+        layer, mask = _layer(x.shape, device, source=source), _mask(x) if masked else None
+        for _ in range(2):
+            with bt.route(route):
+                _step(layer, x, dy, None, mask)
+        before = [t.clone() for t in (layer.running_mean, layer.running_var)]
+        tracked = int(layer.num_batches_tracked)
+        x[0, 0, 0, 0] = math.inf
+        mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+        problem = ""
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            with bt.route(route):
+                _step(layer, x, dy, None, mask)
+        except RuntimeError as error:
+            problem = str(error).splitlines()[-1]
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode(mode)
+        about = f"{walk}, {name}{', mask' if masked else ''}"
+        records.append(_row(f"no wait, {about}", route, "sync", not problem, problem))
+        if name == "frozen":
+            continue
+        after = layer.running_mean, layer.running_var
+        kept = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        records.append(_row(f"infinity, {about}", route, "running", kept, "they moved"))
+        counters = int(layer.num_batches_tracked) - tracked, int(layer.num_batches_skipped)
+        records.append(_row(f"infinity, {about}", route, "counters", counters == (0, 1), f"{counters}, not (0, 1)"))
+    return records
+
+
+def late_errors(device: torch.device) -> list[Record]:
+    """A mask that nobody may give is an error: at once on the CPU, by the next such call on a GPU."""
+    x, records = _walk("by row", device), []
+    masks = {"negative": -torch.ones(len(x), device=device), "empty": torch.zeros(len(x), device=device).bool()}
+    for name, mask in masks.items():
+        told = ""
+        try:
+            bt.batch_norm(x, training=True, mask=mask)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            bt.batch_norm(x, training=True, mask=torch.ones(len(x), device=device))
+        except ValueError as error:
+            told = str(error)
+        records.append(_row(f"a mask, {name}", "any", "error", told.startswith("mask "), f"{told!r}"))
     return records
 
 
@@ -437,16 +460,16 @@ def graphs(device: torch.device) -> list[Record]:
     records, route = [], routes(device)[0]
     if device.type != "cuda":
         return []
-    for walk in WALKS:
+    for walk, masked in product(WALKS, (False, True)):
         x, dy, residual = (_walk(walk, device, seed=seed) for seed in range(3))
-        layer = _layer(x.shape, device)
+        layer, mask = _layer(x.shape, device), _mask(x) if masked else None
         stream = torch.cuda.Stream()
         with bt.route(route), torch.cuda.stream(stream):
-            _step(layer, x, dy, residual)
+            _step(layer, x, dy, residual, mask)
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, stream=stream):
-                outputs = _step(layer, x, dy, residual)
+                outputs = _step(layer, x, dy, residual, mask)
             torch.cuda.synchronize()
             other = deepcopy(layer)
             ok = True
@@ -454,10 +477,10 @@ def graphs(device: torch.device) -> list[Record]:
                 x.copy_(_walk(walk, device, seed=seed))
                 graph.replay()
                 found = (*(t.clone() for t in outputs), layer.running_mean, layer.running_var)
-                wanted = (*_step(other, x, dy, residual), other.running_mean, other.running_var)
+                wanted = (*_step(other, x, dy, residual, mask), other.running_mean, other.running_var)
                 ok &= _same(found, wanted)
             ok &= int(layer.num_batches_tracked) == int(other.num_batches_tracked)
-        records.append(_row(f"graph, {walk}", route, "all", ok, "not what the step gives"))
+        records.append(_row(f"graph, {walk}{', mask' if masked else ''}", route, "all", ok, "not what the step gives"))
     return records
 
 
@@ -575,8 +598,8 @@ def huge(device: torch.device, last: bool, dtype: str) -> list[Record]:
 
 
 PROMISES = (
-    compiled, without_waiting, second_derivative, autocast, strides, same_bits, graphs, cumulative, parts_of_gradients,
-    flat_memory,
+    compiled, without_waiting, late_errors, second_derivative, autocast, strides, same_bits, graphs, cumulative,
+    parts_of_gradients, flat_memory,
 )  # fmt: skip
 
 

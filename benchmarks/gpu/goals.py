@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from batchnorm.bench.clock import Record
-from benchmarks.gpu.session import Session, columns
+from benchmarks.gpu.session import columns
 
-__all__ = ["Goal", "goals", "tell", "write"]
+__all__ = ["Goal", "are_told_by", "goals", "tell"]
 
 LARGE_MIB = 100e6 / 2**20
 
@@ -92,17 +92,17 @@ def goals(records: dict[str, list[Record]]) -> Iterator[Goal]:
     )
 
 
-def write(session: Session) -> None:
-    """Write the table as it is now, in place of the one of before."""
-    session.records["goals"] = []
-    found = list(goals(session.records))
-    session.add("goals", [goal._asdict() | {"at_most": int(goal.at_most), "verdict": goal.verdict} for goal in found])
+def are_told_by(records: dict[str, list[Record]]) -> bool:
+    """Whether anything was measured that a goal asks for."""
+    return any(records.get(name) for name in ("layers", "models", "host"))
 
 
-def tell(session: Session) -> None:
-    """Print the table."""
-    rows: list[list[object]] = [["goal", "", "found", "", "worst case"]]
-    for goal in goals(session.records):
+def tell(records: dict[str, list[Record]], card: str) -> None:
+    """Print the table, if anything of it was measured."""
+    if not are_told_by(records):
+        return
+    rows: list[list[object]] = [[f"goal on {card}", "", "found", "", "worst case"]]
+    for goal in goals(records):
         sign = "<=" if goal.at_most else ">="
         rows.append([goal.what, f"{sign} {goal.limit:g}", f"{goal.found:.2f}", goal.verdict, goal.where])
     print(columns(rows), flush=True)

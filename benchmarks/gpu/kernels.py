@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu import clock
 from benchmarks.gpu.cases import Layer
 
-__all__ = ["DIRECTIONS", "Kernels", "needed"]
+__all__ = ["DIRECTIONS", "Kernels", "launch_of", "needed"]
 
 DIRECTIONS = ("forward", "backward")
 
@@ -77,6 +77,7 @@ class Kernels:
         given = self.weight, self.statistics, values
         at = dy.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr(), None
         written = *self.sums, dx, d_residual
+        how = how | {"of_output": residual is not None and self.layer.activation == "relu"}  # as a layer's
         again: Any = None
 
         def call() -> None:
@@ -92,18 +93,29 @@ class Kernels:
 
 def needed(layer: Layer, directions: tuple[str, ...] = DIRECTIONS, tuning: Any = None) -> set[Any]:
     """What tells the kernels of a training step apart: two layers of which this is the same share their kernels."""
+    found = set()
+    for direction in directions:
+        launch = launch_of(layer, direction, tuning)[0]
+        fixed = *launch.constants.items(), *launch.options.items()
+        found.add((direction, layer.dtype, layer.residual, fixed))
+    return found
+
+
+def launch_of(layer: Layer, direction: str, tuning: Any = None) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The launch of a training step in one direction, and its tensors, which have no values."""
     from batchnorm.kernels.gpu import stages
 
     x = torch.empty(layer.shape, dtype=getattr(torch, layer.dtype), device="meta")
     residual = x if layer.residual else None
-    variant = stages.Variant(True, True, layer.activation, _shape(layer), 1, layer.shape[0], tuning, False, True)
-    launches = {
-        "forward": lambda: stages.forward_launch(variant, (x, residual, *[x] * 13), True),
-        "backward": lambda: stages.backward_launch(variant, (x, x, residual, *[x] * 11), True),
-    }
-    found = set()
-    for direction in directions:
-        launch, _ = launches[direction]()
-        fixed = *launch.constants.items(), *launch.options.items()
-        found.add((direction, layer.dtype, layer.residual, fixed))
-    return found
+    channel = torch.empty(layer.shape[1], device="meta")
+    number = torch.empty((), dtype=torch.int64, device="meta")
+    forward = direction == "forward"
+    of_output = layer.residual and layer.activation == "relu" and not forward
+    variant = stages.Variant(
+        True, True, layer.activation, _shape(layer), 1, layer.shape[0], tuning, False, forward, of_output=of_output
+    )
+    if forward:
+        tensors = (x, residual, None, x, *[channel] * 6, None, channel, channel, number, number)
+        return stages.forward_launch(variant, tensors, True)[0], tensors
+    tensors = (x, x, residual, None, x, residual, channel, None, *[channel] * 5, None)
+    return stages.backward_launch(variant, tensors, True)[0], tensors

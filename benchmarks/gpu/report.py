@@ -1,13 +1,17 @@
 """What was measured on a GPU, as a section of the README."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from batchnorm.bench.clock import Record
 from batchnorm.bench.summary import speedups, summarize
+from benchmarks.gpu.goals import are_told_by, goals
 
 __all__ = ["NAMES", "section"]
 
-NAMES = ("gpu_checks", "gpu_copies", "gpu_layers", "gpu_host", "gpu_models", "gpu_goals", "gpu_sweep")
+NAMES = (
+    "gpu_checks", "gpu_copies", "gpu_layers", "gpu_host", "gpu_models", "gpu_sizes", "gpu_ahead", "gpu_sweep",
+)  # fmt: skip
 """Of the CSVs."""
 
 Tables = dict[str, list[Record]]
@@ -25,21 +29,30 @@ called one right after the other.
 
 
 def section(tables: Tables, markdown: Markdown) -> str:
-    """Nothing if nothing was measured."""
-    if not any(tables.get(name) for name in NAMES):
-        return ""
-    parts = (_where(tables), _checks(tables["gpu_checks"], markdown), _layers(tables["gpu_layers"], markdown))
+    """What each card did; nothing if nothing was measured."""
+    cards = dict.fromkeys(r["gpu"] for name in NAMES for r in tables[name])
+    of_each = [_card(card, {n: [r for r in tables[n] if r["gpu"] == card] for n in NAMES}, markdown) for card in cards]
+    pictured = bool(tables["gpu_layers"])
+    picture = ["![Layers on the card that was measured last, in copies](results/gpu_layers.svg)\n"] if pictured else []
+    return "\n".join([ABOUT, *of_each, *picture]).lstrip("\n") if cards else ""
+
+
+def _card(card: str, tables: Tables, markdown: Markdown) -> str:
+    """Everything that was measured on one card."""
+    parts = (f"### {card}\n", _where(tables), _checks(tables["gpu_checks"], markdown))
+    parts += (_goals(tables, markdown), _layers(tables["gpu_layers"], markdown))
     parts += (_models(tables["gpu_models"], markdown), _host(tables["gpu_host"], markdown))
-    parts += (_goals(tables["gpu_goals"], markdown), _sweep(tables["gpu_sweep"], markdown))
-    return "\n".join((ABOUT, *(part for part in parts if part))).lstrip("\n")
+    parts += (_sizes(tables["gpu_sizes"], markdown), _ahead(tables["gpu_ahead"], markdown))
+    return "\n".join(part for part in (*parts, _sweep(tables["gpu_sweep"], markdown)) if part)
 
 
 def _where(tables: Tables) -> str:
-    """Each card, its bandwidth, and the versions."""
+    """The versions, and the card's bandwidth."""
     lines: dict[str, list[str]] = {}
     for name in NAMES:
         for r in tables[name]:
-            line = f"{r['gpu']}, torch {r['torch']}, Triton {r['triton']}, CUDA {r['cuda']}, commit {r['commit']}"
+            cuda = f", CUDA {r['cuda']}" if r["cuda"] else ""
+            line = f"torch {r['torch']}, Triton {r['triton']}{cuda}, commit {r['commit']}"
             files = lines.setdefault(line, [])
             if name not in files:
                 files.append(name)
@@ -91,7 +104,7 @@ def _layers(records: list[Record], markdown: Markdown) -> str:
     if means:
         text += f"\nOn the GPU {means.mean:.2f}× as fast as eager in the geometric mean; worst {means.low:.2f}× "
         text += f"({means.lowest}).\n"
-    return text + "\n![Layers on the GPU, in copies](results/gpu_layers.svg)\n"
+    return text
 
 
 def _models(records: list[Record], markdown: Markdown) -> str:
@@ -118,13 +131,15 @@ def _host(records: list[Record], markdown: Markdown) -> str:
     return markdown(("time of the host, µs", *pieces), rows)
 
 
-def _goals(records: list[Record], markdown: Markdown) -> str:
-    """What was hoped for."""
+def _goals(tables: Tables, markdown: Markdown) -> str:
+    """What was hoped for, and what was found."""
+    records = {name.removeprefix("gpu_"): found for name, found in tables.items()}
     rows = []
-    for r in records:
-        limit = f"{'at most' if r['at_most'] else 'at least'} {r['limit']:g}"
-        rows.append((r["what"], limit, f"{r['found']:.2f}", r["verdict"], r["where"]))
-    return markdown(("goal", "", "found", "", "worst case"), rows) if rows else ""
+    for goal in goals(records):
+        limit = f"{'at most' if goal.at_most else 'at least'} {goal.limit:g}"
+        found = "" if math.isnan(goal.found) else f"{goal.found:.2f}"
+        rows.append((goal.what, limit, found, goal.verdict, goal.where))
+    return markdown(("goal", "", "found", "", "worst case"), rows) if are_told_by(records) else ""
 
 
 def _sweep(records: list[Record], markdown: Markdown) -> str:
@@ -137,3 +152,23 @@ def _sweep(records: list[Record], markdown: Markdown) -> str:
         if table:
             rows.append((" ".join(name), f"{table[0]['copies']:.2f}", f"{best['copies']:.2f}", best["setting"]))
     return markdown(("tuning: walk, direction, layer", "the table's, copies", "best", "best setting"), rows)
+
+
+def _sizes(records: list[Record], markdown: Markdown) -> str:
+    """From which size on the kernels take less time than PyTorch's operation, by GPU time and on the wall."""
+    rows = []
+    for case in dict.fromkeys(r["case"] for r in records):
+        by = {r["candidate"]: r for r in records if r["case"] == case}
+        if {"eager", "batchnorm"} <= set(by):
+            ratios = (by["eager"][column] / by["batchnorm"][column] for column in ("median_us", "wall_us"))
+            rows.append((case, str(by["eager"]["values"]), *(f"{ratio:.2f}" for ratio in ratios)))
+    return markdown(("sizes: BN + ReLU, forward + backward", "values", "× eager, GPU time", "on the wall"), rows)
+
+
+def _ahead(records: list[Record], markdown: Markdown) -> str:
+    """What the compiler made of the kernels, and how many programs a processor of the GPU holds."""
+    columns = ("programs", "warps", "registers", "spills", "shared", "resident", "rounds")
+    rows = ((f"{r['direction']} {r['case']}", *(f"{r[column]:g}" for column in columns)) for r in records)
+    return markdown(
+        ("kernel", "programs", "warps", "registers", "spilled bytes", "shared bytes", "at once", "rounds"), rows
+    )

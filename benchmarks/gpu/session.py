@@ -34,6 +34,7 @@ class Session:
         deadline: When the part that is under way should be done.
         records: By table.
         prepared: The names of the tasks that went well before anything was timed.
+        elsewhere: What the files have of other cards, which stays there.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class Session:
     deadline: float = float("inf")
     records: dict[str, list[Record]] = field(default_factory=dict)
     prepared: set[str] = field(default_factory=set)
+    elsewhere: dict[str, list[Record]] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -58,8 +60,12 @@ class Session:
         """Append to the table `gpu_<name>` and write it: what was measured outlives whatever comes next."""
         kept = self.records.setdefault(name, [])
         kept += records
+        path = self.out / f"gpu_{name}.csv"
+        if name not in self.elsewhere:
+            self.elsewhere[name] = [r for r in table.read(path) if r["gpu"] != self.sources["gpu"]]
         if kept:
-            table.write(self.out / f"gpu_{name}.csv", kept, self.sources)
+            ours = [record | dict(self.sources) for record in kept]
+            table.write(path, [*self.elsewhere[name], *ours], {})
 
     def late(self) -> bool:
         """Whether the time for this part is used up."""

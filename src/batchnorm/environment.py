@@ -114,9 +114,10 @@ def _of_torch() -> dict[str, Any]:
         torch: Any = importlib.import_module("torch")
         routes = importlib.import_module("batchnorm.torch.routes").ROUTES
         gpu = importlib.import_module("batchnorm.torch.gpu")
+        smallest = importlib.import_module("batchnorm.torch.cards").smallest
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         names = [f"cuda:{i} {torch.cuda.get_device_name(device)}" for i, device in enumerate(devices)]
-        usable = any(map(gpu.is_available, devices))
+        ours = {name: smallest(d) for name, d in zip(names, devices, strict=True) if gpu.is_available(d)}
     except ModuleNotFoundError as error:
         return {"routes": f"none: {error.name} is not installed"}
     except Exception as error:  # a bug report must not fail with the bug
@@ -124,7 +125,9 @@ def _of_torch() -> dict[str, Any]:
     return {
         "torch threads": torch.get_num_threads(),
         "devices": ["cpu", *names],
-        "routes": [route.name for route in routes if usable or route.name != "triton"],
+        "routes": [route.name for route in routes if ours or route.name != "triton"],
+        "triton": {name: f"for tensors of {values} values and more" for name, values in ours.items()}
+        or "no GPU for these kernels",
     }
 
 

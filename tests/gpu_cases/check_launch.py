@@ -1,13 +1,18 @@
 """How kernels are started: the same bits every time, scratch memory left clean, any alignment, clear errors."""
 
+import inspect
 import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from check_stages import ALONE, DEVICE, SMALL, assert_backward, assert_forward, layer
+from triton.language import constexpr, tensor
 
 from batchnorm.kernels import gpu
-from batchnorm.kernels.gpu import launch
+from batchnorm.kernels import launch as cpu
+from batchnorm.kernels.gpu import launch, stages, tiles
 from batchnorm.kernels.gpu.tiling import TUNING, factor_of, tiling
 
 
@@ -24,6 +29,64 @@ def test_the_same_bits_every_time_and_with_wide_offsets(shape: tuple[int, int, i
     for others in (outputs(shape, SMALL), outputs(shape, SMALL._replace(wide=True))):
         for one, other in zip(first, others, strict=True):
             assert torch.equal(one, other)
+
+
+@triton.jit(do_not_specialize=list(tiles.Walk._fields))
+def last_offset_kernel(
+    out: tensor, C: tensor, L: tensor, width: tensor, row_vectors: tensor, width_vectors: tensor, run_factor: tensor,
+    blocks: tensor, small: tensor, larger: tensor, extra: tensor, part_tiles: tensor, part_count: tensor,
+    units: tensor, wave_units: tensor, waves: tensor, wave_factor: tensor, stage_factor: tensor, ROWS: constexpr,
+    COLUMNS: constexpr, SLICES: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr,
+    WHOLE: constexpr, GROUPED: constexpr, WIDE: constexpr,
+) -> None:  # fmt: skip
+    """The largest offset of any value in the last tile of each unit, and the largest of a count's."""
+    walk = tiles.Walk(
+        C, L, width, row_vectors, width_vectors, run_factor, blocks, small, larger, extra, part_tiles, part_count,
+        units, wave_units, waves, wave_factor, stage_factor,
+    )  # fmt: skip
+    S: constexpr = tiles.Shape(ROWS, COLUMNS, SLICES, VEC, CHANNELS, POSITIONS, WHOLE, GROUPED, WIDE)
+    unit = tl.program_id(0)
+    end = tiles._rows(walk, unit, S)
+    offset, position, there, mask = tiles.tile(walk, unit, end - ROWS, end, ROWS, True, S)
+    tl.store(out + 2 * unit, tl.max(tl.max(tl.where(mask, offset, -1).to(tl.int64), 1), 0))
+    position = tl.where(there, position, -1).to(tl.int64)
+    tl.store(out + 2 * unit + 1, tl.max(tl.max(position, 1), 0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "samples"),
+    [
+        ((33, 16, 1 << 22), 33), ((33 << 20, 64, 1), 33), ((1 << 20, 64, 49), 1 << 20), ((31, 16, 1 << 22), 31),
+        ((1 << 30, 3, 1), 1 << 30), ((9, 16, (1 << 24) + 1), 9),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("groups", [1, 3])
+def test_offsets_beyond_32_bits(shape: tuple[int, int, int], samples: int, groups: int) -> None:
+    """The last value's offset, which the kernel computes without having so much memory."""
+    cut = tiling(shape, 2, 1, "forward", True, groups, samples)
+    assert cut.wide is (math.prod(shape) >= 1 << 31)
+    out = torch.zeros(cut.units, 2, dtype=torch.int64, device=DEVICE)
+    constants = stages._constants(cut, groups)
+    del constants["STREAM"], constants["MERGE"]
+    last_offset_kernel[(cut.units,)](out, *stages._walk(shape, cut, True), **constants)
+    assert out[:, 0].max().item() == math.prod(shape) - 1
+    assert out[:, 1].max().item() == shape[0] * shape[2] - 1
+
+
+def test_the_launches_that_are_kept_are_not_ever_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_launches", {})
+    monkeypatch.setattr(stages, "MOST_LAUNCHES", 2)
+    for samples in (2, 3, 4, 5):
+        layer((samples, 3, 4)).forward()
+    assert len(stages._launches) == 2
+
+
+@pytest.mark.parametrize("stage", ["moments", "normalize", "forward", "grad_sums", "grad_input", "backward"])
+def test_stages_have_the_arguments_of_the_cpus(stage: str) -> None:
+    ours, theirs = (list(inspect.signature(getattr(module, stage)).parameters) for module in (gpu, cpu))
+    shared = [name for name in theirs if name in ours and name != "of_output"]
+    assert ours[: len(shared)] == theirs[: len(shared)] == shared
+    assert {"of_output"} & set(ours) == {"of_output"} & set(theirs)
 
 
 def clean(scratch: gpu.Scratch) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.torch import deferred
 from batchnorm.torch.activations import Activation, resolve
 from batchnorm.torch.sync import Group
 
@@ -92,11 +93,17 @@ class Call(NamedTuple):
             counts=None if self.counts is None else self.counts[samples],
         )
 
-    def positions(self) -> int:
-        """The number of values of each channel whose count is not 0."""
+    @property
+    def is_opaque(self) -> bool:
+        """Whether code must not depend on the values of the mask: in a graph for all values, and on a GPU."""
+        return self.counts is not None and (is_symbolic() or (self.counts.is_cuda and self.x.numel() > 0))
+
+    def positions(self) -> int | Tensor:
+        """The number of values of each channel whose count is not 0; a tensor if the mask is opaque."""
         if self.counts is None:
             return self.x.numel() // max(1, self.x.shape[1])
-        return int((self.counts > 0).sum())
+        positions = (self.counts > 0).sum()
+        return positions if self.is_opaque else int(positions)
 
     def total(self) -> float | Tensor:
         """The total count of each channel's values; a tensor where code must not depend on values."""
@@ -107,7 +114,7 @@ class Call(NamedTuple):
         if self.counts is None:
             return torch.sym_float(self.x.numel() // max(1, self.x.shape[1]))  # type: ignore[no-any-return]
         total = self.counts.sum(dtype=self.arithmetic if self.x.device.type == "mps" else torch.float64)
-        return total if is_symbolic() or is_tracing() else float(total)
+        return total if self.is_opaque or is_tracing() else float(total)
 
 
 class Part(NamedTuple):
@@ -267,6 +274,7 @@ def _expand(mask: Tensor, x: Tensor) -> Tensor:
             f"it must have the shape {positions}, without channels, or its first axes"
         )
     counts = mask.detach().to(x.device, arithmetic(x.dtype))
-    if not is_symbolic() and not is_tracing() and not bool(((counts >= 0) & counts.isfinite()).all()):
-        raise ValueError("mask must hold booleans, or weights that are finite and not negative")
+    if not is_symbolic() and not is_tracing() and mask.dtype is not torch.bool:
+        problem = "mask must hold booleans, or weights that are finite and not negative"
+        deferred.expect(((counts >= 0) & counts.isfinite()).all(), problem)
     return counts.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)

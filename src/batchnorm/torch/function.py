@@ -70,7 +70,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
         mean, var = stages.moments(call)
         if plan.group is not None:
             total, mean, var = plan.group.pool(call.x, call.positions(), count, mean, var)
-            count = float(total)
+            count = total if total.is_cuda else float(total)  # to read it would be to wait for the GPU
         found = _statistics(stages, call, mean, var)
         if plan.adjust is not None:
             with torch.no_grad():

@@ -66,8 +66,9 @@ def batch_norm(
 
     Raises:
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
-            per channel in training; if a mask is negative or keeps fewer than two values; if the activation is
-            unknown; if `eps` is negative, or 0 in training; if a group of `GhostStatistics` has fewer than two values.
+            per channel in training; if a mask is negative or keeps fewer than two values (on a GPU, a later call
+            raises this, so that nobody waits); if the activation is unknown; if `eps` is negative, or 0 in training;
+            if a group of `GhostStatistics` has fewer than two values.
         TypeError: If an argument is of the wrong kind: `x`, `residual`, `mask` or values per channel no tensor, `eps`
             no number, `statistics` no source of statistics; if `x` is missing; if the activation is a class.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point

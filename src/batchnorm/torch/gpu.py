@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.torch import deferred
 from batchnorm.torch.call import Call, Plan, is_plain
 from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
@@ -214,6 +215,8 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         needs: As in `Needs`; `dy` is never overwritten.
     """
     x, residual, counts, (weight, _) = call.x, call.residual, _counts(call), _dense_vectors(call)
+    if counts is not None:
+        deferred.tell()
     if x.numel() == 0 or (how.plan.group is not None and needs.dx):
         return _backward_in_stages(dy, call, how, statistics, needs)
     size, stride, device, (_, groups, channels) = tuple(x.shape), x.stride(), x.device, statistics.shape
@@ -269,7 +272,8 @@ def _backward_in_stages(dy: Tensor, call: Call, how: How, statistics: Tensor, ne
     total = sums if group is None else group.reduce(sums.clone())
     if x.numel() > 0:
         _kernels().grad_input(
-            dy, x, residual, _counts(call), *given, *total, how.count, call.activation, dx, d_residual, **how_far
+            dy, x, residual, _counts(call), *given, *total, _count(call, how), call.activation, dx, d_residual,
+            **how_far,
         )  # fmt: skip
     d_bias, d_weight = sums.unbind()
     return dx, d_weight, d_bias, d_residual
@@ -283,10 +287,13 @@ def old_bias(statistics: Tensor, kept: None) -> Tensor:
 def _count(call: Call, how: How) -> Any:
     """The count behind the statistics: a number, one per group, or None for the number of values in each group."""
     if how.plan.parts is None:
-        return how.count
+        return how.count.reshape(1).to(STATISTICS) if isinstance(how.count, Tensor) else how.count
     if call.counts is None:
         return None
-    return torch.tensor([part.count for part in how.plan.parts], dtype=STATISTICS, device=call.x.device)
+    found = [part.count for part in how.plan.parts]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found).to(STATISTICS)
+    return torch.tensor(found, dtype=STATISTICS, device=call.x.device)
 
 
 def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:

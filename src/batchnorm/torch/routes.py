@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
+from batchnorm.torch import cards, composed, cpu, function, gpu, native, operators, transforms
 from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_recorded
 from batchnorm.torch.running import Running
 
@@ -88,6 +88,11 @@ def _triton_takes(call: Call, plan: Plan) -> bool:
     return whole and _stages_take(gpu, call, plan)
 
 
+def _triton_pays(call: Call, plan: Plan) -> bool:
+    """From a size on, where PyTorch's operation takes less time for small tensors and can compute the call."""
+    return call.x.numel() >= cards.smallest(call.x.device) or not native.takes(call, plan)
+
+
 def _operator_takes(call: Call, plan: Plan) -> bool:
     return (
         torch.compiler.is_compiling()
@@ -117,7 +122,7 @@ def _composed_takes(call: Call, plan: Plan) -> bool:
 
 
 ROUTES = (
-    Route("triton", _triton_takes, _always, functools.partial(function.compute, gpu)),
+    Route("triton", _triton_takes, _triton_pays, functools.partial(function.compute, gpu)),
     Route("native", native.takes, _native_pays, _compute_natively),
     Route("numba", _numba_takes, _always, functools.partial(function.compute, cpu)),
     Route(
@@ -131,7 +136,8 @@ ROUTES = (
 )
 """In order of preference.
 
-1. `triton`: the GPU kernels, in one autograd function. For eager calls with CUDA tensors of a supported type.
+1. `triton`: the GPU kernels, in one autograd function. For eager calls with CUDA tensors of a supported type, from the
+   size on that the table in `cards.py` has for the GPU, and all calls that `native` cannot compute.
 2. `native`: `torch.batch_norm` and the activation. For the statistics of the batch or constants, without a mask: small
    tensors on the CPU, unless their mean is so far from 0 that the kernels are more exact, and all sizes on devices
    without kernels of ours.

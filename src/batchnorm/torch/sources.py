@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchnorm.torch import deferred
 from batchnorm.torch.call import Call, Part, Plan, is_symbolic, is_tracing
 from batchnorm.torch.running import Running
 from batchnorm.torch.sync import Group
@@ -142,6 +143,8 @@ class GhostStatistics(Statistics):
 
     def plan(self, call: Call, running: Running) -> Plan:
         """A part for each group, each with at least two values per channel."""
+        if call.is_opaque and not is_symbolic():
+            return self._plan_without_waiting(call)
         count = _count_two(call)
         if call.x.numel() == 0:
             return BatchStatistics(self.unbiased).plan(call, running)
@@ -162,6 +165,19 @@ class GhostStatistics(Statistics):
             parts.append(Part(samples, part.total()))
             start += size
         return Plan(count, parts=parts, unbiased=self.unbiased)
+
+    def _plan_without_waiting(self, call: Call) -> Plan:
+        """The same for a mask on a GPU, in as many operations for many groups as for two."""
+        assert call.counts is not None
+        sizes = self.sizes(call.x.shape[0])
+        deferred.expect(
+            (_by_group(call.counts > 0, sizes) >= 2).all(),
+            f"mask leaves fewer than two values of one of the {len(sizes)} groups of GhostStatistics; x has shape "
+            f"{tuple(call.x.shape)}. Use a larger batch_size",
+        )
+        totals, ends = _by_group(call.counts, sizes), np.cumsum(sizes).tolist()
+        parts = [Part(slice(end - size, end), total) for size, end, total in zip(sizes, ends, totals, strict=True)]
+        return Plan(totals.sum(), parts=parts, unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
@@ -338,8 +354,14 @@ def _count_two(call: Call) -> float | Tensor:
         finally:
             tracer._set_tracing_state(state)
         return call.total()
-    if call.counts is not None and is_symbolic():
-        return call.total()  # a graph for all values cannot check some of them
+    if call.counts is not None and call.is_opaque:
+        if not is_symbolic():  # a graph for all values cannot check some of them
+            deferred.expect(
+                (call.counts > 0).sum() >= 2,
+                f"mask leaves fewer than two values of each channel of x of shape {tuple(call.x.shape)}: skip such a "
+                "batch, or use larger ones",
+            )
+        return call.total()
     values = call.positions()
     if values != 1 and call.counts is None:
         return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)  # pyright: ignore[reportReturnType]
@@ -355,3 +377,10 @@ def _count_two(call: Call) -> float | Tensor:
             "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
     return call.total()
+
+
+def _by_group(values: Tensor, sizes: list[int]) -> Tensor:
+    """The sum over each group of samples: `(N, ...)` to `(groups,)`, where sizes differ by one at most."""
+    each = values.reshape(len(values), -1).sum(1, dtype=torch.float64)
+    larger = sizes[0] * sizes.count(sizes[0])
+    return torch.cat([each[:larger].view(-1, sizes[0]).sum(1), each[larger:].view(-1, sizes[-1]).sum(1)])

@@ -41,8 +41,11 @@ class Group:
             raise RuntimeError("this process is not in the process group of its SyncStatistics")
         return Group(group) if dist.get_world_size(group) > 1 else None
 
-    def pool(self, x: Tensor, positions: int, count: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pool(self, x: Tensor, positions: Any, count: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and biased variance over all processes, differentiable, from those of this process.
+
+        The host waits for the others, to know whether they failed. While a CUDA graph is captured it cannot: then
+        nothing is checked.
 
         Args:
             x: The tensor of these moments. All processes must agree on its channels, its type and whether it needs a
@@ -61,18 +64,16 @@ class Group:
         channels = len(mean)
         self._make_room(channels, mean.device)
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        own_header = [OK, channels, DTYPES.index(x.dtype), needs_gradient, positions]
-        header = torch.tensor(own_header, dtype=torch.float64, device=mean.device)
-        own = torch.as_tensor(count, dtype=torch.float64, device=mean.device).reshape(1)
+        own = [OK, channels, DTYPES.index(x.dtype), needs_gradient, positions, count]
         padding = mean.new_zeros(2 * (_widths[self.group] - channels), dtype=torch.float64)
-        rows: Tensor = _Gather.apply(torch.cat([header, own, mean.double(), var.double(), padding]), self)
-        about = self._require(rows.detach(), OK)
-        values = int(about[:, 4].sum())
-        if values < 2:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got {values} in all {self.size} "
-                f"processes together, here input size {x.size()}. Use larger batches, or evaluate (model.eval())"
-            )
+        rows: Tensor = _Gather.apply(torch.cat([_header(own, mean), mean.double(), var.double(), padding]), self)
+        if not (mean.is_cuda and torch.cuda.is_current_stream_capturing()):
+            values = int(self._require(rows.detach(), OK)[:, 4].sum())
+            if values < 2:
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got {values} in all {self.size} "
+                    f"processes together, here input size {x.size()}. Use larger batches, or evaluate (model.eval())"
+                )
         counts = rows.detach()[:, 5:6]
         means, variances = rows[:, HEADER : HEADER + 2 * channels].chunk(2, 1)
         total = counts.sum()
@@ -141,6 +142,12 @@ class Group:
                 "one of them has ended, or the processes called different numbers of synchronized layers or of their "
                 f"backward passes ({error})"
             ) from error
+
+
+def _header(entries: list[Any], like: Tensor) -> Tensor:
+    """Numbers, and tensors of one number, in a row. Numbers go to a GPU as arguments of kernels, without a wait."""
+    exact = torch.float64
+    return torch.stack([e.to(exact) if isinstance(e, Tensor) else like.new_full((), e, dtype=exact) for e in entries])
 
 
 class _Gather(torch.autograd.Function):

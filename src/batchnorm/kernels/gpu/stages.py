@@ -20,6 +20,9 @@ Arguments of all stages:
 - `tuning`: In place of the table's.
 - `scratch`: In place of the stream's: see `Scratch`.
 
+`forward` and `backward` take each statistic as a tensor of its own, like the CPU kernels; a layer's calls are
+`forward_packed` and `backward_packed`, which do the same with less for the host to do.
+
 Everything is enqueued on the current stream; nothing waits for the device.
 """
 
@@ -82,6 +85,9 @@ class Running(NamedTuple):
 
 _launches: dict[tuple[Any, ...], tuple[Launch, float]] = {}
 """By everything that they were made for; with each, the activation's parameter."""
+
+MOST_LAUNCHES = 1 << 13
+"""Launches that are kept: more than a network makes, unless its inputs always have new shapes."""
 
 
 def moments(
@@ -549,22 +555,23 @@ def _forward(
 ) -> tuple[Launch, float, bool]:
     """Start it; its launch, the activation's parameter, and whether all large tensors begin at 16 bytes."""
     key = _key("forward", variant, tensors, 4)
-    found = _launches.get(key)
-    if found is None:
-        found = _launches[key] = forward_launch(variant, tensors, key[3] == 0)
-    launch, parameter = found
+    launch, parameter = _launches.get(key) or _keep(key, forward_launch(variant, tensors, key[3] == 0))
     launch(tensors, (eps, parameter, rate), scratch)
     return launch, parameter, key[3] == 0
+
+
+def _keep(key: tuple[Any, ...], made: tuple[Launch, float]) -> tuple[Launch, float]:
+    if len(_launches) >= MOST_LAUNCHES:
+        _launches.clear()
+    _launches[key] = made
+    return made
 
 
 def _backward(
     variant: Variant, tensors: tuple[Tensor | None, ...], number_of_values: float, scratch: Scratch | None
 ) -> tuple[Launch, float, bool]:
     key = _key("backward", variant, tensors, 6)
-    found = _launches.get(key)
-    if found is None:
-        found = _launches[key] = backward_launch(variant, tensors, key[3] == 0)
-    launch, parameter = found
+    launch, parameter = _launches.get(key) or _keep(key, backward_launch(variant, tensors, key[3] == 0))
     launch(tensors, (number_of_values, parameter), scratch)
     return launch, parameter, key[3] == 0
 
