@@ -1,6 +1,6 @@
 """The stages on one tile, walked by row: the innermost loop goes along a row, all `channels * L` values of one sample.
 
-This suits short runs of positions (7 x 7 images, and `L = 1`, which is no special case). The tile's values of one
+This suits short runs of positions (small images, and `L = 1`, which is no special case). The tile's values of one
 sample are adjacent. Per-channel numbers are spread into tables with one entry for each value of a row; the tables stay
 in the L1 cache.
 
@@ -49,10 +49,16 @@ def _rows(x: Any, samples: int) -> Any:
 
 
 @inlined
-def _spread(value: Any, c: int, L: int, table: Any) -> None:
-    """Write one channel's number at all its positions in the first sample; channel `c = 0` is the tile's first."""
-    for j in range(c * L, (c + 1) * L):
-        table[j] = value
+def _spread(channels: int, L: int, table: Any) -> None:
+    """Write the first numbers of a table, one for each channel, at all positions of the first sample.
+
+    If `L = 1`, they are there already: loops over channels are then loops over adjacent numbers, which LLVM vectorizes.
+    """
+    if L > 1:
+        for c in range(channels - 1, -1, -1):
+            value = table[c]
+            for j in range(c * L, (c + 1) * L):
+                table[j] = value
 
 
 @inlined
@@ -81,13 +87,17 @@ def _fold(sample: int, sums: Any) -> None:
 
 
 @inlined
-def _collect(c: int, L: int, sums: Any) -> float:
-    """Add up the sums at one channel's positions in the first sample, and clear them."""
-    total = 0.0
-    for j in range(c * L, (c + 1) * L):
-        total += sums[j]
-        sums[j] = 0.0
-    return total
+def _collect(channels: int, L: int, sums: Any) -> None:
+    """Add up the sums at each channel's positions in the first sample: one for each channel, at the table's beginning.
+
+    If `L = 1`, they are there already.
+    """
+    if L > 1:
+        for c in range(channels):
+            total = 0.0
+            for j in range(c * L, (c + 1) * L):
+                total += sums[j]
+            sums[c] = total
 
 
 @inlined
@@ -105,17 +115,15 @@ def _spread_affine(
     mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int, L: int, width: int, scratch: Any
 ) -> None:
     """Fill tables 0, 1 and 2 with center, scale and shift: see `affine`."""
-    sample = (c1 - c0) * L
+    channels = c1 - c0
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
-    for c in range(c1 - c0):
-        center_c, scale_c, shift_c = affine(
+    for c in range(channels):
+        center[c], scale[c], shift[c] = affine(
             scratch.dtype.type, mean[c0 + c], rstd[c0 + c], weight[c0 + c], bias[c0 + c]
         )
-        _spread(center_c, c, L, center)
-        _spread(scale_c, c, L, scale)
-        _spread(shift_c, c, L, shift)
     for table in (center, scale, shift):
-        _repeat(sample, table)
+        _spread(channels, L, table)
+        _repeat(channels * L, table)
 
 
 # --- Stages ----------------------------------------------------------------------------------------------------------
@@ -157,8 +165,8 @@ def moments(COUNTED: int) -> Stage:
                 first_n, first_i = first_counted(counts, g0, g1, 0, L)
             if size > 0.0:
                 for c in range(channels):
-                    center_c = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
-                    _spread(center_c, c, L, center)
+                    center[c] = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
+                _spread(channels, L, center)
                 _repeat(sample, center)
                 if 8 * count < size:
                     near = g1 if COUNTED else min(g0 + samples * FIRST_ROWS, g1)
@@ -173,9 +181,12 @@ def moments(COUNTED: int) -> Stage:
                                 total[j] += load(row[j]) - center[j]
                     _flush(total, sum_d)
                     _fold(sample, sum_d)
+                    _collect(channels, L, sum_d)
                     near_size = size if COUNTED else float((near - g0) * L)
                     for c in range(channels):
-                        _spread(T(center[c * L] + _collect(c, L, sum_d) / near_size), c, L, center)
+                        center[c] = T(center[c * L] + sum_d[c] / near_size)
+                    sum_d[:] = 0.0
+                    _spread(channels, L, center)
                     _repeat(sample, center)
                 for b0 in range(g0, g1, block):
                     b1 = min(b0 + block, g1)
@@ -196,11 +207,14 @@ def moments(COUNTED: int) -> Stage:
                     _flush(total_d2, sum_d2)
                 _fold(sample, sum_d)
                 _fold(sample, sum_d2)
+                _collect(channels, L, sum_d)
+                _collect(channels, L, sum_d2)
                 for c in range(channels):
-                    mean_b, squares_b = uncenter(size, center[c * L], _collect(c, L, sum_d), _collect(c, L, sum_d2))
+                    mean_b, squares_b = uncenter(size, center[c * L], sum_d[c], sum_d2[c])
                     _, mean[c0 + c], squares[c0 + c] = merge(
                         count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b
                     )
+                sum_d[:], sum_d2[:] = 0.0, 0.0
                 count += size
             g0 = g1
         return count
@@ -276,10 +290,11 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
             _flush(total_d, sum_d)
         _fold(sample, sum_z)
         _fold(sample, sum_d)
+        _collect(c1 - c0, L, sum_z)
+        _collect(c1 - c0, L, sum_d)
         for c in range(c1 - c0):
-            sum_dz[c0 + c] = _collect(c, L, sum_z)
-            sum_dz_d = _collect(c, L, sum_d)
-            sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_dz_d - (mean[c0 + c] - center[c * L]) * sum_dz[c0 + c])
+            sum_dz[c0 + c] = sum_z[c]
+            sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_d[c] - (mean[c0 + c] - center[c * L]) * sum_z[c])
         return 0.0
 
     return grad_sums
@@ -305,12 +320,13 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         slope, level, times = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
-        for c in range(c0, c1):
-            slope_c, level_c = through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
-            _spread(slope_c, c - c0, L, slope)
-            _spread(level_c, c - c0, L, level)
-        _repeat(sample, slope)
-        _repeat(sample, level)
+        for c in range(c1 - c0):
+            slope[c], level[c] = through_moments(
+                T, mean[c0 + c], rstd[c0 + c], weight[c0 + c], sum_dz[c0 + c], sum_dz_xhat[c0 + c], count
+            )
+        for table in (slope, level):
+            _spread(c1 - c0, L, table)
+            _repeat(sample, table)
         for r in range(n0 // samples, n1 // samples):
             dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
             dx_row, d_residual_row = dy_row if IN_PLACE else dx_rows[r, j0:j1], d_residual_rows[r, j0:j1]

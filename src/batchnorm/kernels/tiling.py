@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 __all__ = [
-    "BLOCK", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "ROWS", "ROW_LENGTH", "RUN", "SERIAL", "TABLES", "TABLE_LENGTH",
-    "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
+    "BLOCK", "BLOCKS", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "ROWS", "ROW_LENGTH", "RUN", "SERIAL", "STRETCH",
+    "TABLES", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -20,14 +20,21 @@ twice as much was no faster on cores with 1 MB of L2 cache (AMD EPYC, Zen 4) or 
 SERIAL = 1 << 15
 """Below this many values, one thread is faster than waking the others, which takes a few microseconds."""
 
-BY_CHANNEL_FROM = 64
-"""The shortest run of positions that is walked by channel."""
+BY_CHANNEL_FROM = 48
+"""The shortest run of positions that is walked by channel. Images of 7 x 7 are by channel, those of 6 x 6 by row."""
 
 RUN = 1024
 """By channel: this many positions are summed in the data's own type, then the sum is added to one of float64."""
 
 BLOCK = 4096
 """By channel: this many values of a channel are measured from one center."""
+
+STRETCH = 4096
+"""By channel: a block of channels has at most this many adjacent values of a sample: 16 KB of float32. In shorter
+stretches, memory cannot be fetched ahead."""
+
+BLOCKS = 16
+"""By channel: a tensor with as many channels is cut into at least this many blocks, so that threads can share them."""
 
 ROWS = 64
 """By row: this many rows are summed in the data's own type (each value of a row has its own sum)."""
@@ -88,11 +95,12 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
     """
     n, c, length = shape
     if length >= BY_CHANNEL_FROM:
-        # One channel at a time. Few long channels (large images in three colours) would leave threads idle: they are
-        # cut into tiles of samples.
-        fits = c >= 16 or n * length * itemsize * tensors <= cache
+        # Few long channels (large images in three colours) would leave threads idle: they are cut into tiles of
+        # samples.
+        fits = c >= BLOCKS or n * length * itemsize * tensors <= cache
         rows = n if fits else _even_share(n, c * length * itemsize, cache)
-        return Tiling(True, rows, max(1, min(c, RUN // length)))  # short neighbours share pages and prefetches
+        width = min(c // BLOCKS, STRETCH // length, cache // (n * length * itemsize * tensors))
+        return Tiling(True, rows, max(1, width))
     width = max(1, min(c, ROW_WIDTH // length))
     # Narrow columns of a channels-last matrix cost more than a second reading of it, unless the matrix is small.
     fits = n * width * length * itemsize * tensors <= cache and (length > 1 or n <= ROW_WIDTH)
