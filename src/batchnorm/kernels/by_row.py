@@ -5,8 +5,8 @@ sample are adjacent. Per-channel numbers are spread into tables with one entry f
 in the L1 cache.
 
 Samples are adjacent if a tile has all channels. Then a row is several of them (`samples_per_row`), because entering a
-loop costs time, too. Rows are read one after the other: two or four at a time need fewer loads and stores of sums, but
-are slower where longer rows come from memory.
+loop costs time, too. Sums are taken over two rows at a time where a tensor is in the cache: this needs fewer loads and
+stores of tables. From memory, rows are read one after the other.
 """
 
 import functools
@@ -18,7 +18,7 @@ from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
 from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
-from batchnorm.kernels.tiling import FIRST_ROWS, ROWS, TABLE_STRIDE, TABLES, samples_per_row
+from batchnorm.kernels.tiling import FIRST_ROWS, PAIRS_UP_TO, ROW_LENGTH, ROWS, TABLE_STRIDE, TABLES, samples_per_row
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
 
@@ -67,6 +67,18 @@ def _repeat(sample: int, table: Any) -> None:
     for start in range(sample, table.size, sample):
         for j in range(sample):
             table[start + j] = table[j]
+
+
+@inlined
+def _in_pairs(x: Any, tensors: int, width: int) -> bool:
+    """Whether a stage that reads some tensors like `x` takes sums over two rows at a time: see `PAIRS_UP_TO`."""
+    return width <= ROW_LENGTH or x.size * x.itemsize * tensors <= PAIRS_UP_TO
+
+
+@inlined
+def _with_residual(RESIDUAL: int, z: Any, residual: Any) -> Any:
+    """`z` in a backward stage that has a residual, or `y` in its place."""
+    return load(residual) if RESIDUAL == OUTPUT else z + load(residual)
 
 
 @inlined
@@ -148,6 +160,7 @@ def moments(COUNTED: int) -> Stage:
         total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
         sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
         total[:], total_d2[:], sum_d[:], sum_d2[:] = T(0), T(0), 0.0, 0.0
+        pairs = _in_pairs(x, 1, width)
         count = 0.0
         for c in range(c0, c1):
             mean[c] = 0.0
@@ -190,10 +203,18 @@ def moments(COUNTED: int) -> Stage:
                     _repeat(sample, center)
                 for b0 in range(g0, g1, block):
                     b1 = min(b0 + block, g1)
-                    for r in range(b0 // samples, b1 // samples):
-                        row = x_rows[r, j0:j1]
+                    r, r1 = b0 // samples, b1 // samples
+                    while not COUNTED and pairs and r + 1 < r1:
+                        row, next_row = x_rows[r, j0:j1], x_rows[r + 1, j0:j1]
+                        for j in range(width):
+                            d, next_d = load(row[j]) - center[j], load(next_row[j]) - center[j]
+                            total[j] += d + next_d
+                            total_d2[j] += d * d + next_d * next_d
+                        r += 2
+                    for last in range(r, r1):
+                        row = x_rows[last, j0:j1]
                         if COUNTED:
-                            _spread_counts(counts, r * samples, sample, times)
+                            _spread_counts(counts, last * samples, sample, times)
                             for j in range(width):
                                 d = load(row[j]) - center[j] if times[j] > 0 else T(0)
                                 total[j] += times[j] * d
@@ -271,18 +292,33 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
         total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
         sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
         total[:], total_d[:], sum_z[:], sum_d[:] = T(0), T(0), 0.0, 0.0
+        pairs = _in_pairs(x, 2, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
         for b0 in range(n0, n1, block):
             b1 = min(b0 + block, n1)
-            for r in range(b0 // samples, b1 // samples):
+            r, r1 = b0 // samples, b1 // samples
+            while pairs and r + 1 < r1:
                 dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
+                next_dy_row, next_row = dy_rows[r + 1, j0:j1], x_rows[r + 1, j0:j1]
+                next_residual_row = residual_rows[r + 1, j0:j1]
+                for j in range(width):
+                    d, next_d = load(row[j]) - center[j], load(next_row[j]) - center[j]
+                    z, next_z = d * scale[j] + shift[j], next_d * scale[j] + shift[j]
+                    if RESIDUAL:
+                        z = _with_residual(RESIDUAL, z, residual_row[j])
+                        next_z = _with_residual(RESIDUAL, next_z, next_residual_row[j])
+                    dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
+                    next_dz = activate_grad(ACT, EXACT, parameter, next_z, load(next_dy_row[j]))
+                    total[j] += dz + next_dz
+                    total_d[j] += dz * d + next_dz * next_d
+                r += 2
+            for last in range(r, r1):
+                dy_row, row, residual_row = dy_rows[last, j0:j1], x_rows[last, j0:j1], residual_rows[last, j0:j1]
                 for j in range(width):
                     d = load(row[j]) - center[j]
                     z = d * scale[j] + shift[j]
-                    if RESIDUAL == OUTPUT:
-                        z = load(residual_row[j])
-                    elif RESIDUAL:
-                        z += load(residual_row[j])
+                    if RESIDUAL:
+                        z = _with_residual(RESIDUAL, z, residual_row[j])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                     total[j] += dz
                     total_d[j] += dz * d
@@ -335,10 +371,8 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
             for j in range(width):
                 d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
-                if RESIDUAL == OUTPUT:
-                    z = load(residual_row[j])
-                elif RESIDUAL:
-                    z += load(residual_row[j])
+                if RESIDUAL:
+                    z = _with_residual(RESIDUAL, z, residual_row[j])
                 dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                 if COUNTED:
                     store(dx_row, j, scale[j] * dz - (times[j] * (d * slope[j] + level[j]) if times[j] > 0 else T(0)))

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 __all__ = [
-    "BLOCK", "BLOCKS", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "ROWS", "ROW_LENGTH", "RUN", "SERIAL", "STRETCH",
-    "TABLES", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
+    "BLOCK", "BLOCKS", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH", "RUN", "SERIAL",
+    "STRETCH", "TABLES", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -48,12 +48,16 @@ ROW_LENGTH = 64
 Still longer rows are faster in the L2 cache only; from memory they are slower."""
 
 ROW_WIDTH = 512
-"""By row: a block of channels has at most this many adjacent values of a sample: 2 KB of float32, which suit
-prefetching."""
+"""By row: a block of channels that fits the cache has at most this many adjacent values of a sample. Tiles of samples
+are as wide as tables are long, because memory is read fastest in its order."""
 
-TABLES, TABLE_LENGTH, TABLE_STRIDE = 6, 512, 512 + 16
-"""By row: the number of tables of a stage, their length, and the distance between them. At a distance of a multiple of
-4 KB, reading one table would wait for writing another."""
+PAIRS_UP_TO = 1 << 23
+"""By row: sums are taken over two rows at a time if a stage reads at most this many bytes, or if rows are short. From
+memory, two long rows at a time cost up to 1.8 times as much as one after the other (AMD EPYC, Zen 4)."""
+
+TABLES, TABLE_LENGTH, TABLE_STRIDE = 6, 2048, 2048 + 160
+"""By row: the number of tables of a stage, their length, and the distance between them. The distances are far from
+multiples of 4 KB, near which reading one table would wait for writing another."""
 
 
 class Tiling(NamedTuple):
@@ -106,7 +110,8 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
     fits = n * width * length * itemsize * tensors <= cache and (length > 1 or n <= ROW_WIDTH)
     if fits:
         return Tiling(False, n, max(1, width // 2) if width == c else width)
-    width = max(1, min(c, TABLE_LENGTH // length))
+    blocks = -(-c // max(1, TABLE_LENGTH // length))
+    width = -(-c // blocks)
     rows, samples = _even_share(n, width * length * itemsize, cache), samples_per_row(shape, width)
     return Tiling(False, -(-rows // samples) * samples, width)
 
