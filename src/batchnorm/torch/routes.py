@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
 from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_recorded
 from batchnorm.torch.running import Running
 
-__all__ = ["ROUTES", "Route", "choose", "route"]
+__all__ = ["ROUTES", "Route", "choose", "is_small", "route"]
 
 
 class Route(NamedTuple):
@@ -52,9 +53,14 @@ def _native_pays(call: Call, plan: Plan) -> bool:
         not call.is_eager or not is_plain(call.x) or call.x.dtype is not call.arithmetic
     ):  # PyTorch computes half precision less exactly
         return False
-    if plan.constants is not None:
-        return call.x.numel() < SMALL_EVALUATION
-    return call.x.numel() < (SMALL if call.x.is_contiguous() and call.x.dim() > 2 else 4 * SMALL)
+    return is_small(call.x, plan.constants is None)
+
+
+def is_small(x: Tensor, training: bool) -> bool:
+    """Whether calling our kernels for a CPU tensor costs more than they gain."""
+    if not training:
+        return x.numel() < SMALL_EVALUATION
+    return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 4 * SMALL)
 
 
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
@@ -101,7 +107,7 @@ def _always(call: Call, plan: Plan) -> bool:
 
 def _compute_natively(call: Call, plan: Plan, running: Running) -> Outcome | None:
     """By PyTorch's operation, which must be as exact as our kernels where these may be used instead."""
-    others = _allowed is None or "numba" in _allowed
+    others = allowed is None or "numba" in allowed
     strict = call.is_eager and call.x.numel() > 0 and others and is_plain(call.x, *call.tensors)
     return native.compute(call, plan, running, strict=strict)
 
@@ -136,7 +142,8 @@ ROUTES = (
 """
 
 _NAMES = tuple(route.name for route in ROUTES)
-_allowed: tuple[str, ...] | None = None
+allowed: tuple[str, ...] | None = None
+"""The routes to which `with route(...)` restricts calls; None outside of it."""
 
 
 def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
@@ -146,10 +153,10 @@ def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
         RuntimeError: If none of the routes that `with route(...)` allows can compute it, or none at all.
     """
     for each in ROUTES[0 if after is None else ROUTES.index(after) + 1 :]:
-        if _allowed is None:
+        if allowed is None:
             if each.takes(call, plan) and each.pays(call, plan):
                 return each
-        elif each.name in _allowed and each.takes(call, plan):
+        elif each.name in allowed and each.takes(call, plan):
             return each
     if call.x.is_mkldnn:
         raise RuntimeError(
@@ -157,7 +164,7 @@ def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
             "without a mask, by the statistics of the batch or the running ones; otherwise call x.to_dense() first"
         )
     raise RuntimeError(
-        f"route({', '.join(map(repr, _allowed or ()))}) cannot compute this call: x is {call.x.dtype} of shape "
+        f"route({', '.join(map(repr, allowed or ()))}) cannot compute this call: x is {call.x.dtype} of shape "
         f"{tuple(call.x.shape)} on {call.x.device}. Allow another route as well; 'composed' computes everything"
     )
 
@@ -182,12 +189,12 @@ def route(*names: str) -> Iterator[None]:
         ValueError: If a name is unknown, or if there is none.
         RuntimeError: In a call, if none of these routes can compute it.
     """
-    global _allowed
+    global allowed
     unknown = [name for name in names if name not in _NAMES]
     if unknown:
         raise ValueError(f"a route must be one of {', '.join(_NAMES)}; got {', '.join(map(str, unknown))}")
-    before, _allowed = _allowed, names or None
+    before, allowed = allowed, names or None
     try:
         yield
     finally:
-        _allowed = before
+        allowed = before

@@ -1,0 +1,103 @@
+"""The plain call, which nearly every layer makes in nearly every step, in as few operations of Python as possible.
+
+Such a call has ordinary tensors on the CPU and no mask. It normalizes by the batch's own statistics, or in evaluation
+by the running ones, and PyTorch runs it at once, outside of a backward pass. Then it is known what the table of routes
+would choose: PyTorch's operation for small tensors, our kernels for others. Both are reached here directly. For a small
+tensor, the checks that end in this choice would take longer than the rest, and calls of short functions would, too.
+
+Whatever is unusual or wrong makes `compute` return None before anything has changed. The general way, through the
+sources of statistics and the routes, then computes the call, or says what is wrong.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm.torch import cpu, function, native, routes
+from batchnorm.torch.activations import Activation, parsed, resolve
+from batchnorm.torch.call import PLAIN, Call, Plan
+from batchnorm.torch.running import Running, update
+
+__all__ = ["compute"]
+
+_C = torch._C
+
+
+def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor | None:
+    """Compute a plain call of a layer.
+
+    Args:
+        layer: The layer. In training its running statistics move.
+        x: `(N, C, *spatial)`.
+        residual: Like `x`.
+        activation: As in `batch_norm`.
+
+    Returns:
+        `y`. None, with nothing changed, if the call is not plain.
+    """
+    own = layer.__dict__
+    training, momentum, eps = own["training"], own["momentum"], own["eps"]
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._is_tracing()
+        or _C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or _C._current_graph_task_id() != -1
+        or routes.allowed is not None
+        or (training and (own["statistics"] is not None or not own["track_running_stats"]))
+        or own.get("save_memory")
+        or type(momentum) is not float
+        or type(eps) is not float
+        or not eps > 0
+        or type(x) not in PLAIN
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.dtype not in cpu.DTYPES
+        or x.is_nested
+        or x.dim() < 2
+    ):
+        return None
+    parameters, buffers, channels, size = own["_parameters"], own["_buffers"], x.shape[1], x.numel()
+    mean, var, batches = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
+    weight, bias, dtype = parameters.get("weight"), parameters.get("bias"), x.dtype
+    exact = torch.float32 if dtype is torch.bfloat16 else dtype
+    for t in mean, var, weight, bias:
+        if type(t) not in PLAIN or t.dtype is not exact or not t.is_cpu or t.shape != (channels,):
+            return None
+    if (
+        size < (2 * channels if training else 1)
+        or not (mean.is_contiguous() and var.is_contiguous())
+        or (mean.requires_grad or var.requires_grad)
+        or not (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64)
+        or (residual is not None and not _is_like(x, residual))
+    ):
+        return None
+    layer._check_input_dim(x)
+    named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
+    y: Tensor | None = None
+    if dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
+        if 1 in x.shape and not x.is_contiguous():
+            return None
+        in_place = not torch.is_grad_enabled()
+        if training:
+            y = native.by_batch(x, weight, bias, (mean, var), momentum, batches, eps)
+        else:
+            y = native.by_constants(x, weight, bias, mean, var, eps)
+        if y is not None:
+            y = native.follow(y, residual, *named, in_place)
+    if y is None:
+        if not training:
+            return None
+        running = Running(mean, var, momentum, batches, layer._skipped(batches))
+        call = Call(x, weight, bias, residual, None, eps, named, True, exact)
+        y, batch = function.compute(cpu, call, Plan(float(size // channels)), running)
+        if batch is not None:
+            update(running, batch, unbiased=True)
+    return y if then is None else then(y)
+
+
+def _is_like(x: Tensor, residual: Tensor) -> bool:
+    return type(residual) in PLAIN and residual.is_cpu and residual.dtype is x.dtype and residual.shape == x.shape
