@@ -208,7 +208,7 @@ def test_every_activation(activation: Any, shape: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(70, 20, 9), (30, 5, 160), (300, 40, 1)])
+@pytest.mark.parametrize("shape", [(70, 20, 9), (30, 5, 160), (300, 40, 1), (11, 2500, 1)])
 def test_stage_by_stage(shape: Any, dtype: Any) -> None:
     cache = 1 << 11  # nothing fits 2 KB, and the stages run one after the other over tiles
     for residual, mask in FLAGS:

@@ -2,7 +2,7 @@
 
 This suits short runs of positions (small images, and `L = 1`, which is no special case). The tile's values of one
 sample are adjacent. Per-channel numbers are spread into tables with one entry for each value of a row; the tables stay
-in the L1 cache.
+in the L1 cache, or in the L2 cache if rows are long.
 
 Samples are adjacent if a tile has all channels. Then a row is several of them (`samples_per_row`), because entering a
 loop costs time, too. Sums are taken over two rows at a time where a tensor is in the cache: this needs fewer loads and
@@ -18,7 +18,7 @@ from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
 from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
-from batchnorm.kernels.tiling import FIRST_ROWS, PAIRS_UP_TO, ROW_LENGTH, ROWS, TABLE_STRIDE, TABLES, samples_per_row
+from batchnorm.kernels.tiling import FIRST_ROWS, PAIRS_UP_TO, ROW_LENGTH, ROWS, TABLE_STRIDE, samples_per_row
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
 
@@ -28,12 +28,12 @@ _samples_per_row = inlined(samples_per_row)
 
 
 @inlined
-def _scratch(dtype: Any) -> Any:
-    """Room for all tables of a stage.
+def _scratch(dtype: Any, tables: int) -> Any:
+    """Room for some tables of a stage.
 
     They share one array because LLVM does not vectorize a loop in which too many arrays might overlap.
     """
-    return np.empty(TABLES * TABLE_STRIDE, dtype)
+    return np.empty(tables * TABLE_STRIDE, dtype)
 
 
 @inlined
@@ -155,7 +155,7 @@ def moments(COUNTED: int) -> Stage:
         channels, sample, samples = c1 - c0, (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
         x_rows, j0, width, block = _rows(x, samples), c0 * L, samples * sample, samples * ROWS
         j1 = j0 + width
-        scratch, sums = _scratch(counts.dtype), _scratch(np.float64)
+        scratch, sums = _scratch(counts.dtype, 4), _scratch(np.float64, 2)
         center, times = _table(scratch, 0, width), _table(scratch, 1, width)
         total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
         sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
@@ -257,7 +257,7 @@ def normalize(ACT: int, RESIDUAL: int) -> Stage:
         x_rows, residual_rows, y_rows = _rows(x, samples), _rows(residual, samples), _rows(y, samples)
         j0, width = c0 * L, samples * (c1 - c0) * L
         j1 = j0 + width
-        scratch = _scratch(weight.dtype)
+        scratch = _scratch(weight.dtype, 3)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
         for r in range(n0 // samples, n1 // samples):
@@ -287,7 +287,7 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
         dy_rows, x_rows, residual_rows = _rows(dy, samples), _rows(x, samples), _rows(residual, samples)
         j0, width, block = c0 * L, samples * sample, samples * ROWS
         j1 = j0 + width
-        scratch, sums = _scratch(weight.dtype), _scratch(np.float64)
+        scratch, sums = _scratch(weight.dtype, 5), _scratch(np.float64, 2)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
         sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
@@ -352,7 +352,7 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
         dx_rows, d_residual_rows = _rows(dx, samples), _rows(d_residual, samples)
         j0, width = c0 * L, samples * sample
         j1 = j0 + width
-        scratch = _scratch(weight.dtype)
+        scratch = _scratch(weight.dtype, 6)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         slope, level, times = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)

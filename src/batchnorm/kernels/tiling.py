@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BLOCK", "BLOCKS", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH", "RUN", "SERIAL",
-    "STRETCH", "TABLES", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
+    "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -55,9 +55,9 @@ PAIRS_UP_TO = 1 << 23
 """By row: sums are taken over two rows at a time if a stage reads at most this many bytes, or if rows are short. From
 memory, two long rows at a time cost up to 1.8 times as much as one after the other (AMD EPYC, Zen 4)."""
 
-TABLES, TABLE_LENGTH, TABLE_STRIDE = 6, 2048, 2048 + 160
-"""By row: the number of tables of a stage, their length, and the distance between them. The distances are far from
-multiples of 4 KB, near which reading one table would wait for writing another."""
+TABLE_LENGTH, TABLE_STRIDE = 2048, 2048 + 160
+"""By row: the length of a stage's tables, and the distance between them. All distances are far from multiples of 4 KB,
+near which reading one table would wait for writing another."""
 
 
 class Tiling(NamedTuple):
@@ -89,7 +89,8 @@ def samples_per_row(shape: tuple[int, int, int], width: int) -> int:
 def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
     """Cut `(N, C, L)` into blocks of channels if these fit the cache, otherwise into tiles of samples.
 
-    The limits were the fastest for forward + backward with ReLU in float32, on two cores of a Sapphire Rapids server.
+    The limits were the fastest for forward + backward with ReLU in float32, on two cores of a Sapphire Rapids server or
+    of an AMD EPYC (Zen 4).
 
     Args:
         shape: `(N, C, L)`.
