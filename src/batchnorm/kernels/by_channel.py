@@ -63,7 +63,8 @@ def moments(COUNTED: int) -> Stage:
                 for c in range(channels):
                     center[c] = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
                 if 8 * count < size:
-                    near_n, near_l = (g1, l1) if COUNTED else (g0 - (g0 - g1) // 8, min(l0 + RUN, l1))
+                    # An eighth of a group is enough: see `uncenter`.
+                    near_n, near_l = (g1, l1) if COUNTED else (g0 + (g1 - g0 + 7) // 8, min(l0 + RUN, l1))
                     sum_d[:] = 0.0
                     for n in range(g0, near_n):
                         for c in range(channels):
