@@ -36,10 +36,11 @@ KERNEL_SHAPES = [
     (1, 1, 3),
     (2, 3, 1),
     (32, 64, 1),  # a hidden layer
-    (5, 1, 49),
-    (7, 20, 49),  # 7 x 7 images, more than one block of channels
-    (3, 5, 63),  # by row, and just long enough for by channel
-    (3, 5, 64),
+    (5, 1, 47),
+    (7, 20, 47),  # more than one block of channels
+    (3, 5, 47),  # by row, and just long enough for by channel
+    (3, 5, 48),
+    (3, 70, 49),  # 7 x 7 images, a block of several channels
     (2, 3, 5000),  # a run longer than BLOCK
     (300, 2, 33),
     (4100, 3, 1),  # more rows than a block of rows

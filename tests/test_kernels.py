@@ -123,7 +123,7 @@ def test_every_shape(shape: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("cache", [CACHE, 1])
-@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160), (300, 2, 33), (32, 64, 1), (9, 3, 1)])
+@pytest.mark.parametrize("shape", [(7, 20, 47), (3, 5, 160), (300, 2, 33), (32, 64, 1), (9, 3, 1)])
 def test_relu_by_its_output(shape: Any, cache: int) -> None:
     for mask in (False, True):
         assert_exact(problem(shape, np.float32, residual=True, mask=mask), "relu", cache, of_output=True)
@@ -132,8 +132,8 @@ def test_relu_by_its_output(shape: Any, cache: int) -> None:
 @pytest.mark.parametrize(
     ("activation", "shape", "cache", "of_output"),
     [
-        ("relu", (7, 20, 49), CACHE, False),
-        ("relu", (7, 20, 49), CACHE, True),
+        ("relu", (7, 20, 47), CACHE, False),
+        ("relu", (7, 20, 47), CACHE, True),
         ("relu", (9, 5, 160), CACHE, False),
         ("relu", (300, 40, 1), 1, False),
         ("relu6", (300, 40, 1), 1, False),
@@ -186,7 +186,7 @@ def test_the_kernels_know_the_activations_of_the_definition() -> None:
     assert len(set(CODES.values())) == len(CODES)
 
 
-@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160), (9, 80, 49), (3, 50, 300)])
+@pytest.mark.parametrize("shape", [(7, 20, 47), (3, 5, 160), (9, 80, 47), (3, 50, 300)])
 @pytest.mark.parametrize("cache", [CACHE, 1])
 def test_a_gradient_may_be_written_over_the_one_that_came(shape: Any, cache: int) -> None:
     """Also if some blocks of channels are computed again, because a gradient is not finite where relu is flat."""
@@ -201,14 +201,14 @@ def test_a_gradient_may_be_written_over_the_one_that_came(shape: Any, cache: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+@pytest.mark.parametrize("shape", [(7, 20, 47), (3, 5, 160)])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_every_activation(activation: Any, shape: Any, dtype: Any) -> None:
     assert_exact(problem(shape, dtype, residual=True, mask=True), activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(70, 20, 9), (30, 5, 160), (300, 40, 1)])
+@pytest.mark.parametrize("shape", [(70, 20, 9), (30, 5, 160), (300, 40, 1), (11, 2500, 1)])
 def test_stage_by_stage(shape: Any, dtype: Any) -> None:
     cache = 1 << 11  # nothing fits 2 KB, and the stages run one after the other over tiles
     for residual, mask in FLAGS:
@@ -217,7 +217,7 @@ def test_stage_by_stage(shape: Any, dtype: Any) -> None:
         assert_exact(p, "relu", cache)
 
 
-@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+@pytest.mark.parametrize("shape", [(7, 20, 47), (3, 5, 160)])
 def test_single_stages(shape: Any) -> None:
     p = problem(shape, np.float64, residual=True, mask=True)
     want = exact(p, "silu")
@@ -236,7 +236,7 @@ def test_single_stages(shape: Any) -> None:
         assert relative_error(value, want[name]) < tolerance(np.float64, p.x[:, 0].size), name
 
 
-@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+@pytest.mark.parametrize("shape", [(7, 20, 47), (3, 5, 160)])
 def test_constant_statistics_take_nothing_from_the_gradient(shape: Any) -> None:
     p = problem(shape, np.float64)
     mean, rstd = np.zeros(shape[1]), np.ones(shape[1])
@@ -257,7 +257,7 @@ def from_bfloat16(bits: Any) -> Any:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-@pytest.mark.parametrize("shape", [(7, 20, 49), (3, 5, 160)])
+@pytest.mark.parametrize("shape", [(7, 20, 47), (3, 5, 160)])
 def test_bfloat16_in_memory_is_calculated_in_float32(shape: Any) -> None:
     assert_bfloat16_exact(shape)
 
@@ -283,7 +283,7 @@ def assert_bfloat16_exact(shape: Any) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e3, 1e6])
-@pytest.mark.parametrize("shape", [(32, 8, 1), (32, 8, 49), (8, 4, 3136), (20000, 4, 1)])
+@pytest.mark.parametrize("shape", [(32, 8, 1), (32, 8, 47), (8, 4, 3136), (20000, 4, 1)])
 def test_a_distant_mean_costs_no_accuracy(shape: Any, ratio: float) -> None:
     p = problem(shape, np.float32, offset=ratio)
     got, want = run(p, None, eps=0.0), exact(p, None, eps=0.0)
@@ -368,7 +368,7 @@ def assert_activation_exact(x: Any, activation: Any) -> None:
     assert np.max(error / np.maximum(np.abs(x[smooth]), 1)) < 4 * eps, activation
 
 
-@pytest.mark.parametrize("shape", [(9, 80, 49), (3, 50, 300), (30000, 4, 1)])
+@pytest.mark.parametrize("shape", [(9, 80, 47), (3, 50, 300), (30000, 4, 1)])
 def test_the_same_bits_for_any_number_of_threads(shape: Any) -> None:
     p = problem(shape, np.float32, residual=True)
     assert p.x.size >= SERIAL

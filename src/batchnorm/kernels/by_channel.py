@@ -1,6 +1,7 @@
 """The stages on one tile, walked by channel: the innermost loop goes along the positions `L` of one sample and channel.
 
-This suits long runs of positions: the channel's numbers stay in registers.
+This suits long runs of positions: the channel's numbers stay in registers. The loop over samples is outside the loop
+over channels, because the runs of adjacent channels are adjacent in memory.
 
 `float(total)` marks where a sum leaves the data's type for float64. Compiled code needs no such word: Numba's `float`
 leaves a float32 as it is. In plain Python, NumPy would add a float32 to a Python float in float32.
@@ -9,13 +10,24 @@ leaves a float32 as it is. In plain Python, NumPy would add a float32 to a Pytho
 import functools
 from typing import Any
 
+import numpy as np
+
 from batchnorm.kernels.activations import activate, activate_grad
-from batchnorm.kernels.compilation import Stage, stage
+from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
 from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
 from batchnorm.kernels.tiling import BLOCK, RUN
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
+
+
+@inlined
+def _affines(T: Any, mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int) -> Any:
+    """Center, scale and shift of each channel of a tile: see `affine`."""
+    numbers = np.empty((c1 - c0, 3), T)
+    for c in range(c0, c1):
+        numbers[c - c0, 0], numbers[c - c0, 1], numbers[c - c0, 2] = affine(T, mean[c], rstd[c], weight[c], bias[c])
+    return numbers
 
 
 @functools.cache
@@ -28,62 +40,73 @@ def moments(COUNTED: int) -> Stage:
     @stage
     def moments(x: Any, counts: Any, n0: int, n1: int, c0: int, c1: int, mean: Any, squares: Any) -> float:
         T = counts.dtype.type
-        L = x.shape[2]
+        L, channels = x.shape[2], c1 - c0
         rows = max(1, BLOCK // L)
+        center, sum_d, sum_d2 = np.empty(channels, T), np.empty(channels), np.empty(channels)
+        mean[c0:c1], squares[c0:c1] = 0.0, 0.0
         count = 0.0
-        for c in range(c0, c1):
-            count, mean_c, squares_c = 0.0, 0.0, 0.0
-            for g0 in range(n0, n1, rows):
-                g1 = min(g0 + rows, n1)
-                for l0 in range(0, L, BLOCK):
-                    l1 = min(l0 + BLOCK, L)
-                    size = float((g1 - g0) * (l1 - l0))
-                    first_n, first_i = g0, l0
-                    if COUNTED:
-                        size = 0.0
-                        for n in range(g0, g1):
-                            times = counts[n, l0:l1]
-                            for i in range(times.size):
-                                size += float(times[i])
-                        if size == 0.0:
-                            continue
-                        first_n, first_i = first_counted(counts, g0, g1, l0, l1)
-                    center = load(x[first_n, c, first_i]) if count == 0.0 else T(mean_c)
-                    if 8 * count < size:
-                        sum_d = 0.0
-                        for n in range(g0, g1):
-                            for r0 in range(l0, l1, RUN):
-                                row, total = x[n, c, r0 : min(r0 + RUN, l1)], T(0)
+        for g0 in range(n0, n1, rows):
+            g1 = min(g0 + rows, n1)
+            for l0 in range(0, L, BLOCK):
+                l1 = min(l0 + BLOCK, L)
+                size = float((g1 - g0) * (l1 - l0))
+                first_n, first_i = g0, l0
+                if COUNTED:
+                    size = 0.0
+                    for n in range(g0, g1):
+                        times = counts[n, l0:l1]
+                        for i in range(times.size):
+                            size += float(times[i])
+                    if size == 0.0:
+                        continue
+                    first_n, first_i = first_counted(counts, g0, g1, l0, l1)
+                for c in range(channels):
+                    center[c] = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
+                if 8 * count < size:
+                    # An eighth of a group is enough: see `uncenter`.
+                    near_n, near_l = (g1, l1) if COUNTED else (g0 + (g1 - g0 + 7) // 8, min(l0 + RUN, l1))
+                    sum_d[:] = 0.0
+                    for n in range(g0, near_n):
+                        for c in range(channels):
+                            center_c = center[c]
+                            for r0 in range(l0, near_l, RUN):
+                                row, total = x[n, c0 + c, r0 : min(r0 + RUN, near_l)], T(0)
                                 if COUNTED:
-                                    times = counts[n, r0 : min(r0 + RUN, l1)]
+                                    times = counts[n, r0 : min(r0 + RUN, near_l)]
                                     for i in range(row.size):
-                                        total += times[i] * (load(row[i]) - center) if times[i] > 0 else T(0)
+                                        total += times[i] * (load(row[i]) - center_c) if times[i] > 0 else T(0)
                                 else:
                                     for i in range(row.size):
-                                        total += load(row[i]) - center
-                                sum_d += float(total)
-                        center = T(center + sum_d / size)
-                    sum_d, sum_d2 = 0.0, 0.0
-                    for n in range(g0, g1):
+                                        total += load(row[i]) - center_c
+                                sum_d[c] += float(total)
+                    near_size = size if COUNTED else float((near_n - g0) * (near_l - l0))
+                    for c in range(channels):
+                        center[c] = T(center[c] + sum_d[c] / near_size)
+                sum_d[:], sum_d2[:] = 0.0, 0.0
+                for n in range(g0, g1):
+                    for c in range(channels):
+                        center_c = center[c]
                         for r0 in range(l0, l1, RUN):
-                            row, total, total_d2 = x[n, c, r0 : min(r0 + RUN, l1)], T(0), T(0)
+                            row, total, total_d2 = x[n, c0 + c, r0 : min(r0 + RUN, l1)], T(0), T(0)
                             if COUNTED:
                                 times = counts[n, r0 : min(r0 + RUN, l1)]
                                 for i in range(row.size):
-                                    d = load(row[i]) - center if times[i] > 0 else T(0)
+                                    d = load(row[i]) - center_c if times[i] > 0 else T(0)
                                     total += times[i] * d
                                     total_d2 += times[i] * d * d
                             else:
                                 for i in range(row.size):
-                                    d = load(row[i]) - center
+                                    d = load(row[i]) - center_c
                                     total += d
                                     total_d2 += d * d
-                            sum_d += float(total)
-                            sum_d2 += float(total_d2)
-                    mean_b, squares_b = uncenter(size, center, sum_d, sum_d2)
-                    count, mean_c, squares_c = merge(count, mean_c, squares_c, size, mean_b, squares_b)
-            mean[c] = mean_c
-            squares[c] = squares_c
+                            sum_d[c] += float(total)
+                            sum_d2[c] += float(total_d2)
+                for c in range(channels):
+                    mean_b, squares_b = uncenter(size, center[c], sum_d[c], sum_d2[c])
+                    _, mean[c0 + c], squares[c0 + c] = merge(
+                        count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b
+                    )
+                count += size
         return count
 
     return moments
@@ -99,9 +122,10 @@ def normalize(ACT: int, RESIDUAL: int) -> Stage:
         c0: int, c1: int, y: Any,
     ) -> float:  # fmt: skip
         T = weight.dtype.type
-        for c in range(c0, c1):
-            center, scale, shift = affine(T, mean[c], rstd[c], weight[c], bias[c])
-            for n in range(n0, n1):
+        affines = _affines(T, mean, rstd, weight, bias, c0, c1)
+        for n in range(n0, n1):
+            for c in range(c0, c1):
+                center, scale, shift = affines[c - c0, 0], affines[c - c0, 1], affines[c - c0, 2]
                 row, residual_row, y_row = x[n, c], residual[n, c], y[n, c]
                 for i in range(row.size):
                     z = (load(row[i]) - center) * scale + shift
@@ -124,10 +148,11 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
     ) -> float:  # fmt: skip
         T = weight.dtype.type
         L = x.shape[2]
-        for c in range(c0, c1):
-            center, scale, shift = affine(T, mean[c], rstd[c], weight[c], bias[c])
-            sum_z, sum_d = 0.0, 0.0
-            for n in range(n0, n1):
+        affines = _affines(T, mean, rstd, weight, bias, c0, c1)
+        sum_dz[c0:c1], sum_dz_xhat[c0:c1] = 0.0, 0.0
+        for n in range(n0, n1):
+            for c in range(c0, c1):
+                center, scale, shift = affines[c - c0, 0], affines[c - c0, 1], affines[c - c0, 2]
                 for r0 in range(0, L, RUN):
                     r1 = min(r0 + RUN, L)
                     dy_row, row, residual_row = dy[n, c, r0:r1], x[n, c, r0:r1], residual[n, c, r0:r1]
@@ -142,10 +167,10 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                         dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                         total += dz
                         total_d += dz * d
-                    sum_z += float(total)
-                    sum_d += float(total_d)
-            sum_dz[c] = sum_z
-            sum_dz_xhat[c] = rstd[c] * (sum_d - (mean[c] - center) * sum_z)
+                    sum_dz[c] += float(total)
+                    sum_dz_xhat[c] += float(total_d)
+        for c in range(c0, c1):
+            sum_dz_xhat[c] = rstd[c] * (sum_dz_xhat[c] - (mean[c] - affines[c - c0, 0]) * sum_dz[c])
         return 0.0
 
     return grad_sums
@@ -161,10 +186,15 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
         sum_dz_xhat: Any, count: float, parameter: Any, n0: int, n1: int, c0: int, c1: int, dx: Any, d_residual: Any,
     ) -> float:  # fmt: skip
         T = weight.dtype.type
+        affines, slopes = _affines(T, mean, rstd, weight, bias, c0, c1), np.empty((c1 - c0, 2), T)
         for c in range(c0, c1):
-            center, scale, shift = affine(T, mean[c], rstd[c], weight[c], bias[c])
-            slope, level = through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
-            for n in range(n0, n1):
+            slopes[c - c0, 0], slopes[c - c0, 1] = through_moments(
+                T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count
+            )
+        for n in range(n0, n1):
+            for c in range(c0, c1):
+                center, scale, shift = affines[c - c0, 0], affines[c - c0, 1], affines[c - c0, 2]
+                slope, level = slopes[c - c0, 0], slopes[c - c0, 1]
                 dy_row, row, residual_row = dy[n, c], x[n, c], residual[n, c]
                 dx_row, d_residual_row = dy_row if IN_PLACE else dx[n, c], d_residual[n, c]
                 times = counts[n] if COUNTED else row

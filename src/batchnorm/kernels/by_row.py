@@ -1,12 +1,12 @@
 """The stages on one tile, walked by row: the innermost loop goes along a row, all `channels * L` values of one sample.
 
-This suits short runs of positions (7 x 7 images, and `L = 1`, which is no special case). The tile's values of one
+This suits short runs of positions (small images, and `L = 1`, which is no special case). The tile's values of one
 sample are adjacent. Per-channel numbers are spread into tables with one entry for each value of a row; the tables stay
-in the L1 cache.
+in the L1 cache, or in the L2 cache if rows are long.
 
 Samples are adjacent if a tile has all channels. Then a row is several of them (`samples_per_row`), because entering a
-loop costs time, too. Rows are read one after the other: two or four at a time need fewer loads and stores of sums, but
-are slower where longer rows come from memory.
+loop costs time, too. Sums are taken over two rows at a time where a tensor is in the cache: this needs fewer loads and
+stores of tables. From memory, rows are read one after the other.
 """
 
 import functools
@@ -18,7 +18,7 @@ from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
 from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
-from batchnorm.kernels.tiling import FIRST_ROWS, ROWS, TABLE_STRIDE, TABLES, samples_per_row
+from batchnorm.kernels.tiling import FIRST_ROWS, PAIRS_UP_TO, ROW_LENGTH, ROWS, TABLE_STRIDE, samples_per_row
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
 
@@ -28,12 +28,12 @@ _samples_per_row = inlined(samples_per_row)
 
 
 @inlined
-def _scratch(dtype: Any) -> Any:
-    """Room for all tables of a stage.
+def _scratch(dtype: Any, tables: int) -> Any:
+    """Room for some tables of a stage.
 
     They share one array because LLVM does not vectorize a loop in which too many arrays might overlap.
     """
-    return np.empty(TABLES * TABLE_STRIDE, dtype)
+    return np.empty(tables * TABLE_STRIDE, dtype)
 
 
 @inlined
@@ -49,10 +49,16 @@ def _rows(x: Any, samples: int) -> Any:
 
 
 @inlined
-def _spread(value: Any, c: int, L: int, table: Any) -> None:
-    """Write one channel's number at all its positions in the first sample; channel `c = 0` is the tile's first."""
-    for j in range(c * L, (c + 1) * L):
-        table[j] = value
+def _spread(channels: int, L: int, table: Any) -> None:
+    """Write the first numbers of a table, one for each channel, at all positions of the first sample.
+
+    If `L = 1`, they are there already: loops over channels are then loops over adjacent numbers, which LLVM vectorizes.
+    """
+    if L > 1:
+        for c in range(channels - 1, -1, -1):
+            value = table[c]
+            for j in range(c * L, (c + 1) * L):
+                table[j] = value
 
 
 @inlined
@@ -61,6 +67,18 @@ def _repeat(sample: int, table: Any) -> None:
     for start in range(sample, table.size, sample):
         for j in range(sample):
             table[start + j] = table[j]
+
+
+@inlined
+def _in_pairs(x: Any, tensors: int, width: int) -> bool:
+    """Whether a stage that reads some tensors like `x` takes sums over two rows at a time: see `PAIRS_UP_TO`."""
+    return width <= ROW_LENGTH or x.size * x.itemsize * tensors <= PAIRS_UP_TO
+
+
+@inlined
+def _with_residual(RESIDUAL: int, z: Any, residual: Any) -> Any:
+    """`z` in a backward stage that has a residual, or `y` in its place."""
+    return load(residual) if RESIDUAL == OUTPUT else z + load(residual)
 
 
 @inlined
@@ -81,13 +99,17 @@ def _fold(sample: int, sums: Any) -> None:
 
 
 @inlined
-def _collect(c: int, L: int, sums: Any) -> float:
-    """Add up the sums at one channel's positions in the first sample, and clear them."""
-    total = 0.0
-    for j in range(c * L, (c + 1) * L):
-        total += sums[j]
-        sums[j] = 0.0
-    return total
+def _collect(channels: int, L: int, sums: Any) -> None:
+    """Add up the sums at each channel's positions in the first sample: one for each channel, at the table's beginning.
+
+    If `L = 1`, they are there already.
+    """
+    if L > 1:
+        for c in range(channels):
+            total = 0.0
+            for j in range(c * L, (c + 1) * L):
+                total += sums[j]
+            sums[c] = total
 
 
 @inlined
@@ -105,17 +127,15 @@ def _spread_affine(
     mean: Any, rstd: Any, weight: Any, bias: Any, c0: int, c1: int, L: int, width: int, scratch: Any
 ) -> None:
     """Fill tables 0, 1 and 2 with center, scale and shift: see `affine`."""
-    sample = (c1 - c0) * L
+    channels = c1 - c0
     center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
-    for c in range(c1 - c0):
-        center_c, scale_c, shift_c = affine(
+    for c in range(channels):
+        center[c], scale[c], shift[c] = affine(
             scratch.dtype.type, mean[c0 + c], rstd[c0 + c], weight[c0 + c], bias[c0 + c]
         )
-        _spread(center_c, c, L, center)
-        _spread(scale_c, c, L, scale)
-        _spread(shift_c, c, L, shift)
     for table in (center, scale, shift):
-        _repeat(sample, table)
+        _spread(channels, L, table)
+        _repeat(channels * L, table)
 
 
 # --- Stages ----------------------------------------------------------------------------------------------------------
@@ -135,11 +155,12 @@ def moments(COUNTED: int) -> Stage:
         channels, sample, samples = c1 - c0, (c1 - c0) * L, _samples_per_row(x.shape, c1 - c0)
         x_rows, j0, width, block = _rows(x, samples), c0 * L, samples * sample, samples * ROWS
         j1 = j0 + width
-        scratch, sums = _scratch(counts.dtype), _scratch(np.float64)
+        scratch, sums = _scratch(counts.dtype, 4), _scratch(np.float64, 2)
         center, times = _table(scratch, 0, width), _table(scratch, 1, width)
         total, total_d2 = _table(scratch, 2, width), _table(scratch, 3, width)
         sum_d, sum_d2 = _table(sums, 0, width), _table(sums, 1, width)
         total[:], total_d2[:], sum_d[:], sum_d2[:] = T(0), T(0), 0.0, 0.0
+        pairs = _in_pairs(x, 1, width)
         count = 0.0
         for c in range(c0, c1):
             mean[c] = 0.0
@@ -157,8 +178,8 @@ def moments(COUNTED: int) -> Stage:
                 first_n, first_i = first_counted(counts, g0, g1, 0, L)
             if size > 0.0:
                 for c in range(channels):
-                    center_c = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
-                    _spread(center_c, c, L, center)
+                    center[c] = load(x[first_n, c0 + c, first_i]) if count == 0.0 else T(mean[c0 + c])
+                _spread(channels, L, center)
                 _repeat(sample, center)
                 if 8 * count < size:
                     near = g1 if COUNTED else min(g0 + samples * FIRST_ROWS, g1)
@@ -173,16 +194,27 @@ def moments(COUNTED: int) -> Stage:
                                 total[j] += load(row[j]) - center[j]
                     _flush(total, sum_d)
                     _fold(sample, sum_d)
+                    _collect(channels, L, sum_d)
                     near_size = size if COUNTED else float((near - g0) * L)
                     for c in range(channels):
-                        _spread(T(center[c * L] + _collect(c, L, sum_d) / near_size), c, L, center)
+                        center[c] = T(center[c * L] + sum_d[c] / near_size)
+                    sum_d[:] = 0.0
+                    _spread(channels, L, center)
                     _repeat(sample, center)
                 for b0 in range(g0, g1, block):
                     b1 = min(b0 + block, g1)
-                    for r in range(b0 // samples, b1 // samples):
-                        row = x_rows[r, j0:j1]
+                    r, r1 = b0 // samples, b1 // samples
+                    while not COUNTED and pairs and r + 1 < r1:
+                        row, next_row = x_rows[r, j0:j1], x_rows[r + 1, j0:j1]
+                        for j in range(width):
+                            d, next_d = load(row[j]) - center[j], load(next_row[j]) - center[j]
+                            total[j] += d + next_d
+                            total_d2[j] += d * d + next_d * next_d
+                        r += 2
+                    for last in range(r, r1):
+                        row = x_rows[last, j0:j1]
                         if COUNTED:
-                            _spread_counts(counts, r * samples, sample, times)
+                            _spread_counts(counts, last * samples, sample, times)
                             for j in range(width):
                                 d = load(row[j]) - center[j] if times[j] > 0 else T(0)
                                 total[j] += times[j] * d
@@ -196,11 +228,14 @@ def moments(COUNTED: int) -> Stage:
                     _flush(total_d2, sum_d2)
                 _fold(sample, sum_d)
                 _fold(sample, sum_d2)
+                _collect(channels, L, sum_d)
+                _collect(channels, L, sum_d2)
                 for c in range(channels):
-                    mean_b, squares_b = uncenter(size, center[c * L], _collect(c, L, sum_d), _collect(c, L, sum_d2))
+                    mean_b, squares_b = uncenter(size, center[c * L], sum_d[c], sum_d2[c])
                     _, mean[c0 + c], squares[c0 + c] = merge(
                         count, mean[c0 + c], squares[c0 + c], size, mean_b, squares_b
                     )
+                sum_d[:], sum_d2[:] = 0.0, 0.0
                 count += size
             g0 = g1
         return count
@@ -222,7 +257,7 @@ def normalize(ACT: int, RESIDUAL: int) -> Stage:
         x_rows, residual_rows, y_rows = _rows(x, samples), _rows(residual, samples), _rows(y, samples)
         j0, width = c0 * L, samples * (c1 - c0) * L
         j1 = j0 + width
-        scratch = _scratch(weight.dtype)
+        scratch = _scratch(weight.dtype, 3)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
         for r in range(n0 // samples, n1 // samples):
@@ -252,23 +287,38 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
         dy_rows, x_rows, residual_rows = _rows(dy, samples), _rows(x, samples), _rows(residual, samples)
         j0, width, block = c0 * L, samples * sample, samples * ROWS
         j1 = j0 + width
-        scratch, sums = _scratch(weight.dtype), _scratch(np.float64)
+        scratch, sums = _scratch(weight.dtype, 5), _scratch(np.float64, 2)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         total, total_d = _table(scratch, 3, width), _table(scratch, 4, width)
         sum_z, sum_d = _table(sums, 0, width), _table(sums, 1, width)
         total[:], total_d[:], sum_z[:], sum_d[:] = T(0), T(0), 0.0, 0.0
+        pairs = _in_pairs(x, 2, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
         for b0 in range(n0, n1, block):
             b1 = min(b0 + block, n1)
-            for r in range(b0 // samples, b1 // samples):
+            r, r1 = b0 // samples, b1 // samples
+            while pairs and r + 1 < r1:
                 dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
+                next_dy_row, next_row = dy_rows[r + 1, j0:j1], x_rows[r + 1, j0:j1]
+                next_residual_row = residual_rows[r + 1, j0:j1]
+                for j in range(width):
+                    d, next_d = load(row[j]) - center[j], load(next_row[j]) - center[j]
+                    z, next_z = d * scale[j] + shift[j], next_d * scale[j] + shift[j]
+                    if RESIDUAL:
+                        z = _with_residual(RESIDUAL, z, residual_row[j])
+                        next_z = _with_residual(RESIDUAL, next_z, next_residual_row[j])
+                    dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
+                    next_dz = activate_grad(ACT, EXACT, parameter, next_z, load(next_dy_row[j]))
+                    total[j] += dz + next_dz
+                    total_d[j] += dz * d + next_dz * next_d
+                r += 2
+            for last in range(r, r1):
+                dy_row, row, residual_row = dy_rows[last, j0:j1], x_rows[last, j0:j1], residual_rows[last, j0:j1]
                 for j in range(width):
                     d = load(row[j]) - center[j]
                     z = d * scale[j] + shift[j]
-                    if RESIDUAL == OUTPUT:
-                        z = load(residual_row[j])
-                    elif RESIDUAL:
-                        z += load(residual_row[j])
+                    if RESIDUAL:
+                        z = _with_residual(RESIDUAL, z, residual_row[j])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                     total[j] += dz
                     total_d[j] += dz * d
@@ -276,10 +326,11 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
             _flush(total_d, sum_d)
         _fold(sample, sum_z)
         _fold(sample, sum_d)
+        _collect(c1 - c0, L, sum_z)
+        _collect(c1 - c0, L, sum_d)
         for c in range(c1 - c0):
-            sum_dz[c0 + c] = _collect(c, L, sum_z)
-            sum_dz_d = _collect(c, L, sum_d)
-            sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_dz_d - (mean[c0 + c] - center[c * L]) * sum_dz[c0 + c])
+            sum_dz[c0 + c] = sum_z[c]
+            sum_dz_xhat[c0 + c] = rstd[c0 + c] * (sum_d[c] - (mean[c0 + c] - center[c * L]) * sum_z[c])
         return 0.0
 
     return grad_sums
@@ -301,16 +352,17 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
         dx_rows, d_residual_rows = _rows(dx, samples), _rows(d_residual, samples)
         j0, width = c0 * L, samples * sample
         j1 = j0 + width
-        scratch = _scratch(weight.dtype)
+        scratch = _scratch(weight.dtype, 6)
         center, scale, shift = _table(scratch, 0, width), _table(scratch, 1, width), _table(scratch, 2, width)
         slope, level, times = _table(scratch, 3, width), _table(scratch, 4, width), _table(scratch, 5, width)
         _spread_affine(mean, rstd, weight, bias, c0, c1, L, width, scratch)
-        for c in range(c0, c1):
-            slope_c, level_c = through_moments(T, mean[c], rstd[c], weight[c], sum_dz[c], sum_dz_xhat[c], count)
-            _spread(slope_c, c - c0, L, slope)
-            _spread(level_c, c - c0, L, level)
-        _repeat(sample, slope)
-        _repeat(sample, level)
+        for c in range(c1 - c0):
+            slope[c], level[c] = through_moments(
+                T, mean[c0 + c], rstd[c0 + c], weight[c0 + c], sum_dz[c0 + c], sum_dz_xhat[c0 + c], count
+            )
+        for table in (slope, level):
+            _spread(c1 - c0, L, table)
+            _repeat(sample, table)
         for r in range(n0 // samples, n1 // samples):
             dy_row, row, residual_row = dy_rows[r, j0:j1], x_rows[r, j0:j1], residual_rows[r, j0:j1]
             dx_row, d_residual_row = dy_row if IN_PLACE else dx_rows[r, j0:j1], d_residual_rows[r, j0:j1]
@@ -319,10 +371,8 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
             for j in range(width):
                 d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
-                if RESIDUAL == OUTPUT:
-                    z = load(residual_row[j])
-                elif RESIDUAL:
-                    z += load(residual_row[j])
+                if RESIDUAL:
+                    z = _with_residual(RESIDUAL, z, residual_row[j])
                 dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                 if COUNTED:
                     store(dx_row, j, scale[j] * dz - (times[j] * (d * slope[j] + level[j]) if times[j] > 0 else T(0)))

@@ -79,14 +79,19 @@ def moments_kernel(parallel: bool) -> Kernel:
         for tile in prange(parts * blocks):
             part, n0, n1, c0, c1 = _tile(tile, rows, width, N, C)
             sizes[part, c0 // width] = call_moments(stage, (x, counts, n0, n1, c0, c1, means[part], squares[part]))
-        for c in range(C):
-            count, mean_c, squares_c = 0.0, 0.0, 0.0
+        mean[:], var[:] = 0.0, 0.0
+        for block in range(blocks):
+            _, _, _, c0, c1 = _tile(block, rows, width, N, C)
+            count = 0.0
             for part in range(parts):
-                size = sizes[part, c // width]
+                size = sizes[part, block]
                 if size > 0.0:
-                    count, mean_c, squares_c = merge(count, mean_c, squares_c, size, means[part, c], squares[part, c])
-            mean[c] = mean_c
-            var[c] = squares_c / count if count > 0.0 else 0.0
+                    for c in range(c0, c1):
+                        _, mean[c], var[c] = merge(count, mean[c], var[c], size, means[part, c], squares[part, c])
+                    count += size
+            if count > 0.0:
+                for c in range(c0, c1):
+                    var[c] /= count
 
     return moments
 
@@ -126,10 +131,9 @@ def grad_sums_kernel(parallel: bool) -> Kernel:
                 stage,
                 (dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, sums[part], sums_xhat[part]),
             )
-        for c in range(C):
-            sum_dz[c] = 0.0
-            sum_dz_xhat[c] = 0.0
-            for part in range(parts):
+        sum_dz[:], sum_dz_xhat[:] = 0.0, 0.0
+        for part in range(parts):
+            for c in range(C):
                 sum_dz[c] += sums[part, c]
                 sum_dz_xhat[c] += sums_xhat[part, c]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 __all__ = [
-    "BLOCK", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "ROWS", "ROW_LENGTH", "RUN", "SERIAL", "TABLES", "TABLE_LENGTH",
-    "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
+    "BLOCK", "BLOCKS", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH", "RUN", "SERIAL",
+    "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -20,14 +20,21 @@ twice as much was no faster on cores with 1 MB of L2 cache (AMD EPYC, Zen 4) or 
 SERIAL = 1 << 15
 """Below this many values, one thread is faster than waking the others, which takes a few microseconds."""
 
-BY_CHANNEL_FROM = 64
-"""The shortest run of positions that is walked by channel."""
+BY_CHANNEL_FROM = 48
+"""The shortest run of positions that is walked by channel. Images of 7 x 7 are by channel, those of 6 x 6 by row."""
 
 RUN = 1024
 """By channel: this many positions are summed in the data's own type, then the sum is added to one of float64."""
 
 BLOCK = 4096
 """By channel: this many values of a channel are measured from one center."""
+
+STRETCH = 4096
+"""By channel: a block of channels has at most this many adjacent values of a sample: 16 KB of float32. In shorter
+stretches, memory cannot be fetched ahead."""
+
+BLOCKS = 16
+"""By channel: a tensor with as many channels is cut into at least this many blocks, so that threads can share them."""
 
 ROWS = 64
 """By row: this many rows are summed in the data's own type (each value of a row has its own sum)."""
@@ -41,12 +48,16 @@ ROW_LENGTH = 64
 Still longer rows are faster in the L2 cache only; from memory they are slower."""
 
 ROW_WIDTH = 512
-"""By row: a block of channels has at most this many adjacent values of a sample: 2 KB of float32, which suit
-prefetching."""
+"""By row: a block of channels that fits the cache has at most this many adjacent values of a sample. Tiles of samples
+are as wide as tables are long, because memory is read fastest in its order."""
 
-TABLES, TABLE_LENGTH, TABLE_STRIDE = 6, 512, 512 + 16
-"""By row: the number of tables of a stage, their length, and the distance between them. At a distance of a multiple of
-4 KB, reading one table would wait for writing another."""
+PAIRS_UP_TO = 1 << 23
+"""By row: sums are taken over two rows at a time if a stage reads at most this many bytes, or if rows are short. From
+memory, two long rows at a time cost up to 1.8 times as much as one after the other (AMD EPYC, Zen 4)."""
+
+TABLE_LENGTH, TABLE_STRIDE = 2048, 2048 + 160
+"""By row: the length of a stage's tables, and the distance between them. All distances are far from multiples of 4 KB,
+near which reading one table would wait for writing another."""
 
 
 class Tiling(NamedTuple):
@@ -78,7 +89,8 @@ def samples_per_row(shape: tuple[int, int, int], width: int) -> int:
 def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
     """Cut `(N, C, L)` into blocks of channels if these fit the cache, otherwise into tiles of samples.
 
-    The limits were the fastest for forward + backward with ReLU in float32, on two cores of a Sapphire Rapids server.
+    The limits were the fastest for forward + backward with ReLU in float32, on two cores of a Sapphire Rapids server or
+    of an AMD EPYC (Zen 4).
 
     Args:
         shape: `(N, C, L)`.
@@ -88,17 +100,19 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
     """
     n, c, length = shape
     if length >= BY_CHANNEL_FROM:
-        # One channel at a time. Few long channels (large images in three colours) would leave threads idle: they are
-        # cut into tiles of samples.
-        fits = c >= 16 or n * length * itemsize * tensors <= cache
+        # Few long channels (large images in three colours) would leave threads idle: they are cut into tiles of
+        # samples.
+        fits = c >= BLOCKS or n * length * itemsize * tensors <= cache
         rows = n if fits else _even_share(n, c * length * itemsize, cache)
-        return Tiling(True, rows, max(1, min(c, RUN // length)))  # short neighbours share pages and prefetches
+        width = min(c // BLOCKS, STRETCH // length, cache // (n * length * itemsize * tensors))
+        return Tiling(True, rows, max(1, width))
     width = max(1, min(c, ROW_WIDTH // length))
     # Narrow columns of a channels-last matrix cost more than a second reading of it, unless the matrix is small.
     fits = n * width * length * itemsize * tensors <= cache and (length > 1 or n <= ROW_WIDTH)
     if fits:
         return Tiling(False, n, max(1, width // 2) if width == c else width)
-    width = max(1, min(c, TABLE_LENGTH // length))
+    blocks = -(-c // max(1, TABLE_LENGTH // length))
+    width = -(-c // blocks)
     rows, samples = _even_share(n, width * length * itemsize, cache), samples_per_row(shape, width)
     return Tiling(False, -(-rows // samples) * samples, width)
 
