@@ -1,5 +1,6 @@
 """The stages on CPU tensors, by the Numba kernels, which take NumPy arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running, correction
 
-__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
+__all__ = ["DTYPES", "STATISTICS", "again", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """The types that the kernels support."""
@@ -76,6 +77,22 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
         if how.running is not None:
             _move(how.running, part.count, mean, var, how.plan.unbiased)
     return y, statistics, affine
+
+
+def again(call: Call, how: How, statistics: Tensor, affine: Tables) -> Callable[..., Tensor]:
+    """What makes `y` again from `x` and the residual, by the stage that made it."""
+    parts, activation = how.parts, call.activation
+
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        laid = memory_format(x)
+        y = empty_like(x, laid)
+        given = arrays.batch(y, laid), arrays.batch(x, laid), arrays.batch(residual, laid)
+        for part, mean, _, rstd in zip(parts, *arrays.view(statistics), strict=True):
+            y_, x_, residual_ = _of_part(part, x, given)
+            launch.normalize(x_, residual_, mean, rstd, *affine, activation, y_)
+        return y
+
+    return make
 
 
 def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -> None:
