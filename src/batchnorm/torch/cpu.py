@@ -81,10 +81,9 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
 
 def again(call: Call, how: How, statistics: Tensor, affine: Tables) -> Callable[..., Tensor]:
     """What makes `y` again from `x` and the residual, by the stage that made it."""
-    parts, activation = how.parts, call.activation
+    parts, activation, laid = how.parts, call.activation, memory_format(call.x)
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        laid = memory_format(x)
         y = empty_like(x, laid)
         given = arrays.batch(y, laid), arrays.batch(x, laid), arrays.batch(residual, laid)
         for part, mean, _, rstd in zip(parts, *arrays.view(statistics), strict=True):
