@@ -191,8 +191,8 @@ def backward_kernel(parallel: bool) -> Kernel:
     def backward(
         sums: Any, grad_input: Any,
         x: Any, residual: Any, counts: Any, weight: Any, bias: Any, parameter: Any, rows: int, width: int,
-        dy: Any, mean: Any, rstd: Any, count: float, sum_dz: Any, sum_dz_xhat: Any, dx: Any, d_residual: Any,
-        flat: bool, again: bool,
+        dy: Any, mean: Any, rstd: Any, flat: bool, again: bool, count: float, sum_dz: Any, sum_dz_xhat: Any, dx: Any,
+        d_residual: Any,
     ) -> None:  # fmt: skip
         N, C, _ = x.shape
         for block in prange(-(-C // width)):
@@ -495,8 +495,8 @@ def backward(
             stages = walk.grad_sums(code, kind, exact), walk.grad_input(code, kind, counted, exact, in_place)
             _launch(
                 backward_kernel, stages, cut, (x, residual, counts, weight, bias), activation,
-                dy, mean, rstd, float(count), sum_dz, sum_dz_xhat, dx, dx if d_residual is None else d_residual,
-                flat, bool(exact),
+                dy, mean, rstd, flat, bool(exact), float(count), sum_dz, sum_dz_xhat,
+                dx, dx if d_residual is None else d_residual,
             )  # fmt: skip
             if not flat or _all_finite(sum_dz):
                 break

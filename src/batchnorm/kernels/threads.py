@@ -46,19 +46,18 @@ def forbidden() -> bool:
     return _in_child_of_user or bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
 
 
-def run(kernel: Callable[..., None], parallel: bool, *arguments: Any) -> None:
-    """Call a kernel, on `available()` threads if it is a parallel one."""
+def run(kernel: Callable[..., Any], parallel: bool, *arguments: Any) -> Any:
+    """Call a kernel, on `available()` threads if it is a parallel one, and return what it returns."""
     global _layer
     if not parallel:
-        kernel(*arguments)
-        return
+        return kernel(*arguments)
     set_num_threads(available())
     if _layer in ("omp", "tbb"):
-        kernel(*arguments)
-        return
+        return kernel(*arguments)
     with _one_at_a_time:
-        kernel(*arguments)
+        result = kernel(*arguments)
         _layer = threading_layer()
+    return result
 
 
 def _before_fork() -> None:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from batchnorm.torch.call import is_plain
 
-__all__ = ["batch", "table", "tensor", "view"]
+__all__ = ["TYPES", "batch", "channels", "dense", "shape", "tables", "tensor", "view"]
 
-_TYPES = {
-    torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str,
-    torch.bfloat16: np.dtype(np.uint16).str,
+TYPES = {
+    torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64), torch.bfloat16: np.dtype(np.uint16),
 }  # fmt: skip
-"""How NumPy writes the types."""
+"""NumPy's types, and bfloat16 as the kernels read it."""
 
 
 class _Memory:
@@ -33,7 +32,7 @@ class _Memory:
 @functools.lru_cache(maxsize=1 << 12)
 def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     """The array at an address. Layers meet the same addresses in every step, and making an array takes a while."""
-    return np.asarray(_Memory({"version": 3, "data": (address, False), "shape": shape, "typestr": _TYPES[dtype]}))
+    return np.asarray(_Memory({"version": 3, "data": (address, False), "shape": shape, "typestr": TYPES[dtype].str}))
 
 
 def view(t: Tensor) -> Any:
@@ -41,29 +40,43 @@ def view(t: Tensor) -> Any:
     return _at(t.data_ptr(), t.shape, t.dtype)
 
 
+def dense(t: Tensor, laid: torch.memory_format) -> Tensor:
+    """A batch whose memory is as the kernels read it; a copy only if necessary."""
+    if t.is_contiguous(memory_format=laid) and not t.is_neg() and not t._is_zerotensor() and is_plain(t):
+        return t
+    return (t.detach().clone() if t._is_zerotensor() else t.detach().resolve_neg()).contiguous(memory_format=laid)
+
+
+def shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
+    """The shape of a batch for the kernels: `(N, C, L)`, or `(N*L, C, 1)` for channels last."""
+    samples, channels, *_ = x.shape
+    size = x.numel()
+    if laid is not torch.contiguous_format:
+        return size // channels, channels, 1
+    return samples, channels, size // (samples * channels)
+
+
 def batch(t: Tensor | None, laid: torch.memory_format) -> Any:
-    """A batch as the kernels take it: `(N, C, L)`, or `(N*L, C, 1)` for channels last; copied only if necessary."""
-    if t is None:
-        return None
-    is_last = laid is not torch.contiguous_format
-    if not t.is_contiguous(memory_format=laid) or t.is_neg() or t._is_zerotensor() or not is_plain(t):
-        t = (t.detach().clone() if t._is_zerotensor() else t.detach().resolve_neg()).contiguous(memory_format=laid)
-        t = t.view(torch.uint16) if t.dtype is torch.bfloat16 else t
-        array = (t.movedim(1, -1) if is_last else t).numpy()  # keeps the copy
-        return array.reshape(-1, t.shape[1], 1) if is_last else array.reshape(*t.shape[:2], -1)
-    samples, channels = t.shape[:2]
-    size = t.numel()
-    shape = (size // channels, channels, 1) if is_last else (samples, channels, size // (samples * channels))
-    return _at(t.data_ptr(), shape, t.dtype)
+    """A dense batch as an array of that shape."""
+    return None if t is None else _at(t.data_ptr(), shape(t, laid), t.dtype)
 
 
-def table(values: Tensor | None, dtype: torch.dtype) -> Any:
-    """A copy of `(C,)` values in a type of NumPy's."""
-    if values is None:
-        return None
-    if values.dtype is dtype and values.is_contiguous() and not values.is_neg():
-        return view(values).copy()
-    return values.detach().to(dtype, copy=True).numpy()
+def tables(weight: Tensor | None, bias: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
+    """Weight and bias as a copy of `(2, C)`, in the type of the arithmetic; 1 and 0 where there are none."""
+    both = torch.empty((2, channels), dtype=dtype, device="cpu")
+    with torch.no_grad():
+        for row, values, otherwise in (both[0], weight, 1), (both[1], bias, 0):
+            row.fill_(otherwise) if values is None else row.copy_(values)
+    return both
+
+
+def channels(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Values of `(C,)` as the kernels read them: dense, in the type of the arithmetic; a copy only if necessary."""
+    if values is None or (
+        values.dtype is dtype and values.is_contiguous() and not values.is_neg() and is_plain(values)
+    ):
+        return values
+    return values.detach().to(dtype).resolve_neg().contiguous()
 
 
 def tensor(values: Any, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from batchnorm.torch.activations import Activation, resolve
 from batchnorm.torch.sync import Group
 
 __all__ = [
+    "PLAIN",
     "Batch",
     "Call",
     "Outcome",
@@ -28,7 +29,8 @@ __all__ = [
     "is_tracing",
 ]
 
-_PLAIN = Tensor, torch.nn.Parameter
+PLAIN = Tensor, torch.nn.Parameter
+"""The types of ordinary tensors: a subclass may compute something else."""
 
 
 class Call(NamedTuple):
@@ -209,7 +211,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN:
+        if type(t) not in PLAIN:
             return False
         if device is None:
             device = t.device

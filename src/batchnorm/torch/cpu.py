@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import launch, threads
-from batchnorm.kernels.running import move as launch_move
+from batchnorm.kernels import launch, threads, whole
+from batchnorm.kernels.running import move
 from batchnorm.torch import arrays
 from batchnorm.torch.allocator import empty_like
 from batchnorm.torch.call import Call, Part, Plan, is_plain
@@ -23,6 +23,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
+
+STAY = whole.Move()
+"""Where the forward pass moves nothing."""
+
+ZERO = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
+"""A number of the type of the running statistics, for the kernels."""
 
 threads.follow(torch.get_num_threads)
 
@@ -44,69 +50,105 @@ def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
     )
 
 
-Tables = tuple[Any, Any]
-"""Weight and bias as arrays in the type of the arithmetic; None where there are none."""
-
-
 def moments(call: Call) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel; zeros if `x` is empty."""
     mean, var = torch.zeros((2, call.x.shape[1]), dtype=STATISTICS, device="cpu")
     if call.x.numel() > 0:
         laid = memory_format(call.x)
         with torch.no_grad():
-            launch.moments(arrays.batch(call.x, laid), _counts(call, laid), mean.numpy(), var.numpy())
+            x = arrays.dense(call.x, laid)
+            launch.moments(arrays.batch(x, laid), _counts(call, laid), mean.numpy(), var.numpy())
     return mean, var
 
 
-def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tables]:
-    """`y`, the statistics as in `How`, and weight and bias as arrays."""
-    x, laid, affine = call.x, memory_format(call.x), tables(call)
-    y = empty_like(x, laid)
-    statistics = how.statistics
+def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
+    """`y`, the statistics as in `How`, and weight and bias as `tables`."""
+    x, laid = call.x, memory_format(call.x)
+    y, statistics = empty_like(x, laid), how.statistics
+    if statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
+        return y, *_forward_whole(call, how, y, laid)
     if statistics is None:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
+    affine = tables(call)
     if x.numel() == 0:
         return y, statistics, affine
-    given = arrays.batch(y, laid), arrays.batch(x, laid), arrays.batch(call.residual, laid), _counts(call, laid)
+    held = y, arrays.dense(x, laid), None if call.residual is None else arrays.dense(call.residual, laid)
+    data = *(arrays.batch(t, laid) for t in held), _counts(call, laid)
     for part, mean, var, rstd in zip(how.parts, *arrays.view(statistics), strict=True):
-        y_, x_, residual, counts = _of_part(part, x, given)
+        y_, x_, residual, counts = _of_part(part, x, data)
         if how.statistics is None:
-            launch.forward(x_, residual, counts, *affine, call.eps, call.activation, y_, mean, var, rstd)
+            launch.forward(x_, residual, counts, *arrays.view(affine), call.eps, call.activation, y_, mean, var, rstd)
         else:
-            launch.normalize(x_, residual, mean, rstd, *affine, call.activation, y_)
+            launch.normalize(x_, residual, mean, rstd, *arrays.view(affine), call.activation, y_)
         if how.running is not None:
-            _move(how.running, part.count, mean, var, how.plan.unbiased)
+            *_, rate, factor = _how_to_move(how.running, part.count, how.plan.unbiased)
+            running_mean, running_var = arrays.view(how.running.mean), arrays.view(how.running.var)
+            _note(how.running, move(mean, var, rate, factor, running_mean, running_var))
     return y, statistics, affine
 
 
-def again(call: Call, how: How, statistics: Tensor, affine: Tables) -> Callable[..., Tensor]:
+def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[..., Tensor]:
     """What makes `y` again from `x` and the residual, by the stage that made it."""
-    parts, activation, laid = how.parts, call.activation, memory_format(call.x)
+    laid, activation = memory_format(call.x), call.activation
+    batch = whole.Batch(
+        arrays.shape(call.x, laid), arrays.TYPES[call.x.dtype], activation, int(call.residual is not None)
+    )
+    parts = how.plan.parts
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = empty_like(x, laid)
-        given = arrays.batch(y, laid), arrays.batch(x, laid), arrays.batch(residual, laid)
+        y, x = empty_like(x, laid), arrays.dense(x, laid)
+        residual = None if residual is None else arrays.dense(residual, laid)
+        if parts is None:
+            beside = x if residual is None else residual
+            whole.normalize(
+                batch, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
+            )
+            return y
+        data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
         for part, mean, _, rstd in zip(parts, *arrays.view(statistics), strict=True):
-            y_, x_, residual_ = _of_part(part, x, given)
-            launch.normalize(x_, residual_, mean, rstd, *affine, activation, y_)
+            y_, x_, residual_ = _of_part(part, x, data)
+            launch.normalize(x_, residual_, mean, rstd, *arrays.view(affine), activation, y_)
         return y
 
     return make
 
 
-def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -> None:
-    """Move running statistics that the kernel `can_move`, and count the batch."""
-    assert running.mean is not None
-    assert running.var is not None
-    rate = float(running.rate())
+def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """`forward` by the statistics of a batch without counts: `y` is written, the rest returned."""
+    x = arrays.dense(call.x, laid)
+    residual = x if call.residual is None else arrays.dense(call.residual, laid)
+    weight, bias = arrays.channels(call.weight, call.arithmetic), arrays.channels(call.bias, call.arithmetic)
+    statistics = torch.empty((3, 1, x.shape[1]), dtype=STATISTICS, device="cpu")
+    affine = torch.empty((2, x.shape[1]), dtype=call.arithmetic, device="cpu")
+    moved = whole.forward(
+        whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, int(call.residual is not None)),
+        x.data_ptr(), residual.data_ptr(), y.data_ptr(),
+        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        affine.data_ptr(), statistics.data_ptr(), call.eps,
+        STAY if how.running is None else _how_to_move(how.running, how.count, how.plan.unbiased),
+    )  # fmt: skip
+    if how.running is not None:
+        _note(how.running, moved)
+    return statistics, affine
+
+
+def _how_to_move(running: Running, count: float, unbiased: bool) -> whole.Move:
+    """How to move running statistics that the kernel `can_move`."""
+    mean, var = running.mean, running.var
+    assert mean is not None
+    assert var is not None
     factor = float(correction(count)) if unbiased else 1.0
-    moved = launch_move(mean, var, rate, factor, arrays.view(running.mean), arrays.view(running.var))
+    return whole.Move(mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(running.rate()), factor)
+
+
+def _note(running: Running, moved: bool) -> None:
+    """Count a batch; if it moved the running statistics, have PyTorch know that they are others."""
     if moved:
-        torch.autograd.graph.increment_version((running.mean, running.var))
+        torch.autograd.graph.increment_version((running.mean, running.var))  # type: ignore[arg-type]
     running.note(moved)
 
 
-def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tables, needs: Needs) -> Gradients:
+def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tensor, needs: Needs) -> Gradients:
     """The gradients.
 
     Args:
@@ -117,54 +159,86 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Table
     """
     x, laid = call.x, memory_format(call.x)
     dy = torch.zeros_like(dy) if dy._is_zerotensor() else dy  # it has no memory
-    dense = dy.resolve_neg().contiguous(memory_format=laid)
-    is_copy = type(dense) is Tensor and dense.data_ptr() != dy.data_ptr()
-    over_dy = needs.dx and (needs.may_overwrite_dy or is_copy)
-    dx = None
+    given = arrays.dense(dy, laid)
+    is_copy = type(given) is Tensor and given.data_ptr() != dy.data_ptr()
+    dx = d_residual = None
     if needs.dx:
-        dx = dense if over_dy else empty_like(x, laid)
-    d_residual = empty_like(x, laid) if needs.d_residual and call.residual is not None else None
+        dx = given if needs.may_overwrite_dy or is_copy else empty_like(x, laid)
+    if needs.d_residual and call.residual is not None:
+        d_residual = empty_like(x, laid)
     group = how.plan.group if needs.dx else None
-    sums = np.zeros((2, len(how.parts), x.shape[1]))
     if x.numel() == 0:
         if group is not None:
-            group.reduce(torch.from_numpy(sums))
-        d_bias, d_weight = (torch.zeros(x.shape[1], dtype=call.arithmetic, device="cpu") for _ in range(2))
+            group.reduce(torch.zeros((2, len(how.parts), x.shape[1]), dtype=STATISTICS))
+        d_weight, d_bias = (torch.zeros(x.shape[1], dtype=call.arithmetic, device="cpu") for _ in range(2))
         return dx, d_weight, d_bias, d_residual
-    inputs = arrays.batch(x, laid), arrays.batch(call.residual, laid)
-    written = arrays.batch(dx, laid), arrays.batch(d_residual, laid)
-    dy_array = written[0] if over_dy else arrays.batch(dense, laid)
+    held = [given, arrays.dense(x, laid), None if call.residual is None else arrays.dense(call.residual, laid)]
+    held += [dx, d_residual]
     if dx is not None or d_residual is not None:  # the kernels write both or none
-        written = tuple(
-            np.empty_like(of) if out is None and of is not None else out
-            for of, out in zip(inputs, written, strict=True)
-        )
-    given = dy_array, *inputs, _counts(call, laid), *written
+        held[3] = empty_like(x, laid) if dx is None else dx
+        held[4] = empty_like(x, laid) if d_residual is None and call.residual is not None else d_residual
+    if held[3] is not None and group is None and how.plan.parts is None and call.counts is None:
+        return dx, *_backward_whole(held, call, how, laid, statistics, affine), d_residual
+    return dx, *_backward_by_parts(held, call, how, laid, statistics, affine), d_residual
+
+
+def _backward_whole(
+    held: list[Tensor | None], call: Call, how: How, laid: torch.memory_format, statistics: Tensor, affine: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`backward` of a batch without counts: what `held` has room for is written, the rest returned."""
+    dy, x, residual, dx, d_residual = held
+    assert dy is not None
+    assert x is not None
+    assert dx is not None
+    d_weight, d_bias = (torch.empty(x.shape[1], dtype=call.arithmetic, device="cpu") for _ in range(2))
+    kind = 0 if residual is None else 1 + keeps_output(call)
+    whole.backward(
+        whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, kind, dx is dy),
+        dy.data_ptr(), x.data_ptr(), (x if residual is None else residual).data_ptr(), dx.data_ptr(),
+        (dx if d_residual is None else d_residual).data_ptr(), affine.data_ptr(), statistics.data_ptr(),
+        d_weight.data_ptr(), d_bias.data_ptr(), how.count,
+    )  # fmt: skip
+    return d_weight, d_bias
+
+
+def _backward_by_parts(
+    held: list[Tensor | None], call: Call, how: How, laid: torch.memory_format, statistics: Tensor, affine: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`backward` of any call."""
+    dy, x, residual, *written = (None if t is None else arrays.batch(t, laid) for t in held)
+    written[0] = dy if held[3] is held[0] else written[0]  # the kernels ask whether it is the same array
+    sums = np.zeros((2, len(how.parts), x.shape[1]))
+    given, group = (dy, x, residual, _counts(call, laid), *written), how.plan.group if written[0] is not None else None
     for part, mean, _, rstd, *own in zip(how.parts, *arrays.view(statistics), *sums, strict=True):
-        dy_, x_, residual, counts, *outputs = _of_part(part, x, given)
-        constants = mean, rstd, *affine
+        dy_, x_, residual_, counts, *outputs = _of_part(part, call.x, given)
+        constants = mean, rstd, *arrays.view(affine)
         of_output = keeps_output(call)
         if outputs[0] is not None and group is None:
             launch.backward(
-                dy_, x_, residual, counts, *constants, part.count, call.activation, *own, *outputs, of_output=of_output
+                dy_, x_, residual_, counts, *constants, part.count, call.activation, *own, *outputs, of_output=of_output
             )
             continue
-        exact = launch.grad_sums(dy_, x_, residual, *constants, call.activation, *own, of_output=of_output)
+        exact = launch.grad_sums(dy_, x_, residual_, *constants, call.activation, *own, of_output=of_output)
         if group is not None:
             all_dz, all_dz_xhat = group.reduce(torch.from_numpy(sums.copy()))[:, 0].numpy()
             launch.grad_input(
-                dy_, x_, residual, counts, *constants, all_dz, all_dz_xhat, part.count, call.activation, *outputs,
+                dy_, x_, residual_, counts, *constants, all_dz, all_dz_xhat, part.count, call.activation, *outputs,
                 of_output=of_output, exact=exact,
             )  # fmt: skip
     d_bias, d_weight = (
         arrays.tensor(each, call.arithmetic) for each in (sums[:, 0] if len(how.parts) == 1 else sums.sum(1))
     )
-    return dx, d_weight, d_bias, d_residual
+    return d_weight, d_bias
 
 
-def old_bias(statistics: Tensor, affine: Tables) -> Tensor:
+def old_bias(statistics: Tensor, affine: Tensor) -> Tensor:
     """The bias as it was in `forward`."""
-    return torch.from_numpy(affine[1])
+    return affine[1]
+
+
+def tables(call: Call) -> Tensor:
+    """Weight and bias as `(2, C)`, copied because the bias may change before the backward pass."""
+    return arrays.tables(call.weight, call.bias, call.x.shape[1], call.arithmetic)
 
 
 # --- Tensors as arrays -----------------------------------------------------------------------------------------------
@@ -176,11 +250,6 @@ def _counts(call: Call, laid: torch.memory_format) -> Any:
         return None
     rows = call.counts.shape[0] if laid is torch.contiguous_format else call.counts.numel()
     return call.counts.contiguous().numpy(force=True).reshape(rows, call.counts.numel() // rows)
-
-
-def tables(call: Call) -> Tables:
-    """Weight and bias as the kernels take them: copies, because the bias may change before the backward pass."""
-    return arrays.table(call.weight, call.arithmetic), arrays.table(call.bias, call.arithmetic)
 
 
 def _of_part(part: Part, x: Tensor, arrays: tuple[Any, ...]) -> list[Any]:

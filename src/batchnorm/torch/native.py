@@ -1,22 +1,27 @@
 """PyTorch's own operation, `torch.batch_norm`, and the activation after it."""
 
+import ctypes
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.torch import arrays, cpu, recipes
+from batchnorm.kernels import whole
+from batchnorm.torch import cpu, recipes
 from batchnorm.torch.activations import ACTIVATIONS
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running
 
-__all__ = ["compute", "takes"]
+__all__ = ["LIMITS", "compute", "exactly", "takes"]
 
 NEAR = 8.0
 """The distance of a mean from 0, in standard deviations, up to which PyTorch's operation on the CPU is as exact as our
 kernels: values are as far from their mean, too."""
+
+LIMITS = {torch.float32: np.float32(NEAR), torch.float64: np.float64(NEAR)}
+"""The same in each type that it computes as exactly."""
 
 
 def takes(call: Call, plan: Plan) -> bool:
@@ -62,30 +67,33 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
 
 def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> Outcome | None:
     """By the statistics of the batch, which PyTorch returns on the CPU: so it can be asked how exact it was."""
-    mean, var, rate, batch, moves = running.mean, running.var, 1.0, None, False
-    if mean is not None and var is not None:
-        moves = strict and plan.unbiased and cpu.can_move(running, call.x, plan)
-        if moves:
-            mean, var, rate = mean.clone(), var.clone(), float(running.rate())
-        else:
-            batch = _of_momentum_one(call, plan)
-            mean, var = batch.mean, batch.var
-    z, batch_mean, rstd = torch.native_batch_norm(call.x, call.weight, call.bias, mean, var, True, rate, call.eps)
-    if strict and not _was_near(batch_mean, rstd):
+    if strict and (running.mean is None or (plan.unbiased and cpu.can_move(running, call.x, plan))):
+        found = exactly(call.x, call.weight, call.bias, running, call.eps)
+        return None if found is None else Outcome(_follow(call, found))
+    batch = None if running.mean is None else _of_momentum_one(call, plan)
+    mean, var = (None, None) if batch is None else (batch.mean, batch.var)
+    z, batch_mean, rstd = torch.native_batch_norm(call.x, call.weight, call.bias, mean, var, True, 1.0, call.eps)
+    return None if strict and not _was_near(batch_mean, rstd) else Outcome(_follow(call, z), batch)
+
+
+def exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor | None:
+    """PyTorch's operation on a CPU tensor, by the statistics of the batch; it moves the running ones that `can_move`.
+
+    None, and nothing is moved, if the kernels are more exact, or if a statistic of the batch is not finite.
+    """
+    mean, var = running.mean, running.var
+    if mean is None or var is None:
+        z, batch_mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        return z if _was_near(batch_mean, rstd) else None
+    mean_at, var_at, size = mean.data_ptr(), var.data_ptr(), mean.nbytes
+    old_mean, old_var = ctypes.string_at(mean_at, size), ctypes.string_at(var_at, size)
+    z, batch_mean, rstd = torch.native_batch_norm(x, weight, bias, mean, var, True, float(running.rate()), eps)
+    if not _was_near(batch_mean, rstd):
+        ctypes.memmove(mean_at, old_mean, size)
+        ctypes.memmove(var_at, old_var, size)
         return None
-    if moves:
-        _store(running.mean, mean)
-        _store(running.var, var)
-        running.note(True)
-    return Outcome(_follow(call, z), batch)
-
-
-def _store(running: Tensor | None, moved: Tensor | None) -> None:
-    """Write a running statistic: `copy_` does the same in more time."""
-    assert running is not None
-    assert moved is not None
-    torch.autograd.graph.increment_version(running)
-    arrays.view(running)[:] = arrays.view(moved)
+    running.note(True)
+    return z
 
 
 def _of_momentum_one(call: Call, plan: Plan) -> Batch:
@@ -102,11 +110,7 @@ def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
 
 def _was_near(mean: Tensor, rstd: Tensor) -> bool:
     """Whether `|mean| * rstd <= NEAR` in every channel, and no variance was infinite."""
-    inverse = arrays.view(rstd)
-    return bool(
-        np.minimum.reduce(inverse) > 0
-        and np.logical_and.reduce(np.abs(arrays.view(mean)) <= NEAR / inverse)  # no product: it might overflow
-    )
+    return whole.is_near(mean.data_ptr(), rstd.data_ptr(), mean.numel(), LIMITS[mean.dtype])
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:

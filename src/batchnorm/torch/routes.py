@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from batchnorm.torch import composed, cpu, function, gpu, native, operators, transforms
 from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_recorded
 from batchnorm.torch.running import Running
 
-__all__ = ["ROUTES", "Route", "choose", "route"]
+__all__ = ["ROUTES", "Route", "choose", "is_free", "is_small", "route"]
 
 
 class Route(NamedTuple):
@@ -52,9 +53,19 @@ def _native_pays(call: Call, plan: Plan) -> bool:
         not call.is_eager or not is_plain(call.x) or call.x.dtype is not call.arithmetic
     ):  # PyTorch computes half precision less exactly
         return False
-    if plan.constants is not None:
-        return call.x.numel() < SMALL_EVALUATION
-    return call.x.numel() < (SMALL if call.x.is_contiguous() and call.x.dim() > 2 else 4 * SMALL)
+    return is_small(call.x, plan.constants is None)
+
+
+def is_small(x: Tensor, training: bool) -> bool:
+    """Whether calling our kernels for a CPU tensor costs more than they gain."""
+    if not training:
+        return x.numel() < SMALL_EVALUATION
+    return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 4 * SMALL)
+
+
+def is_free() -> bool:
+    """Whether the table chooses, and no `with route(...)` restricts it."""
+    return _allowed is None
 
 
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:

@@ -1,0 +1,335 @@
+"""A whole pass over a batch in one call from Python, by the addresses of its arrays.
+
+`launch` takes arrays, and Python puts its kernels together. To make an array and to read its type costs Python about as
+much time as a kernel needs for a thousand values. So for the most frequent case, the batch's own statistics without
+counts, what Python would do between the kernels is compiled here, and addresses take the place of arrays. The kernels
+are those of `launch`, and so are the bits of the results.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from batchnorm.definition import ActivationSpec, parse_activation
+from batchnorm.kernels import by_channel, by_row, launch, threads
+from batchnorm.kernels.activations import CODES, FLAT
+from batchnorm.kernels.calls import (
+    address,
+    call_backward_kernel,
+    call_forward_kernel,
+    call_grad_input_kernel,
+    call_grad_sums_kernel,
+    call_moments_kernel,
+    call_normalize_kernel,
+    kernel_address,
+)
+from batchnorm.kernels.compilation import inlined, kernel
+from batchnorm.kernels.formats import arithmetic
+from batchnorm.kernels.running import moved
+from batchnorm.kernels.tiling import SERIAL, tiling
+
+__all__ = ["Batch", "Move", "backward", "forward", "is_near", "normalize"]
+
+
+class Batch(NamedTuple):
+    """What a pass is compiled and tiled for.
+
+    Attributes:
+        shape: `(N, C, L)`.
+        dtype: The type of the data: float32, float64, or bfloat16 as uint16.
+        activation: As in `definition.normalize`.
+        residual: Whether there is a residual; `OUTPUT` if a backward pass gets `y` in its place.
+        in_place: Whether a backward pass writes `dx` over `dy`.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    activation: ActivationSpec
+    residual: int = 0
+    in_place: bool = False
+
+
+class Move(NamedTuple):
+    """How a forward pass moves running statistics: see `running.move`.
+
+    Attributes:
+        mean, var: Their addresses; 0 if there are none.
+        like: A number of their type.
+        rate, correction: As in `running.move`.
+    """
+
+    mean: int = 0
+    var: int = 0
+    like: Any = np.float32(0)
+    rate: float = 0.0
+    correction: float = 1.0
+
+
+# --- Arrays at addresses ----------------------------------------------------------------------------------------------
+
+
+def _pointer_in_python(place: int, like: Any) -> Any:
+    return ctypes.cast(place, ctypes.POINTER(np.ctypeslib.as_ctypes_type(np.asarray(like).dtype)))
+
+
+@intrinsic
+def _pointer_in_a_kernel(typing_context: Any, place: Any, like: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), generate
+
+
+_pointer: Any = _pointer_in_python if numba.config.DISABLE_JIT else _pointer_in_a_kernel  # type: ignore[attr-defined]
+"""`(place, like)`: an address as a pointer to values of the type of `like`."""
+
+
+@inlined
+def _at(place: int, like: Any, shape: Any) -> Any:
+    """The array of a shape at an address, of the type of `like`."""
+    return numba.carray(_pointer(place, like), shape)
+
+
+@inlined
+def _fill(table: Any, place: int, otherwise: Any) -> None:
+    """Fill a table with the values at an address, or with one number if there are none."""
+    given = _at(place, otherwise, table.shape)
+    for c in range(table.size):
+        table[c] = given[c] if place != 0 else otherwise
+
+
+# --- The passes, compiled ---------------------------------------------------------------------------------------------
+# `kernels` and `stages` are addresses; the second kernel is 0 if the first one runs both stages on each block.
+# `sizes` are N, C and L, and the rows and the width of a tile.
+
+
+@functools.cache
+def _forward() -> Callable[..., bool]:
+    @kernel(False)
+    def whole_forward(
+        kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, x_: int, residual_: int, y_: int,
+        weight_: int, bias_: int, tables_: int, statistics_: int, eps: float, mean_: int, var_: int, running: Any,
+        rate: float, correction: float,
+    ) -> Any:  # fmt: skip
+        N, C, L, rows, width = sizes
+        x, residual, y = _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L)), _at(y_, like, (N, C, L))
+        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        weight, bias, mean, var, rstd = tables[0], tables[1], statistics[0], statistics[1], statistics[2]
+        _fill(weight, weight_, type(parameter)(1))
+        _fill(bias, bias_, type(parameter)(0))
+        given = x, residual, np.empty((0, 0), tables.dtype), weight, bias, parameter, rows, width
+        if kernels[1] == 0:
+            call_forward_kernel(kernels[0], (stages[0], stages[1], *given, eps, y, mean, var, rstd))
+        else:
+            call_moments_kernel(kernels[0], (stages[0], *given, mean, var))
+            for c in range(C):
+                rstd[c] = 1.0 / np.sqrt(var[c] + eps)
+            call_normalize_kernel(kernels[1], (stages[1], *given, mean, rstd, y))
+        if mean_ == 0:
+            return True
+        return moved(mean, var, rate, correction, _at(mean_, running, (C,)), _at(var_, running, (C,)))
+
+    return cast(Callable[..., bool], whole_forward)
+
+
+@functools.cache
+def _normalize() -> Callable[..., None]:
+    @kernel(False)
+    def whole_normalize(
+        kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, x_: int, residual_: int, y_: int,
+        tables_: int, statistics_: int,
+    ) -> None:  # fmt: skip
+        N, C, L, rows, width = sizes
+        x, residual, y = _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L)), _at(y_, like, (N, C, L))
+        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        given = x, residual, np.empty((0, 0), tables.dtype), tables[0], tables[1], parameter, rows, width
+        call_normalize_kernel(kernels[0], (stages[0], *given, statistics[0], statistics[2], y))
+
+    return cast(Callable[..., None], whole_normalize)
+
+
+@functools.cache
+def _backward() -> Callable[..., bool]:
+    @kernel(False)
+    def whole_backward(
+        kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, dy_: int, x_: int, residual_: int, dx_: int,
+        d_residual_: int, tables_: int, statistics_: int, d_weight_: int, d_bias_: int, count: float, sums: Any,
+        flat: bool, again: bool,
+    ) -> Any:  # fmt: skip
+        N, C, L, rows, width = sizes
+        dy, x, residual = _at(dy_, like, (N, C, L)), _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L))
+        dx, d_residual = _at(dx_, like, (N, C, L)), _at(d_residual_, like, (N, C, L))
+        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        mean, rstd, sum_dz, sum_dz_xhat = statistics[0], statistics[2], sums[0], sums[1]
+        counts = np.empty((0, 0), tables.dtype)
+        given = x, residual, counts, tables[0], tables[1], parameter, rows, width, dy, mean, rstd
+        if kernels[1] == 0:
+            call_backward_kernel(
+                kernels[0],
+                (stages[0], stages[1], *given, flat, again, count, sum_dz, sum_dz_xhat, dx, d_residual),
+            )
+        else:
+            call_grad_sums_kernel(kernels[0], (stages[0], *given, sum_dz, sum_dz_xhat))
+        total = 0.0
+        for c in range(C):
+            total += abs(sum_dz[c])
+        if flat and not again and not total < np.inf:
+            return False
+        if kernels[1] != 0:
+            call_grad_input_kernel(kernels[1], (stages[1], *given, sum_dz, sum_dz_xhat, count, dx, d_residual))
+        d_weight, d_bias = _at(d_weight_, parameter, (C,)), _at(d_bias_, parameter, (C,))
+        for c in range(C):
+            d_weight[c] = sum_dz_xhat[c]
+            d_bias[c] = sum_dz[c]
+        return True
+
+    return cast(Callable[..., bool], whole_backward)
+
+
+# --- What the rest of the package calls -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
+    """What `whole_forward` begins with."""
+    cut = tiling(batch.shape, batch.dtype.itemsize, 1)
+    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    stages = walk.moments(0), walk.normalize(code, int(batch.residual > 0))
+    made = [launch.forward_kernel] if cut.rows >= batch.shape[0] else [launch.moments_kernel, launch.normalize_kernel]
+    return _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
+
+
+@functools.lru_cache(maxsize=1024)
+def _normalize_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
+    """What `whole_normalize` begins with."""
+    cut = tiling(batch.shape, batch.dtype.itemsize, 1)
+    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    stage = walk.normalize(code, int(batch.residual > 0))
+    return _beginning(batch, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_of(batch: Batch, parallel: bool, exact: int) -> tuple[Any, ...]:
+    """What `whole_backward` begins with."""
+    cut = tiling(batch.shape, batch.dtype.itemsize, 2)
+    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    stages = (
+        walk.grad_sums(code, batch.residual, exact),
+        walk.grad_input(code, batch.residual, 0, exact, int(batch.in_place)),
+    )
+    is_fused = cut.rows >= batch.shape[0]
+    made = [launch.backward_kernel] if is_fused else [launch.grad_sums_kernel, launch.grad_input_kernel]
+    return _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
+
+
+def _beginning(batch: Batch, kernels: list[Any], stages: tuple[Any, ...], tile: tuple[int, int]) -> tuple[Any, ...]:
+    dtype = batch.dtype
+    places = tuple(kernel_address(each, dtype) for each in kernels)
+    return (
+        (*places, 0)[:2],
+        tuple(address(stage, dtype) for stage in stages),
+        (*batch.shape, *tile),
+        dtype.type(0),
+        arithmetic(dtype).type(parse_activation(batch.activation)[1]),
+    )
+
+
+def _is_parallel(batch: Batch) -> bool:
+    N, C, L = batch.shape
+    return N * C * L >= SERIAL and not threads.forbidden()
+
+
+def forward(
+    batch: Batch, x: int, residual: int, y: int, weight: int, bias: int, tables: int, statistics: int, eps: float,
+    running: Move,
+) -> bool:  # fmt: skip
+    """`launch.forward` without counts, and `running.move`.
+
+    Args:
+        batch: What the addresses hold.
+        x, residual, y: Addresses of contiguous data; any address if there is no residual. `y` is written.
+        weight, bias: Addresses of `(C,)`, of the type of the arithmetic; 0 for 1 and 0.
+        tables: The address of `(2, C)`, of that type. Written: copies of weight and bias for the backward pass.
+        statistics: The address of `(3, C)`, float64. Written: mean, variance and `1/sqrt(var + eps)`.
+        eps: Added to the variance.
+        running: The running statistics.
+
+    Returns:
+        Whether the running statistics were moved, or there are none.
+    """
+    parallel = _is_parallel(batch)
+    return bool(
+        threads.run(
+            _forward(), parallel, *_forward_of(batch, parallel), x, residual, y, weight, bias, tables, statistics, eps,
+            *running,
+        )
+    )  # fmt: skip
+
+
+def normalize(batch: Batch, x: int, residual: int, y: int, tables: int, statistics: int) -> None:
+    """`launch.normalize`: `y` again, the same bits by the same stage.
+
+    Args:
+        batch: What the addresses hold.
+        x, residual, y: As in `forward`.
+        tables, statistics: From `forward`.
+    """
+    parallel = _is_parallel(batch)
+    beginning = _normalize_of(batch, parallel)
+    threads.run(_normalize(), parallel, *beginning, x, residual, y, tables, statistics)
+
+
+def backward(
+    batch: Batch, dy: int, x: int, residual: int, dx: int, d_residual: int, tables: int, statistics: int,
+    d_weight: int, d_bias: int, count: float,
+) -> None:  # fmt: skip
+    """`launch.backward` without counts.
+
+    Args:
+        batch: What the addresses hold.
+        dy, x, residual: Addresses of contiguous data. Any address if there is no residual; that of `y` if it is
+            `OUTPUT`.
+        dx, d_residual: Likewise. Written; `dx` is `dy` if the batch is `in_place`.
+        tables, statistics: From `forward`.
+        d_weight, d_bias: Addresses of `(C,)`, of the type of the arithmetic. Written.
+        count: The number of values behind the statistics; infinity if they are constants.
+    """
+    parallel, flat = _is_parallel(batch), CODES[parse_activation(batch.activation)[0]] in FLAT
+    sums = np.empty((2, batch.shape[1]))
+    for exact in (0, 1):
+        done = threads.run(
+            _backward(), parallel, *_backward_of(batch, parallel, exact), dy, x, residual, dx, d_residual, tables,
+            statistics, d_weight, d_bias, float(count), sums, flat, bool(exact),
+        )  # fmt: skip
+        if done:
+            return
+
+
+@functools.cache
+def _near() -> Callable[..., bool]:
+    @kernel(False)
+    def near(mean_: int, rstd_: int, C: int, limit: Any) -> Any:
+        mean, rstd = _at(mean_, limit, (C,)), _at(rstd_, limit, (C,))
+        for c in range(C):  # noqa: SIM110, Numba compiles no generators of this kind
+            if not (rstd[c] > 0 and abs(mean[c]) <= limit / rstd[c]):  # no product, which might overflow
+                return False
+        return True
+
+    return cast(Callable[..., bool], near)
+
+
+def is_near(mean: int, rstd: int, channels: int, limit: Any) -> bool:
+    """Whether `|mean| * rstd <= limit` in every channel, and no variance is infinite.
+
+    Args:
+        mean, rstd: Addresses of `(C,)`, of the type of the limit.
+        channels: `C`.
+        limit: The limit.
+    """
+    return _near()(mean, rstd, channels, limit)
