@@ -151,7 +151,7 @@ def _normalize() -> Callable[..., None]:
         given = x, residual, np.empty((0, 0), tables.dtype), tables[0], tables[1], parameter, rows, width
         call_normalize_kernel(kernels[0], (stages[0], *given, statistics[0], statistics[2], y))
 
-    return cast(Callable[..., None], whole_normalize)
+    return whole_normalize
 
 
 @functools.cache
