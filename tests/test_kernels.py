@@ -15,9 +15,10 @@ from cases import ACTIVATIONS, DTYPES, KERNEL_SHAPES, Problem, problem, relative
 
 import batchnorm
 from batchnorm import definition
-from batchnorm.kernels import by_channel, by_row, calls, launch, running, threads
+from batchnorm.kernels import by_channel, by_row, calls, launch, running, threads, whole
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.compilation import OPTIONS
+from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.tiling import CACHE, SERIAL, tiling
 
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
@@ -51,7 +52,47 @@ def run(
         sum_dz, sum_dz_xhat, dx, d_residual, of_output=of_output, cache=cache,
     )  # fmt: skip
     outputs = {"y": y, "mean": mean, "var": var, "dx": dx, "d_weight": sum_dz_xhat, "d_bias": sum_dz}
-    return outputs if d_residual is None else outputs | {"d_residual": d_residual}
+    outputs = outputs if d_residual is None else outputs | {"d_residual": d_residual}
+    if p.mask is None and cache == CACHE:
+        got = in_one_call(p, activation, eps, of_output, in_place)
+        for name, value in outputs.items():
+            assert got[name].tobytes() == value.astype(got[name].dtype).tobytes(), name
+    return outputs
+
+
+def in_one_call(p: Problem, activation: Any, eps: float, of_output: bool, in_place: bool) -> dict[str, Any]:
+    """`run` by `whole`, and the running statistics."""
+    C, T = p.x.shape[1], arithmetic(p.x.dtype)
+    statistics, (tables, running_mean, running_var) = unwritten((3, C))[0], unwritten((2, C), C, C, dtype=T)
+    y, dx, d_residual = unwritten(p.x.shape, p.x.shape, p.x.shape, dtype=p.x.dtype)
+    d_weight, d_bias = unwritten(C, C, dtype=T)
+    running_mean[:], running_var[:], rate, correction = 1, 2, 0.25, 1.5
+
+    def at(array: Any) -> int:
+        return 0 if array is None else int(array.ctypes.data)
+
+    weight, bias = (None if values is None else values.astype(T) for values in (p.weight, p.bias))
+    batch = whole.Batch(p.x.shape, p.x.dtype, activation, int(p.residual is not None))
+    move = whole.Move(at(running_mean), at(running_var), T.type(0), rate, correction)
+    given = at(p.x), at(p.x if p.residual is None else p.residual), at(y), at(weight), at(bias), at(tables)
+    moved = whole.forward(batch, *given, at(statistics), eps, move)
+    mean, var, _ = statistics
+    assert moved == bool(np.isfinite(mean).all() and np.isfinite(var).all())
+    for was, now, batch_s in (1.0, running_mean, mean), (2.0, running_var, correction * var):
+        want = was + rate * (batch_s - was) if moved else np.full(C, was)
+        np.testing.assert_allclose(now, want, rtol=2 * np.finfo(T).eps)
+    dy = dx = p.dy.copy() if in_place else p.dy
+    if not in_place:
+        (dx,) = unwritten(p.x.shape, dtype=p.x.dtype)
+    residual = y if of_output else p.residual
+    kind = 0 if residual is None else 1 + of_output
+    whole.backward(
+        batch._replace(residual=kind, in_place=in_place), at(dy), at(p.x), at(p.x if residual is None else residual),
+        at(dx), at(dx if residual is None else d_residual), at(tables), at(statistics), at(d_weight), at(d_bias),
+        p.count,
+    )  # fmt: skip
+    found = {"y": y, "mean": mean, "var": var, "dx": dx, "d_weight": d_weight, "d_bias": d_bias}
+    return found | {"d_residual": d_residual}
 
 
 def exact(p: Problem, activation: Any, eps: float = 1e-5) -> dict[str, Any]:
@@ -500,6 +541,29 @@ def test_without_a_writable_folder_a_kernel_is_compiled_every_time(copied: Any) 
         "batchnorm cannot keep its compiled kernels, because it finds no writable folder: every process compiles them "
         "again, which takes seconds. Set NUMBA_CACHE_DIR to a writable folder."
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_batch_is_accepted_whose_means_are_near(dtype: Any) -> None:
+    """Up to the limit, and only with statistics that are finite; otherwise nothing has changed."""
+    eps, limit, count = 0.25, 8.0, 4
+    shrinkage, like = (count - 1) / count, dtype(0)
+    edge = limit * np.sqrt(1.0 + eps)
+    for worst, var, near in (
+        (edge * (1 - 1e-6), 1.0, True), (-edge * (1 + 1e-6), 1.0, False), (0.0, np.inf, False), (np.nan, 1.0, False),
+        (0.0, np.nan, False), (np.inf, 1.0, False), (0.0, 0.0, True),
+    ):  # fmt: skip
+        mean, biased = np.array([0.0, worst, 1.0], dtype), np.array([2.0, var, 1.0], dtype)
+        unbiased = (biased / shrinkage).astype(dtype)
+        old, counter = (np.full(3, 5, dtype), np.full(3, 6, dtype)), np.array([41])
+        got = old[0].copy(), old[1].copy()
+        move = whole.Move(*(each.ctypes.data for each in got), like, 0.5)
+        assert whole.is_near(mean.ctypes.data, biased.ctypes.data, 3, like, eps, limit) is near
+        places = mean.ctypes.data, unbiased.ctypes.data
+        assert whole.accept(*places, 3, shrinkage, eps, limit, counter.ctypes.data, move) is near
+        assert counter[0] == 41 + near
+        for now, was, batch in zip(got, old, (mean, unbiased), strict=True):
+            np.testing.assert_allclose(now, (was + batch) / 2 if near else was, rtol=2 * np.finfo(dtype).eps)
 
 
 def test_without_compilation_kernels_are_plain_python() -> None:

@@ -27,7 +27,8 @@ def test_a_batch_with_any_strides(laid: torch.memory_format, dtype: torch.dtype)
         whole, whole.contiguous(memory_format=LAST), whole[:, ::2], whole[1:, 1:], whole.transpose(2, 3),
         nn.Parameter(whole), torch._neg_view(whole), whole[:1].expand(3, 6, 5, 7),
     ):  # fmt: skip
-        array = arrays.batch(t, laid)
+        held = arrays.dense(t, laid)
+        array = arrays.batch(held, laid)
         assert array.flags.c_contiguous
         np.testing.assert_array_equal(array, expected(t, laid))
 
@@ -36,18 +37,23 @@ def test_a_batch_with_any_strides(laid: torch.memory_format, dtype: torch.dtype)
 def test_the_bits_of_bfloat16(laid: torch.memory_format) -> None:
     whole = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     for t in (whole, whole[:, ::2]):
-        bits = arrays.batch(t, laid).astype(np.uint32) << 16
+        held = arrays.dense(t, laid)
+        bits = arrays.batch(held, laid).astype(np.uint32) << 16
         np.testing.assert_array_equal(bits.view(np.float32), expected(t, laid))
 
 
-def test_a_view_is_no_copy_and_a_table_is() -> None:
+def test_a_view_is_no_copy_and_tables_are() -> None:
     t = torch.zeros(3)
-    view, table = arrays.view(t), arrays.table(t, torch.float32)
+    view, tables = arrays.view(t), arrays.tables(t, None, 3, torch.float64)
     t += 1
     np.testing.assert_array_equal(view, 1)
-    np.testing.assert_array_equal(table, 0)
-    for values in (t[::2], torch._neg_view(t), t.bfloat16(), t.double()):
-        np.testing.assert_array_equal(arrays.table(values, torch.float32), values.float().numpy(force=True))
+    np.testing.assert_array_equal(tables, 0)
+    np.testing.assert_array_equal(arrays.tables(None, None, 3, torch.float32), [[1] * 3, [0] * 3])
+    for values in (t[::2], torch._neg_view(t), t.bfloat16(), t.double(), torch._efficientzerotensor(2)):
+        want = (values.float() + 0).numpy(force=True)
+        np.testing.assert_array_equal(arrays.tables(values, values, len(values), torch.float32), [want, want])
+        held = arrays.channels(values, torch.float32)
+        np.testing.assert_array_equal(arrays.view(held), want)
 
 
 def test_the_memory_of_tensors_stays_theirs() -> None:

@@ -34,7 +34,7 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.running import moved
 from batchnorm.kernels.tiling import SERIAL, tiling
 
-__all__ = ["Batch", "Move", "backward", "forward", "is_near", "normalize"]
+__all__ = ["Batch", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
 
 class Batch(NamedTuple):
@@ -311,25 +311,71 @@ def backward(
             return
 
 
+@inlined
+def _near(mean: Any, var: Any, shrinkage: float, eps: float, limit: float) -> Any:
+    for c in range(mean.size):
+        distance, spread = float(mean[c]), float(var[c]) * shrinkage + eps
+        if not distance * distance <= limit * limit * spread < np.inf:
+            return False
+    return True
+
+
 @functools.cache
-def _near() -> Callable[..., bool]:
+def _is_near() -> Callable[..., bool]:
     @kernel(False)
-    def near(mean_: int, rstd_: int, C: int, limit: Any) -> Any:
-        mean, rstd = _at(mean_, limit, (C,)), _at(rstd_, limit, (C,))
-        for c in range(C):  # noqa: SIM110, Numba compiles no generators of this kind
-            if not (rstd[c] > 0 and abs(mean[c]) <= limit / rstd[c]):  # no product, which might overflow
-                return False
+    def is_near(mean_: int, var_: int, C: int, like: Any, eps: float, limit: float) -> Any:
+        return _near(_at(mean_, like, (C,)), _at(var_, like, (C,)), 1.0, eps, limit)
+
+    return cast(Callable[..., bool], is_near)
+
+
+@functools.cache
+def _accept() -> Callable[..., bool]:
+    @kernel(False)
+    def accept(
+        mean_: int, var_: int, C: int, shrinkage: float, eps: float, limit: float, counter_: int, running_mean_: int,
+        running_var_: int, like: Any, rate: float, correction: float,
+    ) -> Any:  # fmt: skip
+        mean, var = _at(mean_, like, (C,)), _at(var_, like, (C,))
+        if not _near(mean, var, shrinkage, eps, limit):
+            return False
+        if running_mean_ != 0:
+            running_mean, running_var = _at(running_mean_, like, (C,)), _at(running_var_, like, (C,))
+            moved(mean, var, rate, correction, running_mean, running_var)
+        if counter_ != 0:
+            _at(counter_, np.int64(0), (1,))[0] += 1
         return True
 
-    return cast(Callable[..., bool], near)
+    return cast(Callable[..., bool], accept)
 
 
-def is_near(mean: int, rstd: int, channels: int, limit: Any) -> bool:
-    """Whether `|mean| * rstd <= limit` in every channel, and no variance is infinite.
+def is_near(mean: int, var: int, channels: int, like: Any, eps: float, limit: float) -> bool:
+    """Whether `|mean| <= limit * sqrt(var + eps)` in every channel, and no variance is infinite.
 
     Args:
-        mean, rstd: Addresses of `(C,)`, of the type of the limit.
+        mean, var: Addresses of `(C,)`.
         channels: `C`.
+        like: A number of their type.
+        eps: Added to the variance.
         limit: The limit.
     """
-    return _near()(mean, rstd, channels, limit)
+    return _is_near()(mean, var, channels, like, eps, limit)
+
+
+def accept(
+    mean: int, var: int, channels: int, shrinkage: float, eps: float, limit: float, counter: int, running: Move
+) -> bool:
+    """Move the running statistics towards a batch, and count it, if it `is_near`.
+
+    Args:
+        mean, var: Addresses of `(C,)`, of the type of the running statistics: the mean and the unbiased variance of the
+            batch.
+        channels, eps, limit: As in `is_near`.
+        shrinkage: The factor from the unbiased variance to the biased one, which must be near.
+        counter: The address of an int64 that counts batches; 0 if there is none.
+        running: The running statistics.
+
+    Returns:
+        Whether it is near.
+    """
+    return _accept()(mean, var, channels, shrinkage, eps, limit, counter, *running)

@@ -17,7 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from batchnorm.definition import ActivationSpec, parse_activation
 
 __all__ = [
-    "ACTIVATIONS", "FUNCTIONS", "METHODS", "NONE", "Activation", "activate", "is_activation", "is_watched", "recognize",
+    "ACTIVATIONS", "FUNCTIONS", "METHODS", "NONE", "Activation", "activate", "is_activation", "is_watched", "parsed",
+    "recognize",
     "resolve", "said",
 ]  # fmt: skip
 
@@ -44,7 +45,8 @@ ACTIVATIONS: dict[str, Any] = {
     "gelu": lambda z, _: F.gelu(z),
 }
 
-_parse = functools.lru_cache(maxsize=256)(parse_activation)
+parsed = functools.lru_cache(maxsize=256)(parse_activation)
+"""`parse_activation`, which remembers; it takes only what is hashable."""
 
 
 def resolve(activation: Activation) -> tuple[tuple[str, float], Call | None]:
@@ -71,7 +73,7 @@ def resolve(activation: Activation) -> tuple[tuple[str, float], Call | None]:
             return ("none", 0.0), activation
         activation = named
     try:
-        return (parse_activation if torch.compiler.is_compiling() else _parse)(activation), None
+        return (parse_activation if torch.compiler.is_compiling() else parsed)(activation), None
     except TypeError:  # it is not hashable
         return parse_activation(activation), None
 

@@ -44,7 +44,8 @@ def dense(t: Tensor, laid: torch.memory_format) -> Tensor:
     """A batch whose memory is as the kernels read it; a copy only if necessary."""
     if t.is_contiguous(memory_format=laid) and not t.is_neg() and not t._is_zerotensor() and is_plain(t):
         return t
-    return (t.detach().clone() if t._is_zerotensor() else t.detach().resolve_neg()).contiguous(memory_format=laid)
+    t = torch.zeros_like(t) if t._is_zerotensor() else t.detach()  # it has no memory
+    return t.resolve_neg().contiguous(memory_format=laid)
 
 
 def shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
@@ -70,11 +71,11 @@ def tables(weight: Tensor | None, bias: Tensor | None, channels: int, dtype: tor
     return both
 
 
-def channels(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Values of `(C,)` as the kernels read them: dense, in the type of the arithmetic; a copy only if necessary."""
-    if values is None or (
-        values.dtype is dtype and values.is_contiguous() and not values.is_neg() and is_plain(values)
-    ):
+def channels(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of `(C,)` as the kernels read them: dense, of a type; a copy only if necessary."""
+    if values._is_zerotensor():
+        return torch.zeros_like(values, dtype=dtype)
+    if values.dtype is dtype and values.is_contiguous() and not values.is_neg() and is_plain(values):
         return values
     return values.detach().to(dtype).resolve_neg().contiguous()
 

@@ -117,7 +117,8 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
     """`forward` by the statistics of a batch without counts: `y` is written, the rest returned."""
     x = arrays.dense(call.x, laid)
     residual = x if call.residual is None else arrays.dense(call.residual, laid)
-    weight, bias = arrays.channels(call.weight, call.arithmetic), arrays.channels(call.bias, call.arithmetic)
+    values = call.weight, call.bias
+    weight, bias = (None if t is None else arrays.channels(t, call.arithmetic) for t in values)
     statistics = torch.empty((3, 1, x.shape[1]), dtype=STATISTICS, device="cpu")
     affine = torch.empty((2, x.shape[1]), dtype=call.arithmetic, device="cpu")
     moved = whole.forward(
@@ -158,7 +159,6 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tenso
         needs: As in `Needs`.
     """
     x, laid = call.x, memory_format(call.x)
-    dy = torch.zeros_like(dy) if dy._is_zerotensor() else dy  # it has no memory
     given = arrays.dense(dy, laid)
     is_copy = type(given) is Tensor and given.data_ptr() != dy.data_ptr()
     dx = d_residual = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.definition import Moments
-from batchnorm.torch import composed, cpu, plain, transforms
+from batchnorm.torch import composed, cpu, transforms
 from batchnorm.torch.activations import Activation
 from batchnorm.torch.call import Batch, Call, Plan, is_plain, is_tracing
 from batchnorm.torch.recomputation import is_repetition, unseen
@@ -133,8 +133,6 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
     Returns:
         `y`, and the name of the route that computed it.
     """
-    if source is None and (found := plain.compute(asked, running)) is not None:
-        return found
     source = BATCH if source is None else source
     if not isinstance(source, Statistics):
         expect(source)

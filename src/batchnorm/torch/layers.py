@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from batchnorm.torch import recipes
+from batchnorm.torch import plain, recipes
 from batchnorm.torch.activations import Activation, resolve, said
 from batchnorm.torch.call import is_tracing
 from batchnorm.torch.functional import normalize
@@ -243,6 +243,10 @@ class _Layer(_Base):
     def _run(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: Activation) -> Tensor:
         """`forward` with some activation; errors name the layer."""
         try:
+            if mask is None and not observers:
+                y = plain.compute(self, input, residual, activation)
+                if y is not None:
+                    return y
             return self._normalize(input, residual, mask, activation)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             if type(error) not in (ValueError, TypeError, RuntimeError, NotImplementedError):

@@ -1,27 +1,28 @@
 """PyTorch's own operation, `torch.batch_norm`, and the activation after it."""
 
-import ctypes
+import threading
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import whole
-from batchnorm.torch import cpu, recipes
+from batchnorm.torch import arrays, cpu, recipes
 from batchnorm.torch.activations import ACTIVATIONS
-from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_recorded, is_tracing
+from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_plain, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running
 
-__all__ = ["LIMITS", "compute", "exactly", "takes"]
+__all__ = ["by_batch", "by_constants", "compute", "follow", "takes"]
 
 NEAR = 8.0
 """The distance of a mean from 0, in standard deviations, up to which PyTorch's operation on the CPU is as exact as our
 kernels: values are as far from their mean, too."""
 
-LIMITS = {torch.float32: np.float32(NEAR), torch.float64: np.float64(NEAR)}
-"""The same in each type that it computes as exactly."""
+LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
+"""A number of each type that it computes as exactly."""
 
 
 def takes(call: Call, plan: Plan) -> bool:
@@ -57,43 +58,86 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0), (mean, var)))
-    if eager and call.x.dtype is call.arithmetic:
-        return _compute_eagerly(call, plan, running, strict)
+    movable = strict and eager and plan.unbiased and cpu.can_move(running, call.x, plan)
+    if strict and eager and call.x.dtype is call.arithmetic and (movable or running.mean is None):
+        moving = None if running.mean is None or running.var is None else (running.mean, running.var)
+        z = by_batch(call.x, call.weight, call.bias, moving, float(running.rate()), running.batches, call.eps)
+        return None if z is None else Outcome(_follow(call, z))
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
     batch = _of_momentum_one(call, plan)
-    return Outcome(_follow(call, _batch_norm(call, batch.mean, batch.var, True, 1.0)), batch)
+    z = _batch_norm(call, batch.mean, batch.var, True, 1.0)
+    if strict and eager:
+        count, places = float(plan.count), (batch.mean.data_ptr(), batch.var.data_ptr())
+        stay = whole.Move(like=LIKE[batch.mean.dtype])
+        if not whole.accept(*places, len(batch.mean), (count - 1) / count, call.eps, NEAR, 0, stay):
+            return None
+    return Outcome(_follow(call, z), batch)
 
 
-def _compute_eagerly(call: Call, plan: Plan, running: Running, strict: bool) -> Outcome | None:
-    """By the statistics of the batch, which PyTorch returns on the CPU: so it can be asked how exact it was."""
-    if strict and (running.mean is None or (plan.unbiased and cpu.can_move(running, call.x, plan))):
-        found = exactly(call.x, call.weight, call.bias, running, call.eps)
-        return None if found is None else Outcome(_follow(call, found))
-    batch = None if running.mean is None else _of_momentum_one(call, plan)
-    mean, var = (None, None) if batch is None else (batch.mean, batch.var)
-    z, batch_mean, rstd = torch.native_batch_norm(call.x, call.weight, call.bias, mean, var, True, 1.0, call.eps)
-    return None if strict and not _was_near(batch_mean, rstd) else Outcome(_follow(call, z), batch)
+def by_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: tuple[Tensor, Tensor] | None, rate: float,
+    batches: Tensor | None, eps: float,
+) -> Tensor | None:  # fmt: skip
+    """A CPU tensor normalized by its own statistics, towards which the running ones move.
 
+    Args:
+        x, weight, bias, eps: As in `Call`.
+        running: Running statistics of the type of `x` that `can_move`; None if there are none.
+        rate: The weight of the batch in them.
+        batches: Their counter of batches; None if there is none.
 
-def exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, running: Running, eps: float) -> Tensor | None:
-    """PyTorch's operation on a CPU tensor, by the statistics of the batch; it moves the running ones that `can_move`.
-
-    None, and nothing is moved, if the kernels are more exact, or if a statistic of the batch is not finite.
+    Returns:
+        None, and nothing has moved, if the kernels are more exact, or if a statistic of the batch is not finite.
     """
-    mean, var = running.mean, running.var
-    if mean is None or var is None:
-        z, batch_mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        return z if _was_near(batch_mean, rstd) else None
-    mean_at, var_at, size = mean.data_ptr(), var.data_ptr(), mean.nbytes
-    old_mean, old_var = ctypes.string_at(mean_at, size), ctypes.string_at(var_at, size)
-    z, batch_mean, rstd = torch.native_batch_norm(x, weight, bias, mean, var, True, float(running.rate()), eps)
-    if not _was_near(batch_mean, rstd):
-        ctypes.memmove(mean_at, old_mean, size)
-        ctypes.memmove(var_at, old_var, size)
+    channels = x.shape[1]
+    mean, var, mean_at, var_at, like = _local.scratch.get((channels, x.dtype)) or _make_scratch(channels, x.dtype)
+    z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, False)
+    count = x.numel() / channels
+    places = (0, 0) if running is None else (running[0].data_ptr(), running[1].data_ptr())
+    counter = 0 if batches is None else batches.data_ptr()
+    move = *places, like, rate, 1.0
+    if not whole.accept(mean_at, var_at, channels, (count - 1) / count, eps, NEAR, counter, move):
+        del _local.scratch[channels, x.dtype]  # what is not finite would stay in it
         return None
-    running.note(True)
+    if running is not None:
+        torch._C._increment_version(running)
     return z
+
+
+class _Local(threading.local):
+    """The tensors that PyTorch writes the statistics of a batch to, as running ones that move with momentum 1.
+
+    Each thread has its own, for every number of channels and type: mean, variance, their addresses, and a number of
+    their type. Nothing reads them later: autograd keeps them, but does not use them in a backward pass by the
+    statistics of a batch.
+    """
+
+    def __init__(self) -> None:
+        self.scratch: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, int, int, Any]] = {}
+
+
+_local = _Local()
+
+
+def _make_scratch(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int, Any]:
+    with torch.inference_mode(False):
+        mean, var = (torch.zeros(channels, dtype=dtype, device="cpu") for _ in range(2))
+    made = mean, var, mean.data_ptr(), var.data_ptr(), LIKE[dtype]
+    _local.scratch[channels, dtype] = made
+    return made
+
+
+def by_constants(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor | None:
+    """A CPU tensor normalized by constants; None if the kernels are more exact."""
+    if not _is_near(mean, var, eps):
+        return None
+    if torch.is_grad_enabled():
+        # Copies: a later batch changes the running statistics, and the backward pass must not see that.
+        mean, var = mean.clone(), var.clone()
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
 
 
 def _of_momentum_one(call: Call, plan: Plan) -> Batch:
@@ -105,12 +149,11 @@ def _of_momentum_one(call: Call, plan: Plan) -> Batch:
 
 def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
     """Whether `|mean| <= NEAR * sqrt(var + eps)` in every channel."""
-    return mean.numel() == 0 or bool(torch.addcmul(var, mean, mean, value=-1 / NEAR**2).min() >= -eps)
-
-
-def _was_near(mean: Tensor, rstd: Tensor) -> bool:
-    """Whether `|mean| * rstd <= NEAR` in every channel, and no variance was infinite."""
-    return whole.is_near(mean.data_ptr(), rstd.data_ptr(), mean.numel(), LIMITS[mean.dtype])
+    like = LIKE.get(mean.dtype)
+    if like is None or var.dtype is not mean.dtype or not (is_plain(mean, var) and mean.is_cpu):
+        return mean.numel() == 0 or bool(torch.addcmul(var, mean, mean, value=-1 / NEAR**2).min() >= -eps)
+    held = arrays.channels(mean, mean.dtype), arrays.channels(var, var.dtype)
+    return whole.is_near(*(t.data_ptr() for t in held), mean.numel(), like, eps, NEAR)
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
@@ -128,12 +171,15 @@ def _follow(call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None
     name, parameter = call.activation
     if (found := recipes.active(z)) is not None and z.requires_grad:
         return _follow_and_note(found, call, z, constants)
-    if torch.is_grad_enabled() or not call.is_eager:
-        z = z if call.residual is None else z + call.residual
-    else:
-        z = z if call.residual is None else z.add_(call.residual)
-        if name == "relu":
-            return torch.relu_(z)
+    return follow(z, call.residual, name, parameter, call.is_eager and not torch.is_grad_enabled())
+
+
+def follow(z: Tensor, residual: Tensor | None, name: str, parameter: float, in_place: bool) -> Tensor:
+    """Add a residual, and apply an activation by its name and parameter; over `z` if `in_place`."""
+    if residual is not None:
+        z = z.add_(residual) if in_place else z + residual
+    if name == "relu":
+        return torch.relu_(z) if in_place else torch.relu(z)
     y: Tensor = ACTIVATIONS[name](z, parameter)
     return y
 

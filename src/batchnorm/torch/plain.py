@@ -1,91 +1,105 @@
 """The plain call, which nearly every layer makes in nearly every step, in as few operations of Python as possible.
 
-Such a call has ordinary tensors on the CPU and no mask. It normalizes by the batch's own statistics, and PyTorch runs
-it at once, outside of a backward pass. Then it is known what the table of routes would choose: PyTorch's operation for
-small tensors, our kernels for others. Both are reached here directly, because the checks that end in this choice would
-take longer than a small tensor's computation.
+Such a call has ordinary tensors on the CPU and no mask. It normalizes by the batch's own statistics, or in evaluation
+by the running ones, and PyTorch runs it at once, outside of a backward pass. Then it is known what the table of routes
+would choose: PyTorch's operation for small tensors, our kernels for others. Both are reached here directly. For a small
+tensor, the checks that end in this choice would take longer than the rest, and calls of short functions would, too.
 
 Whatever is unusual or wrong makes `compute` return None before anything has changed. The general way, through the
 sources of statistics and the routes, then computes the call, or says what is wrong.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.torch import cpu, function, native, recipes, routes
-from batchnorm.torch.activations import ACTIVATIONS, resolve
-from batchnorm.torch.call import PLAIN, Call, Plan, arithmetic, is_eager
-from batchnorm.torch.running import Running
+from batchnorm.torch.activations import Activation, parsed, resolve
+from batchnorm.torch.call import PLAIN, Call, Plan
+from batchnorm.torch.running import Running, update
 
 __all__ = ["compute"]
 
+_C = torch._C
 
-def compute(asked: tuple[Any, ...], running: Running) -> tuple[Tensor, str] | None:
-    """Compute a plain call by the statistics of the batch.
+
+def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor | None:
+    """Compute a plain call of a layer.
 
     Args:
-        asked: The arguments of `Call.of`.
-        running: The running statistics. They move.
+        layer: The layer. In training its running statistics move.
+        x: `(N, C, *spatial)`.
+        residual: Like `x`.
+        activation: As in `batch_norm`.
 
     Returns:
-        `y` and the name of its route. None, with nothing changed, if the call is not plain.
+        `y`. None, with nothing changed, if the call is not plain.
     """
-    x, weight, bias, residual, mask, eps, activation = asked
-    if type(x) not in PLAIN or mask is not None or not is_eager() or torch._C._current_graph_task_id() != -1:
-        return None
-    if not x.is_cpu or x.layout is not torch.strided or x.is_nested or x.dtype not in cpu.DTYPES or x.dim() < 2:
-        return None
-    size, channels = x.numel(), x.shape[1]
-    if size <= channels or type(eps) is not float or not eps > 0 or not routes.is_free():
-        return None
-    if not (_fit(x, channels, weight, bias) and _can_move(x, channels, running)):
-        return None
-    if residual is not None and not (
-        type(residual) in PLAIN and residual.is_cpu and residual.dtype is x.dtype and residual.shape == x.shape
+    own = layer.__dict__
+    training, momentum, eps = own["training"], own["momentum"], own["eps"]
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._is_tracing()
+        or _C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or _C._current_graph_task_id() != -1
+        or routes.allowed is not None
+        or (training and (own["statistics"] is not None or not own["track_running_stats"]))
+        or type(momentum) is not float
+        or type(eps) is not float
+        or not eps > 0
+        or type(x) not in PLAIN
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.dtype not in cpu.DTYPES
+        or x.is_nested
+        or x.dim() < 2
     ):
         return None
-    named, then = resolve(activation)
-    y: Tensor | None = None
-    if x.dtype is not torch.bfloat16 and routes.is_small(x, training=True):
-        if residual is not None or recipes.active(x) is not None or (1 in x.shape and not x.is_contiguous()):
+    parameters, buffers, channels, size = own["_parameters"], own["_buffers"], x.shape[1], x.numel()
+    mean, var, batches = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
+    weight, bias, dtype = parameters.get("weight"), parameters.get("bias"), x.dtype
+    exact = torch.float32 if dtype is torch.bfloat16 else dtype
+    for t in mean, var, weight, bias:
+        if type(t) not in PLAIN or t.dtype is not exact or not t.is_cpu or t.shape != (channels,):
             return None
-        y, route = native.exactly(x, weight, bias, running, eps), "native"
-        if y is not None and named[0] != "none":
-            y = torch.relu(y) if named[0] == "relu" else ACTIVATIONS[named[0]](y, named[1])
+    if (
+        size < (2 * channels if training else 1)
+        or not (mean.is_contiguous() and var.is_contiguous())
+        or (mean.requires_grad or var.requires_grad)
+        or not (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64)
+        or (residual is not None and not _is_like(x, residual))
+    ):
+        return None
+    layer._check_input_dim(x)
+    named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
+    saves = own.get("save_memory", False) and torch.is_grad_enabled()
+    y: Tensor | None = None
+    if dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
+        if (1 in x.shape and not x.is_contiguous()) or (saves and x.nbytes >= recipes.LEAST):
+            return None
+        in_place = not torch.is_grad_enabled()
+        if training:
+            y = native.by_batch(x, weight, bias, (mean, var), momentum, batches, eps)
+        else:
+            y = native.by_constants(x, weight, bias, mean, var, eps)
+        if y is not None:
+            y = native.follow(y, residual, *named, in_place)
     if y is None:
-        call = Call(x, weight, bias, residual, None, eps, named, True, arithmetic(x.dtype), None)
-        y, route = function.compute(cpu, call, Plan(float(size // channels)), running).y, "numba"
-    if running.mean is None:
-        running.note(True)
-    return y if then is None else then(y), route
+        if not training:
+            return None
+        running = Running(mean, var, momentum, batches, layer._skipped(batches))
+        call = Call(x, weight, bias, residual, None, eps, named, True, exact)
+        with recipes.wanted() if saves else nullcontext():
+            y, batch = function.compute(cpu, call, Plan(float(size // channels)), running)
+        if batch is not None:
+            update(running, batch, unbiased=True)
+    return y if then is None else then(y)
 
 
-def _fit(x: Tensor, channels: int, *values: Tensor | None) -> bool:
-    """Whether weight and bias are ordinary tensors that fit `x`."""
-    for t in values:
-        if t is not None and not (
-            type(t) in PLAIN
-            and t.is_cpu
-            and (t.dtype is x.dtype or (t.dtype is torch.float32 and x.dtype is torch.bfloat16))
-            and t.shape == (channels,)
-        ):
-            return False
-    return True
-
-
-def _can_move(x: Tensor, channels: int, running: Running) -> bool:
-    """Whether running statistics are ordinary tensors that fit `x` and that a kernel can move."""
-    mean, var = running.mean, running.var
-    if mean is None or var is None:
-        return mean is var
-    return (
-        _fit(x, channels, mean, var)
-        and mean.dtype is var.dtype
-        and mean.dtype is not torch.bfloat16
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and not (mean.requires_grad or var.requires_grad or mean.is_inference() or var.is_inference())
-        and type(running.momentum) is float
-    )
+def _is_like(x: Tensor, residual: Tensor) -> bool:
+    return type(residual) in PLAIN and residual.is_cpu and residual.dtype is x.dtype and residual.shape == x.shape

@@ -12,7 +12,7 @@ from batchnorm.torch import composed, cpu, function, gpu, native, operators, tra
 from batchnorm.torch.call import Call, Outcome, Plan, is_plain, is_recorded
 from batchnorm.torch.running import Running
 
-__all__ = ["ROUTES", "Route", "choose", "is_free", "is_small", "route"]
+__all__ = ["ROUTES", "Route", "choose", "is_small", "route"]
 
 
 class Route(NamedTuple):
@@ -63,11 +63,6 @@ def is_small(x: Tensor, training: bool) -> bool:
     return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 4 * SMALL)
 
 
-def is_free() -> bool:
-    """Whether the table chooses, and no `with route(...)` restricts it."""
-    return _allowed is None
-
-
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
     """Whether the kernels of a device support everything in the call."""
     return (
@@ -112,7 +107,7 @@ def _always(call: Call, plan: Plan) -> bool:
 
 def _compute_natively(call: Call, plan: Plan, running: Running) -> Outcome | None:
     """By PyTorch's operation, which must be as exact as our kernels where these may be used instead."""
-    others = _allowed is None or "numba" in _allowed
+    others = allowed is None or "numba" in allowed
     strict = call.is_eager and call.x.numel() > 0 and others and is_plain(call.x, *call.tensors)
     return native.compute(call, plan, running, strict=strict)
 
@@ -147,7 +142,8 @@ ROUTES = (
 """
 
 _NAMES = tuple(route.name for route in ROUTES)
-_allowed: tuple[str, ...] | None = None
+allowed: tuple[str, ...] | None = None
+"""The routes to which `with route(...)` restricts calls; None outside of it."""
 
 
 def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
@@ -157,10 +153,10 @@ def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
         RuntimeError: If none of the routes that `with route(...)` allows can compute it, or none at all.
     """
     for each in ROUTES[0 if after is None else ROUTES.index(after) + 1 :]:
-        if _allowed is None:
+        if allowed is None:
             if each.takes(call, plan) and each.pays(call, plan):
                 return each
-        elif each.name in _allowed and each.takes(call, plan):
+        elif each.name in allowed and each.takes(call, plan):
             return each
     if call.x.is_mkldnn:
         raise RuntimeError(
@@ -168,7 +164,7 @@ def choose(call: Call, plan: Plan, after: Route | None = None) -> Route:
             "without a mask, by the statistics of the batch or the running ones; otherwise call x.to_dense() first"
         )
     raise RuntimeError(
-        f"route({', '.join(map(repr, _allowed or ()))}) cannot compute this call: x is {call.x.dtype} of shape "
+        f"route({', '.join(map(repr, allowed or ()))}) cannot compute this call: x is {call.x.dtype} of shape "
         f"{tuple(call.x.shape)} on {call.x.device}. Allow another route as well; 'composed' computes everything"
     )
 
@@ -193,12 +189,12 @@ def route(*names: str) -> Iterator[None]:
         ValueError: If a name is unknown, or if there is none.
         RuntimeError: In a call, if none of these routes can compute it.
     """
-    global _allowed
+    global allowed
     unknown = [name for name in names if name not in _NAMES]
     if unknown:
         raise ValueError(f"a route must be one of {', '.join(_NAMES)}; got {', '.join(map(str, unknown))}")
-    before, _allowed = _allowed, names or None
+    before, allowed = allowed, names or None
     try:
         yield
     finally:
-        _allowed = before
+        allowed = before
