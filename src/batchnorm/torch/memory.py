@@ -27,11 +27,10 @@ def save_memory(model: M, on: bool = True) -> M:
     used it. On the CPU, gradients are the same bits. The state dict does not change.
 
     It holds for everything that happens inside a call of `model`, and of what `model` becomes part of later. So give it
-    the module that you call. An output that leaves this module is kept by what uses it outside. On the CPU, an output
-    of less than 3 MB is kept, because making it again would cost more in Python than in the kernel. So is an output that
+    the module that you call. An output that leaves this module is kept by what uses it outside. So is an output that
     was changed in place, for example by `nn.ReLU(inplace=True)` or `y += x`, unless `convert` computes these together
     with the layer. A layer with a residual names its residual if a recipe makes that as well, or if another operation
-    keeps it.
+    keeps it. On the CPU, an output of less than 3 MB is kept, because Python would take longer than the kernel.
 
     It has no effect where it could not help: in evaluation without gradients; in a compiled graph, whose compiler
     decides what to keep; inside an activation checkpoint or `save_on_cpu`, which handle what is kept themselves; and in
