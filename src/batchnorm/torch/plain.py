@@ -77,10 +77,10 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         return None
     layer._check_input_dim(x)
     named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
-    saves = own.get("save_memory", False) and torch.is_grad_enabled()
+    saves = own.get("save_memory", False) and x.nbytes >= recipes.LEAST and torch.is_grad_enabled()
     y: Tensor | None = None
     if dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
-        if (1 in x.shape and not x.is_contiguous()) or (saves and x.nbytes >= recipes.LEAST):
+        if saves or (1 in x.shape and not x.is_contiguous()):
             return None
         in_place = not torch.is_grad_enabled()
         if training:
