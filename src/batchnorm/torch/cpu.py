@@ -106,9 +106,10 @@ def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[
             )
             return y
         data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
+        weight, bias = arrays.view(affine)
         for part, mean, _, rstd in zip(parts, *arrays.view(statistics), strict=True):
             y_, x_, residual_ = _of_part(part, x, data)
-            launch.normalize(x_, residual_, mean, rstd, *arrays.view(affine), activation, y_)
+            launch.normalize(x_, residual_, mean, rstd, weight, bias, activation, y_)
         return y
 
     return make
