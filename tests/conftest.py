@@ -63,3 +63,9 @@ def kernels_for_small_tensors_too() -> Iterator[None]:
 
     with route(*KERNEL_ROUTES):
         yield
+
+
+@pytest.fixture(autouse=True)
+def recipes_for_small_outputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save_memory` would keep them."""
+    monkeypatch.setattr("batchnorm.torch.recipes.LEAST", 1)

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from batchnorm.torch import recipes, routes
 from batchnorm.torch.recipes import Kept, Named, Recipe, Recipes
 
 ROUTES = ["numba", "native", "composed"]
+LEAST = recipes.LEAST
+"""Read before tests set it to 1."""
 
 
 class Block(nn.Module):
@@ -258,6 +261,27 @@ def test_no_output_is_kept(way: str) -> None:
 
 def weak(y: Tensor) -> recipes.StorageWeakRef:
     return recipes.StorageWeakRef(y.untyped_storage())
+
+
+@pytest.mark.parametrize(("samples", "is_kept"), [(95, True), (96, False)])
+def test_small_outputs_are_kept(
+    samples: int, is_kept: bool, packed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "LEAST", LEAST)
+    one, other = pair(nn.Sequential(nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    x = torch.randn(samples, 2, 32, 32)
+    assert (samples * 8 * 32 * 32 * x.element_size() < LEAST) is is_kept
+    with bn.route():
+        assert_same(gradients(one, x), gradients(other, x))
+    assert named(packed) == (0 if is_kept else 1)
+
+
+def test_small_outputs_are_kept_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Recipes()
+    monkeypatch.setattr(recipes, "LEAST", LEAST)
+    monkeypatch.setattr(recipes, "_local", SimpleNamespace(recipes=found, wanted=True))
+    assert recipes.active(torch.empty(8)) is None
+    assert recipes.active(torch.empty(8, device="meta")) is found
 
 
 def test_each_output_is_made_once_in_a_pass(made: list[Any]) -> None:
@@ -656,6 +680,7 @@ def by_two(rank: int) -> list[Any]:
     found: list[Any] = []
     pack = Recipes.pack
     seen: list[Any] = []
+    recipes.LEAST = 1
     Recipes.pack = lambda self, t: seen.append(pack(self, t)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
     with bn.route("numba"):
         for statistics in (None, bn.SyncStatistics()):

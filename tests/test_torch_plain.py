@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm.torch as bn
 from batchnorm import definition
-from batchnorm.torch import layers, plain, routes
+from batchnorm.torch import layers, plain, recipes, routes
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_it_has_the_bits_of_the_general_way(shape: Any, training: bool, monkeypa
         assert torch.equal(got, want)
 
 
-def test_what_is_not_plain() -> None:
+def test_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, _ = made((4, 5, 3, 3), torch.float32, False, activation="relu")
     assert is_plain(layer, x)
     assert is_plain(layer, nn.Parameter(x))
@@ -127,6 +127,8 @@ def test_what_is_not_plain() -> None:
         changed(lambda b: setattr(b, "running_var", torch.ones(10)[::2])),
     ):
         assert plain.compute(other, x, None, "relu") is None
+    monkeypatch.setattr(recipes, "LEAST", x.nbytes + 1)
+    assert is_plain(changed(lambda b: setattr(b, "save_memory", True)), x)
     for other_x in (
         x.double(), x.to_sparse(), x.to_mkldnn(), x.half(), x[:0], x[:1, :, :1, :1], x.to("meta"), x.int(),
         torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), x.numpy(), None,

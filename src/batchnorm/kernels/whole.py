@@ -34,7 +34,7 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.running import moved
 from batchnorm.kernels.tiling import SERIAL, tiling
 
-__all__ = ["Batch", "Move", "accept", "backward", "forward", "is_near"]
+__all__ = ["Batch", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
 
 class Batch(NamedTuple):
@@ -152,6 +152,22 @@ def _forward() -> Callable[..., bool]:
 
 
 @functools.cache
+def _normalize() -> Callable[..., None]:
+    @kernel(False)
+    def whole_normalize(
+        kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, x_: int, residual_: int, y_: int,
+        tables_: int, statistics_: int,
+    ) -> None:  # fmt: skip
+        N, C, L, rows, width = sizes
+        x, residual, y = _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L)), _at(y_, like, (N, C, L))
+        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        given = x, residual, np.empty((0, 0), tables.dtype), tables[0], tables[1], parameter, rows, width
+        call_normalize_kernel(kernels[0], (stages[0], *given, statistics[0], statistics[2], y))
+
+    return whole_normalize
+
+
+@functools.cache
 def _backward() -> Callable[..., bool]:
     @kernel(False)
     def whole_backward(
@@ -203,6 +219,15 @@ def _forward_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
+def _normalize_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
+    """What `whole_normalize` begins with."""
+    cut = tiling(batch.shape, batch.dtype.itemsize, 1)
+    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    stage = walk.normalize(code, int(batch.residual > 0))
+    return _beginning(batch, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
+
+
+@functools.lru_cache(maxsize=1024)
 def _backward_of(batch: Batch, parallel: bool, exact: int) -> tuple[Any, ...]:
     """What `whole_backward` begins with."""
     cut = tiling(batch.shape, batch.dtype.itemsize, 2)
@@ -217,7 +242,7 @@ def _backward_of(batch: Batch, parallel: bool, exact: int) -> tuple[Any, ...]:
     return code in FLAT, bool(exact), *beginning
 
 
-def _beginning(batch: Batch, kernels: list[Any], stages: tuple[Any, Any], tile: tuple[int, int]) -> tuple[Any, ...]:
+def _beginning(batch: Batch, kernels: list[Any], stages: tuple[Any, ...], tile: tuple[int, int]) -> tuple[Any, ...]:
     dtype = batch.dtype
     places = tuple(kernel_address(each, dtype) for each in kernels)
     return (
@@ -259,6 +284,19 @@ def forward(
             *running,
         )
     )  # fmt: skip
+
+
+def normalize(batch: Batch, x: int, residual: int, y: int, tables: int, statistics: int) -> None:
+    """`launch.normalize`: `y` again, the same bits by the same stage.
+
+    Args:
+        batch: What the addresses hold.
+        x, residual, y: As in `forward`.
+        tables, statistics: From `forward`.
+    """
+    parallel = _is_parallel(batch)
+    beginning = _normalize_of(batch, parallel)
+    threads.run(_normalize(), parallel, *beginning, x, residual, y, tables, statistics)
 
 
 def backward(

@@ -1,5 +1,6 @@
 """The stages on CPU tensors, by the Numba kernels, which take NumPy arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running, correction
 
-__all__ = ["DTYPES", "STATISTICS", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
+__all__ = ["DTYPES", "STATISTICS", "again", "backward", "can_move", "forward", "moments", "old_bias", "tables"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """The types that the kernels support."""
@@ -85,6 +86,33 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
             moved = _move(how.running, part.count, mean, var, how.plan.unbiased)
             how.running.note(moved)
     return y, statistics, affine
+
+
+def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[..., Tensor]:
+    """What makes `y` again from `x` and the residual, by the stage that made it."""
+    laid, activation = memory_format(call.x), call.activation
+    batch = whole.Batch(
+        arrays.shape(call.x, laid), arrays.TYPES[call.x.dtype], activation, int(call.residual is not None)
+    )
+    parts = how.plan.parts
+
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y, x = empty_like(x, laid), arrays.dense(x, laid)
+        residual = None if residual is None else arrays.dense(residual, laid)
+        if parts is None:
+            beside = x if residual is None else residual
+            whole.normalize(
+                batch, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
+            )
+            return y
+        data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
+        weight, bias = arrays.view(affine)
+        for part, mean, _, rstd in zip(parts, *arrays.view(statistics), strict=True):
+            y_, x_, residual_ = _of_part(part, x, data)
+            launch.normalize(x_, residual_, mean, rstd, weight, bias, activation, y_)
+        return y
+
+    return make
 
 
 def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> tuple[Tensor, Tensor]:

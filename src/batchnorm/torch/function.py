@@ -37,7 +37,9 @@ class How(NamedTuple):
         stages: The module of the device. `moments(call)` returns mean and variance; `forward(call, how)` returns `y`,
             the statistics, and what to keep for backward; `backward(dy, call, how, statistics, kept, needs)` returns
             the `Gradients` that are needed, with `y` as the call's residual if the forward call `keeps_output`;
-            `old_bias(statistics, kept)` returns the bias as it was in the forward pass.
+            `old_bias(statistics, kept)` returns the bias as it was in the forward pass; `again(call, how, statistics,
+            kept)` returns a function of `x` and the residual that makes `y` again, the same bits by the same stage,
+            and refers to nothing that an optimizer might change.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
         statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them.
@@ -141,8 +143,8 @@ class _BatchNorm(torch.autograd.Function):
         y: Tensor
         y, statistics, ctx.kept = how.stages.forward(call, how)
         told.append(statistics)
-        if (found := recipes.active()) is not None and any(ctx.needs_input_grad):
-            _note(found, y, call, how, statistics)
+        if (found := recipes.active(y)) is not None and any(ctx.needs_input_grad):
+            found.note(y, how.stages.again(call, how, statistics, ctx.kept), call.x, call.residual)
         ctx.keeps_output = keeps_output(call)
         # Without an activation dz = dy, whatever the residual is.
         ctx.has_residual = call.residual is not None
@@ -173,20 +175,6 @@ class _BatchNorm(torch.autograd.Function):
             dy if returns_dy else d_residual,
             None,
         )
-
-
-def _note(found: recipes.Recipes, y: Tensor, call: Call, how: How, statistics: Tensor) -> None:
-    """Note how to make `y` again: by the same stage and statistics, and copies of what an optimizer might change."""
-    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
-    bare = call._replace(weight=weight, bias=bias, residual=None, counts=None, x=statistics)
-    how = how._replace(statistics=statistics[:3], running=None)
-
-    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        again: Tensor
-        again, *_ = how.stages.forward(bare._replace(x=x, residual=residual), how)
-        return again
-
-    found.note(y, make, call.x, call.residual)
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
 __all__ = [
-    "DTYPES", "STATISTICS", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "takes",
+    "DTYPES", "STATISTICS", "again", "backward", "can_move", "forward", "is_available", "moments", "old_bias", "takes",
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -178,6 +178,19 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
     if again is not None and dense is x and beside is residual:
         _keep(_forwards, key, again)
     return y, statistics, None
+
+
+def again(call: Call, how: How, statistics: Tensor, kept: None) -> Callable[..., Tensor]:
+    """What makes `y` again from `x` and the residual, by the statistics that made it and copies of the parameters."""
+    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
+    bare = call._replace(weight=weight, bias=bias, residual=None, counts=None, x=statistics)
+    how = how._replace(statistics=statistics[:3], running=None)
+
+    def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y, *_ = forward(bare._replace(x=x, residual=residual), how)
+        return y
+
+    return make
 
 
 def _moved(how: How) -> Any:

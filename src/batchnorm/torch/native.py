@@ -168,7 +168,7 @@ def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: b
 def _follow(call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
     """Add the residual and apply the activation; in place where nothing else uses `z`."""
     name, parameter = call.activation
-    if (found := recipes.active()) is not None and z.requires_grad:
+    if (found := recipes.active(z)) is not None and z.requires_grad:
         return _follow_and_note(found, call, z, constants)
     return follow(z, call.residual, name, parameter, call.is_eager and not torch.is_grad_enabled())
 

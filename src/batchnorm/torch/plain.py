@@ -9,13 +9,14 @@ Whatever is unusual or wrong makes `compute` return None before anything has cha
 sources of statistics and the routes, then computes the call, or says what is wrong.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from batchnorm.torch import cpu, function, native, routes
+from batchnorm.torch import cpu, function, native, recipes, routes
 from batchnorm.torch.activations import Activation, parsed, resolve
 from batchnorm.torch.call import PLAIN, Call, Plan
 from batchnorm.torch.running import Running
@@ -48,7 +49,6 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         or _C._current_graph_task_id() != -1
         or routes.allowed is not None
         or (training and (own["statistics"] is not None or not own["track_running_stats"]))
-        or own.get("save_memory")
         or type(momentum) is not float
         or type(eps) is not float
         or not eps > 0
@@ -77,9 +77,10 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         return None
     layer._check_input_dim(x)
     named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
+    saves = own.get("save_memory", False) and x.nbytes >= recipes.LEAST and torch.is_grad_enabled()
     y: Tensor | None = None
     if dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
-        if 1 in x.shape and not x.is_contiguous():
+        if saves or (1 in x.shape and not x.is_contiguous()):
             return None
         in_place = not torch.is_grad_enabled()
         if training:
@@ -94,7 +95,8 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         count = float(size // channels)
         running = Running(mean, var, momentum, batches, layer._skipped(batches))
         call = Call(x, weight, bias, residual, None, eps, named, True, exact)
-        y, _ = function.run(call, function.How(cpu, Plan(count), count, None, eps, named, running))
+        with recipes.wanted() if saves else nullcontext():
+            y, _ = function.run(call, function.How(cpu, Plan(count), count, None, eps, named, running))
     return y if then is None else then(y)
 
 

@@ -9,6 +9,7 @@ keeps its address from being reused. PyTorch does not check the versions of tens
 check every tensor and raise PyTorch's error if it was changed in place.
 """
 
+import functools
 import threading
 import warnings
 import weakref
@@ -26,6 +27,15 @@ from batchnorm.torch.call import is_eager
 __all__ = ["Recipe", "Recipes", "active", "close_after", "follow_registrations", "install", "open_before", "remove"]
 
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
+LEAST = 3 << 20
+"""Bytes from which an output on the CPU is computed again rather than kept.
+
+A recipe costs about 0.25 ms of Python from its note to its last user. In that time a kernel makes 3 MB (12 GB/s; all on
+two cores of an AMD EPYC, Zen 4, between the convolutions of EfficientNet-B0). So a smaller output costs more than twice
+as much time for each byte as a large one. On a GPU, Python runs ahead of the kernels, and every output is computed
+again.
+"""
 
 LONGEST = 12
 """The longest chain of recipes in which each needs the next. A chain is recomputed as a whole; a longer one is cut by
@@ -120,7 +130,7 @@ class Recipe:
 
     def __init__(self, y: Tensor, make: Callable[..., Tensor], inputs: "list[Kept | Named]") -> None:
         self.witness = y.detach()
-        self.witness.data = torch.empty(0, dtype=y.dtype, device=y.device)
+        self.witness.data = _nothing(y.dtype, y.device)
         self.version = y._version
         self.dtype = y.dtype
         self.depth = 1 + max((each.recipe.depth for each in inputs if isinstance(each, Named)), default=0)
@@ -138,19 +148,23 @@ class Recipe:
         """
         with self.lock:
             self._count(user)
-            stream = _stream(self.witness.device)
+            stream = _stream(self.witness)
             y = self._found if self._stream == stream else None
             if y is None:
-                with torch.no_grad():
-                    # A recomputed input is as it was, even if its original has been changed since.
-                    given = [each.value() if isinstance(each, Named) else each.get() for each in self._inputs]
-                    y = self._make(*given)
+                y = self._compute()
             self._stream = stream
             waits = self._asked < self.users and torch._C._current_graph_task_id() != -1
             if waits and self._found is None:
                 _at_the_end(self)
             self._found = y if waits else None
             return y
+
+    def _compute(self) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._compute()
+        # A recomputed input is as it was, even if its original has been changed since.
+        return self._make(*[each.value() if isinstance(each, Named) else each.get() for each in self._inputs])
 
     def pass_over(self, user: Named) -> None:
         """Note that this user has asked, but needs no values."""
@@ -179,16 +193,22 @@ class Recipe:
             self._found = None
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
 def _only_its_shape_is_read(y: Tensor) -> bool:
     """Whether what asks for `y` now needs a tensor like it, but no values. A second derivative may need them."""
-    if not y.is_cpu or torch.is_grad_enabled() or not is_eager():
+    if not y.is_cpu or torch.is_grad_enabled():
         return False
     node = torch._C._current_autograd_node()
-    return node is not None and node.name() in READ_ONLY_ITS_SHAPE
+    return node is not None and node.name() in READ_ONLY_ITS_SHAPE and is_eager()
 
 
 def _at_the_end(recipe: Recipe) -> None:
@@ -216,7 +236,7 @@ class Recipes:
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[StorageWeakRef, Recipe]] = {}
-        self._kept: weakref.WeakValueDictionary[int, Kept] = weakref.WeakValueDictionary()
+        self._kept: dict[int, weakref.ref[Kept]] = {}
         self._expected: tuple[Callable[..., Tensor], Tensor] | None = None
 
     def note(self, y: Tensor, make: Callable[..., Tensor], x: Tensor, residual: Tensor | None = None) -> bool:
@@ -226,9 +246,9 @@ class Recipes:
         it, so that PyTorch would not allow changing it either, unless that keeper's own backward pass is not run.
         Otherwise `y` is kept: the residual would take as much memory.
         """
-        inputs: list[Kept | Named] = [self._find(x) or Kept(x)]
+        inputs: list[Kept | Named] = [self._find(x, x.untyped_storage()._cdata) or Kept(x)]
         if residual is not None:
-            found = self._find(residual)
+            found = self._find(residual, residual.untyped_storage()._cdata)
             if found is None:
                 return False
             inputs.append(found)
@@ -257,29 +277,30 @@ class Recipes:
         """Keep a tensor."""
         if type(t) is not Tensor or t.layout is not torch.strided:
             return Kept(t)
-        found = self._find(t)
+        key = t.untyped_storage()._cdata
+        found = self._find(t, key)
         if found is not None:
             return found
         if self._expected is not None and t._version == 0:
             make, z = self._expected
-            if t.shape == z.shape and t.dtype is z.dtype and t.untyped_storage()._cdata != z.untyped_storage()._cdata:
+            if t.shape == z.shape and t.dtype is z.dtype and key != z.untyped_storage()._cdata:
                 self._expected = None
                 self.note(t, make, z)
-                return self._find(t) or Kept(t)
+                return self._find(t, key) or Kept(t)
         kept = Kept(t)
-        self._kept[t.untyped_storage()._cdata] = kept
+        self._kept[key] = weakref.ref(kept)
         return kept
 
-    def _find(self, t: Tensor) -> Kept | Named | None:
-        """What computes or keeps this tensor; None if nothing does."""
-        key = t.untyped_storage()._cdata
+    def _find(self, t: Tensor, key: int) -> Kept | Named | None:
+        """What computes or keeps this tensor, whose storage is that of this key; None if nothing does."""
         entry = self._found.get(key)
         if entry is not None:
             recipe = entry[1]
             if t._version == recipe.version and t.dtype is recipe.dtype and not t.is_neg() and not t.is_conj():
                 return Named(recipe, t)
             return None
-        kept = self._kept.get(key)  # while it is alive its storage is, too, so the address is the same storage
+        reference = self._kept.get(key)
+        kept = None if reference is None else reference()  # while it is alive, its storage is: the address is the same
         if kept is None or kept.version != t._version or kept.tensor.dtype is not t.dtype:
             return None
         same = kept.tensor
@@ -306,29 +327,30 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def active() -> Recipes | None:
-    """The recipes to which the current layer should add; None if there are none."""
-    return _local.recipes if _local.wanted else None
+def active(y: Tensor) -> Recipes | None:
+    """The recipes to which the current layer should add its output; None if there are none, or if it should be kept."""
+    return _local.recipes if _local.wanted and (y.nbytes >= LEAST or not y.is_cpu) else None
 
 
-@contextmanager
-def wanted() -> Iterator[None]:
-    """Let the normalization inside add recipes, if the innermost hooks are those of the recipes."""
-    hooks = _autograd._top_saved_tensors_default_hooks(True)
-    recipes = _local.recipes
-    if recipes is None or hooks is None or hooks[0] != recipes.pack:
-        if recipes is None and hooks is None and torch._C._current_graph_task_id() == -1 and is_eager():
+class wanted:
+    """In a `with` statement: let the normalization inside add recipes, if the innermost hooks are those of the recipes.
+
+    A class, because a generator takes longer.
+    """
+
+    def __enter__(self) -> None:
+        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        recipes = _local.recipes
+        if recipes is not None and hooks is not None and hooks[0] == recipes.pack:
+            _local.wanted = True
+        elif recipes is None and hooks is None and torch._C._current_graph_task_id() == -1 and is_eager():
             warnings.warn(
                 "a layer with save_memory=True was called outside the forward pass of its model, where it cannot save "
                 "memory: call batchnorm.torch.save_memory(model) with the module that you call",
                 stacklevel=2,
             )
-        yield
-        return
-    _local.wanted = True
-    try:
-        yield
-    finally:
+
+    def __exit__(self, *error: object) -> None:
         _local.wanted = False
 
 
