@@ -557,10 +557,10 @@ def test_a_batch_is_accepted_whose_means_are_near(dtype: Any) -> None:
         unbiased = (biased / shrinkage).astype(dtype)
         old, counter = (np.full(3, 5, dtype), np.full(3, 6, dtype)), np.array([41])
         got = old[0].copy(), old[1].copy()
-        move = whole.Move(*(each.ctypes.data for each in got), like, 0.5)
+        move = whole.Move(*(each.ctypes.data for each in got), like, 0.5, counter=counter.ctypes.data)
         assert whole.is_near(mean.ctypes.data, biased.ctypes.data, 3, like, eps, limit) is near
         places = mean.ctypes.data, unbiased.ctypes.data
-        assert whole.accept(*places, 3, shrinkage, eps, limit, counter.ctypes.data, move) is near
+        assert whole.accept(*places, 3, shrinkage, eps, limit, move) is near
         assert counter[0] == 41 + near
         for now, was, batch in zip(got, old, (mean, unbiased), strict=True):
             np.testing.assert_allclose(now, (was + batch) / 2 if near else was, rtol=2 * np.finfo(dtype).eps)

@@ -19,6 +19,15 @@ _count: Callable[[], int] = get_num_threads
 _STARTED: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _one_at_a_time = threading.Lock()
 _layer = ""
+
+
+class _Mine(threading.local):
+    """The number of threads that this thread has set last, which Numba keeps for each thread."""
+
+    threads = 0
+
+
+_mine = _Mine()
 _in_child_of_user = False
 
 
@@ -56,7 +65,10 @@ def run(kernel: Callable[..., Any], parallel: bool, *arguments: Any) -> Any:
     global _layer
     if not parallel:
         return kernel(*arguments)
-    set_num_threads(available())
+    wanted = available()
+    if _mine.threads != wanted:  # Numba takes two locks to set it
+        set_num_threads(wanted)
+        _mine.threads = wanted
     if concurrent():
         return kernel(*arguments)
     with _one_at_a_time:

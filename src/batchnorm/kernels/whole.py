@@ -62,6 +62,7 @@ class Move(NamedTuple):
         mean, var: Their addresses; 0 if there are none.
         like: A number of their type.
         rate, correction: As in `running.move`.
+        counter: The address of an int64 that counts the batches that have moved them; 0 if there is none.
     """
 
     mean: int = 0
@@ -69,6 +70,7 @@ class Move(NamedTuple):
     like: Any = np.float32(0)
     rate: float = 0.0
     correction: float = 1.0
+    counter: int = 0
 
 
 # --- Arrays at addresses ----------------------------------------------------------------------------------------------
@@ -104,6 +106,19 @@ def _fill(table: Any, place: int, otherwise: Any) -> None:
         table[c] = given[c] if place != 0 else otherwise
 
 
+@inlined
+def _move(
+    mean: Any, var: Any, mean_: int, var_: int, running: Any, rate: float, correction: float, counter_: int
+) -> Any:
+    """Move what a `Move` tells of towards a batch, and return whether that was possible."""
+    shape = mean.shape
+    if mean_ != 0 and not moved(mean, var, rate, correction, _at(mean_, running, shape), _at(var_, running, shape)):
+        return False
+    if counter_ != 0:
+        _at(counter_, np.int64(0), (1,))[0] += 1
+    return True
+
+
 # --- The passes, compiled ---------------------------------------------------------------------------------------------
 # `kernels` and `stages` are addresses; the second kernel is 0 if the first one runs both stages on each block.
 # `sizes` are N, C and L, and the rows and the width of a tile.
@@ -115,7 +130,7 @@ def _forward() -> Callable[..., bool]:
     def whole_forward(
         kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, x_: int, residual_: int, y_: int,
         weight_: int, bias_: int, tables_: int, statistics_: int, eps: float, mean_: int, var_: int, running: Any,
-        rate: float, correction: float,
+        rate: float, correction: float, counter_: int,
     ) -> Any:  # fmt: skip
         N, C, L, rows, width = sizes
         x, residual, y = _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L)), _at(y_, like, (N, C, L))
@@ -131,9 +146,7 @@ def _forward() -> Callable[..., bool]:
             for c in range(C):
                 rstd[c] = 1.0 / np.sqrt(var[c] + eps)
             call_normalize_kernel(kernels[1], (stages[1], *given, mean, rstd, y))
-        if mean_ == 0:
-            return True
-        return moved(mean, var, rate, correction, _at(mean_, running, (C,)), _at(var_, running, (C,)))
+        return _move(mean, var, mean_, var_, running, rate, correction, counter_)
 
     return cast(Callable[..., bool], whole_forward)
 
@@ -142,9 +155,9 @@ def _forward() -> Callable[..., bool]:
 def _backward() -> Callable[..., bool]:
     @kernel(False)
     def whole_backward(
-        kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, dy_: int, x_: int, residual_: int, dx_: int,
-        d_residual_: int, tables_: int, statistics_: int, d_weight_: int, d_bias_: int, count: float, sums: Any,
-        flat: bool, again: bool,
+        flat: bool, again: bool, kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, dy_: int, x_: int,
+        residual_: int, dx_: int, d_residual_: int, tables_: int, statistics_: int, d_weight_: int, d_bias_: int,
+        count: float, sums: Any,
     ) -> Any:  # fmt: skip
         N, C, L, rows, width = sizes
         dy, x, residual = _at(dy_, like, (N, C, L)), _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L))
@@ -200,7 +213,8 @@ def _backward_of(batch: Batch, parallel: bool, exact: int) -> tuple[Any, ...]:
     )
     is_fused = cut.rows >= batch.shape[0]
     made = [launch.backward_kernel] if is_fused else [launch.grad_sums_kernel, launch.grad_input_kernel]
-    return _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
+    beginning = _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
+    return code in FLAT, bool(exact), *beginning
 
 
 def _beginning(batch: Batch, kernels: list[Any], stages: tuple[Any, Any], tile: tuple[int, int]) -> tuple[Any, ...]:
@@ -262,12 +276,12 @@ def backward(
         d_weight, d_bias: Addresses of `(C,)`, of the type of the arithmetic. Written.
         count: The number of values behind the statistics; infinity if they are constants.
     """
-    parallel, flat = _is_parallel(batch), CODES[parse_activation(batch.activation)[0]] in FLAT
+    parallel = _is_parallel(batch)
     sums = np.empty((2, batch.shape[1]))
     for exact in (0, 1):
         done = threads.run(
             _backward(), parallel, *_backward_of(batch, parallel, exact), dy, x, residual, dx, d_residual, tables,
-            statistics, d_weight, d_bias, float(count), sums, flat, bool(exact),
+            statistics, d_weight, d_bias, float(count), sums,
         )  # fmt: skip
         if done:
             return
@@ -295,18 +309,13 @@ def _is_near() -> Callable[..., bool]:
 def _accept() -> Callable[..., bool]:
     @kernel(False)
     def accept(
-        mean_: int, var_: int, C: int, shrinkage: float, eps: float, limit: float, counter_: int, running_mean_: int,
-        running_var_: int, like: Any, rate: float, correction: float,
+        mean_: int, var_: int, C: int, shrinkage: float, eps: float, limit: float, running_mean_: int,
+        running_var_: int, like: Any, rate: float, correction: float, counter_: int,
     ) -> Any:  # fmt: skip
         mean, var = _at(mean_, like, (C,)), _at(var_, like, (C,))
         if not _near(mean, var, shrinkage, eps, limit):
             return False
-        if running_mean_ != 0:
-            running_mean, running_var = _at(running_mean_, like, (C,)), _at(running_var_, like, (C,))
-            moved(mean, var, rate, correction, running_mean, running_var)
-        if counter_ != 0:
-            _at(counter_, np.int64(0), (1,))[0] += 1
-        return True
+        return _move(mean, var, running_mean_, running_var_, like, rate, correction, counter_)
 
     return cast(Callable[..., bool], accept)
 
@@ -324,20 +333,17 @@ def is_near(mean: int, var: int, channels: int, like: Any, eps: float, limit: fl
     return _is_near()(mean, var, channels, like, eps, limit)
 
 
-def accept(
-    mean: int, var: int, channels: int, shrinkage: float, eps: float, limit: float, counter: int, running: Move
-) -> bool:
-    """Move the running statistics towards a batch, and count it, if it `is_near`.
+def accept(mean: int, var: int, channels: int, shrinkage: float, eps: float, limit: float, running: Move) -> bool:
+    """Move running statistics towards a batch if it `is_near`.
 
     Args:
         mean, var: Addresses of `(C,)`, of the type of the running statistics: the mean and the unbiased variance of the
             batch.
         channels, eps, limit: As in `is_near`.
         shrinkage: The factor from the unbiased variance to the biased one, which must be near.
-        counter: The address of an int64 that counts batches; 0 if there is none.
         running: The running statistics.
 
     Returns:
         Whether it is near.
     """
-    return _accept()(mean, var, channels, shrinkage, eps, limit, counter, *running)
+    return _accept()(mean, var, channels, shrinkage, eps, limit, *running)

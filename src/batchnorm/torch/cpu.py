@@ -34,7 +34,7 @@ threads.follow(torch.get_num_threads)
 
 def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
     """Whether `forward` can move these running statistics: dense ones, by one batch that is not empty."""
-    mean, var = running.mean, running.var
+    mean, var, batches = running.mean, running.var, running.batches
     return (
         mean is not None
         and var is not None
@@ -46,6 +46,7 @@ def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
         and var.is_contiguous()
         and is_plain(x, mean, var)
         and not (mean.is_inference() or var.is_inference())
+        and (batches is None or (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64))
     )
 
 
@@ -80,46 +81,50 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
         else:
             launch.normalize(x_, residual, mean, rstd, *arrays.view(affine), call.activation, y_)
         if how.running is not None:
-            *_, rate, factor = _how_to_move(how.running, part.count, how.plan.unbiased)
-            running_mean, running_var = arrays.view(how.running.mean), arrays.view(how.running.var)
-            _note(how.running, move(mean, var, rate, factor, running_mean, running_var))
+            *_, rate, factor, _ = _how_to_move(how.running, part.count, how.plan.unbiased)
+            moved = move(mean, var, rate, factor, arrays.view(how.running.mean), arrays.view(how.running.var))
+            _note(how.running, moved)
+            if moved:
+                how.running.note(True)
     return y, statistics, affine
 
 
 def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> tuple[Tensor, Tensor]:
     """`forward` by the statistics of a batch without counts: `y` is written, the rest returned."""
-    x = arrays.dense(call.x, laid)
+    x, exact, weight, bias, running = arrays.dense(call.x, laid), call.arithmetic, call.weight, call.bias, how.running
     residual = x if call.residual is None else arrays.dense(call.residual, laid)
-    values = call.weight, call.bias
-    weight, bias = (None if t is None else arrays.channels(t, call.arithmetic) for t in values)
+    weight = None if weight is None else arrays.channels(weight, exact)
+    bias = None if bias is None else arrays.channels(bias, exact)
     statistics = torch.empty((3, 1, x.shape[1]), dtype=STATISTICS, device="cpu")
-    affine = torch.empty((2, x.shape[1]), dtype=call.arithmetic, device="cpu")
+    affine = torch.empty((2, x.shape[1]), dtype=exact, device="cpu")
     moved = whole.forward(
         whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, int(call.residual is not None)),
         x.data_ptr(), residual.data_ptr(), y.data_ptr(),
         0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         affine.data_ptr(), statistics.data_ptr(), call.eps,
-        STAY if how.running is None else _how_to_move(how.running, how.count, how.plan.unbiased),
+        STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
     )  # fmt: skip
-    if how.running is not None:
-        _note(how.running, moved)
+    if running is not None:
+        _note(running, moved)
     return statistics, affine
 
 
 def _how_to_move(running: Running, count: float, unbiased: bool) -> whole.Move:
     """How to move running statistics that the kernel `can_move`."""
-    mean, var = running.mean, running.var
+    mean, var, _, batches, *_ = running
     assert mean is not None
     assert var is not None
     factor = float(correction(count)) if unbiased else 1.0
-    return whole.Move(mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(running.rate()), factor)
+    counter = 0 if batches is None else batches.data_ptr()
+    return whole.Move(mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(running.rate()), factor, counter)
 
 
 def _note(running: Running, moved: bool) -> None:
-    """Count a batch; if it moved the running statistics, have PyTorch know that they are others."""
+    """Have PyTorch know that the running statistics have changed, or count a batch that has not moved them."""
     if moved:
-        torch.autograd.graph.increment_version((running.mean, running.var))  # type: ignore[arg-type]
-    running.note(moved)
+        torch._C._increment_version((running.mean, running.var))
+    else:
+        running.note(False)
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tensor, needs: Needs) -> Gradients:

@@ -16,7 +16,7 @@ from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "own_residual"]
+__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "own_residual", "run"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """`dx`, `d_weight`, `d_bias` and `d_residual`; None for a gradient that is not needed."""
@@ -80,15 +80,7 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
             plan = plan._replace(adjust=None)
     elif stages.can_move(running, call.x, plan):
         moved = running
-    how = How(stages, plan, count, found, call.eps, call.activation, moved)
-    if torch.is_grad_enabled():
-        if call.residual is not None and any(t is not None and t.requires_grad for t in call[:4]):
-            call = own_residual(call)
-        told: list[Tensor] = []
-        y = _BatchNorm.apply(*call[:4], call, how, told)
-        (statistics,) = told
-    else:
-        y, statistics, _ = stages.forward(call, how)
+    y, statistics = run(call, How(stages, plan, count, found, call.eps, call.activation, moved))
     if running.mean is None or moved is not None:
         return Outcome(y)
     if plan.parts is None:
@@ -98,6 +90,18 @@ def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
         [(part.count, mean, var) for part, mean, var in zip(plan.parts, means, variances, strict=True)]
     )
     return Outcome(y, Batch.of(torch.stack([mean, var]), count))
+
+
+def run(call: Call, how: How) -> tuple[Tensor, Tensor]:
+    """`y` with its history, and the statistics."""
+    if not torch.is_grad_enabled():
+        y, statistics, _ = how.stages.forward(call, how)
+        return y, statistics
+    if call.residual is not None and any(t is not None and t.requires_grad for t in call[:4]):
+        call = own_residual(call)
+    told: list[Tensor] = []
+    y = _BatchNorm.apply(*call[:4], (call, how, told))
+    return y, told[0]
 
 
 def keeps_output(call: Call) -> bool:
@@ -133,7 +137,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        call, how, told = arguments[4:]
+        call, how, told = arguments[4]
         y: Tensor
         y, statistics, ctx.kept = how.stages.forward(call, how)
         told.append(statistics)
@@ -156,7 +160,7 @@ class _BatchNorm(torch.autograd.Function):
         how, needs = ctx.how, ctx.needs_input_grad
         call = Call(x, weight, ctx.bias, residual, counts, how.eps, how.activation, True, arithmetic(x.dtype))
         if torch.is_grad_enabled() or _is_batched(dy):
-            return (*_differentiable_backward(ctx, dy, call), None, None, None)
+            return (*_differentiable_backward(ctx, dy, call), None)
         returns_dy = needs[3] and residual is None
         free = needs[0] and not returns_dy and dy.is_cpu and ownership.may_overwrite(dy)
         dx, d_weight, d_bias, d_residual = how.stages.backward(
@@ -167,8 +171,6 @@ class _BatchNorm(torch.autograd.Function):
             _like(d_weight, weight) if needs[1] else None,
             _like(d_bias, ctx.bias) if needs[2] else None,
             dy if returns_dy else d_residual,
-            None,
-            None,
             None,
         )
 

@@ -70,7 +70,7 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
     if strict and eager:
         count, places = float(plan.count), (batch.mean.data_ptr(), batch.var.data_ptr())
         stay = whole.Move(like=LIKE[batch.mean.dtype])
-        if not whole.accept(*places, len(batch.mean), (count - 1) / count, call.eps, NEAR, 0, stay):
+        if not whole.accept(*places, len(batch.mean), (count - 1) / count, call.eps, NEAR, stay):
             return None
     return Outcome(_follow(call, z), batch)
 
@@ -95,9 +95,8 @@ def by_batch(
     z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, False)
     count = x.numel() / channels
     places = (0, 0) if running is None else (running[0].data_ptr(), running[1].data_ptr())
-    counter = 0 if batches is None else batches.data_ptr()
-    move = *places, like, rate, 1.0
-    if not whole.accept(mean_at, var_at, channels, (count - 1) / count, eps, NEAR, counter, move):
+    move = *places, like, rate, 1.0, 0 if batches is None else batches.data_ptr()
+    if not whole.accept(mean_at, var_at, channels, (count - 1) / count, eps, NEAR, move):
         del _local.scratch[channels, x.dtype]  # what is not finite would stay in it
         return None
     if running is not None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from batchnorm.torch import cpu, function, native, routes
 from batchnorm.torch.activations import Activation, parsed, resolve
 from batchnorm.torch.call import PLAIN, Call, Plan
-from batchnorm.torch.running import Running, update
+from batchnorm.torch.running import Running
 
 __all__ = ["compute"]
 
@@ -70,7 +70,7 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
     if (
         size < (2 * channels if training else 1)
         or not (mean.is_contiguous() and var.is_contiguous())
-        or (mean.requires_grad or var.requires_grad)
+        or (mean.requires_grad or var.requires_grad or mean.is_inference() or var.is_inference())
         or not (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64)
         or (residual is not None and not _is_like(x, residual))
     ):
@@ -91,11 +91,10 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
     if y is None:
         if not training:
             return None
+        count = float(size // channels)
         running = Running(mean, var, momentum, batches, layer._skipped(batches))
         call = Call(x, weight, bias, residual, None, eps, named, True, exact)
-        y, batch = function.compute(cpu, call, Plan(float(size // channels)), running)
-        if batch is not None:
-            update(running, batch, unbiased=True)
+        y, _ = function.run(call, function.How(cpu, Plan(count), count, None, eps, named, running))
     return y if then is None else then(y)
 
 

@@ -46,7 +46,7 @@ _WHOLE = (
     *("members", "N", "C", "L", "weight", "bias", "residual", "counts", "in_place"),
     *("rows", "width", "fused", "flat", "threads"),
     *("kernel", "next_kernel", "stage", "next_stage", "exact", "next_exact"),
-    *("ones", "zeros", "set_threads", "advise"),
+    *("ones", "zeros", "get_threads", "set_threads", "advise"),
 )
 
 ENTRY = np.dtype([(name, np.int64) for name in _WHOLE] + [(name, np.float64) for name in ("eps", "parameter")])
@@ -62,7 +62,7 @@ Attributes:
     kernel, next_kernel: The kernels' addresses. If fused, there is one.
     stage, next_stage, exact, next_exact: Those of the two stages, and of the exact ones.
     ones, zeros: Those of a weight and a bias that are absent.
-    set_threads, advise: Those of C functions; 0 for none.
+    get_threads, set_threads, advise: Those of C functions; 0 for none.
 """
 
 ARGUMENTS = CallFrame.arguments.offset + Many.values.offset
@@ -85,9 +85,13 @@ def _ask_for_large_pages(advise: int, data: int, size: int) -> None:
 
 
 @inlined
-def _set_threads(entry: Any) -> None:
-    if entry.threads > 0:
-        call(entry.set_threads, (entry.threads,))
+def _set_threads(entry: Any, threads: int) -> int:
+    """Have parallel kernels that this thread calls run on so many threads, and return on how many they did before."""
+    if entry.threads == 0:
+        return 0
+    before = call(entry.get_threads, ()) & 0xFFFFFFFF  # a C integer has 32 bits
+    call(entry.set_threads, (threads,))
+    return before
 
 
 @functools.cache
@@ -116,7 +120,7 @@ def _forward() -> Callable[..., Any]:
         if entry.counts:
             all_counts = like(data(arguments, i), positions, numbers)
         _ask_for_large_pages(entry.advise, data(results, 0), y.nbytes)
-        _set_threads(entry)
+        threads_before = _set_threads(entry, entry.threads)
         parameter = weights.dtype.type(entry.parameter)
         mean, var, rstd = np.empty(C), np.empty(C), np.empty(C)
         for m in range(members):
@@ -134,6 +138,7 @@ def _forward() -> Callable[..., Any]:
                 high[m, c] = mean[c]
                 low[m, c] = mean[c] - high[m, c]
                 found[m, c] = var[c]
+        _set_threads(entry, threads_before)
         return 0
 
     return forward
@@ -171,7 +176,7 @@ def _backward() -> Callable[..., Any]:
             all_counts = like(data(arguments, i), positions, numbers)
         if not entry.in_place:
             _ask_for_large_pages(entry.advise, data(results, 0), dx.nbytes)
-        _set_threads(entry)
+        threads_before = _set_threads(entry, entry.threads)
         parameter, flat = weights.dtype.type(entry.parameter), entry.flat != 0
         mean, rstd, sum_dz, sum_dz_xhat = np.empty(C), np.empty(C), np.empty(C), np.empty(C)
         for m in range(members):
@@ -205,6 +210,7 @@ def _backward() -> Callable[..., Any]:
                     d_weights[m, c] = sum_dz_xhat[c]
                 if entry.bias:
                     d_biases[m, c] = sum_dz[c]
+        _set_threads(entry, threads_before)
         return 0
 
     return backward
@@ -244,7 +250,9 @@ def _entry(fused: Factory, one_by_one: tuple[Factory, Factory], x: Array, how: H
     for name, factory in zip(("kernel", "next_kernel"), kernels, strict=False):
         entry[name] = kernel_address(factory(parallel), x.dtype)
     if parallel:
-        entry["threads"], entry["set_threads"] = threads.available(), llvm.address_of_symbol("set_num_threads")
+        entry["threads"] = threads.available()
+        for name in "get_threads", "set_threads":
+            entry[name] = llvm.address_of_symbol(name.replace("_", "_num_"))
     entry["ones"], entry["zeros"] = (_filled(v, members * channels, number).ctypes.data for v in (1, 0))
     entry["advise"], entry["eps"], entry["parameter"] = large_pages(), how.eps, parse_activation(how.activation)[1]
     return entry
