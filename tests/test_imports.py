@@ -44,6 +44,7 @@ ORDER = [
     "batchnorm.torch.transforms",
     "batchnorm.torch.routes",
     "batchnorm.torch.functional",
+    "batchnorm.torch.plain",
     "batchnorm.torch.handover",
     "batchnorm.torch.scripted",
     "batchnorm.torch.layers",

@@ -95,7 +95,7 @@ _pointer: Any = _pointer_in_python if numba.config.DISABLE_JIT else _pointer_in_
 @inlined
 def _at(place: int, like: Any, shape: Any) -> Any:
     """The array of a shape at an address, of the type of `like`."""
-    return numba.carray(_pointer(place, like), shape)
+    return numba.carray(_pointer(place, like), shape)  # type: ignore[attr-defined]
 
 
 @inlined

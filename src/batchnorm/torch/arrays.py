@@ -16,7 +16,7 @@ from batchnorm.torch.call import is_plain
 
 __all__ = ["TYPES", "batch", "channels", "dense", "shape", "tables", "tensor", "view"]
 
-TYPES = {
+TYPES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64), torch.bfloat16: np.dtype(np.uint16),
 }  # fmt: skip
 """NumPy's types, and bfloat16 as the kernels read it."""

@@ -74,18 +74,16 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
         return y, statistics, affine
     held = y, arrays.dense(x, laid), None if call.residual is None else arrays.dense(call.residual, laid)
     data = *(arrays.batch(t, laid) for t in held), _counts(call, laid)
+    weight, bias = arrays.view(affine)
     for part, mean, var, rstd in zip(how.parts, *arrays.view(statistics), strict=True):
         y_, x_, residual, counts = _of_part(part, x, data)
         if how.statistics is None:
-            launch.forward(x_, residual, counts, *arrays.view(affine), call.eps, call.activation, y_, mean, var, rstd)
+            launch.forward(x_, residual, counts, weight, bias, call.eps, call.activation, y_, mean, var, rstd)
         else:
-            launch.normalize(x_, residual, mean, rstd, *arrays.view(affine), call.activation, y_)
+            launch.normalize(x_, residual, mean, rstd, weight, bias, call.activation, y_)
         if how.running is not None:
-            *_, rate, factor, _ = _how_to_move(how.running, part.count, how.plan.unbiased)
-            moved = move(mean, var, rate, factor, arrays.view(how.running.mean), arrays.view(how.running.var))
-            _note(how.running, moved)
-            if moved:
-                how.running.note(True)
+            moved = _move(how.running, part.count, mean, var, how.plan.unbiased)
+            how.running.note(moved)
     return y, statistics, affine
 
 
@@ -104,9 +102,22 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
         affine.data_ptr(), statistics.data_ptr(), call.eps,
         STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
     )  # fmt: skip
-    if running is not None:
-        _note(running, moved)
+    if running is not None and not moved:
+        running.note(False)
+    elif running is not None:
+        torch._C._increment_version(running[:2])  # type: ignore[arg-type]
     return statistics, affine
+
+
+def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -> bool:
+    """Move running statistics that the kernel `can_move`, if those of the batch are finite."""
+    assert running.mean is not None
+    assert running.var is not None
+    *_, rate, factor, _ = _how_to_move(running, count, unbiased)
+    moved = move(mean, var, rate, factor, arrays.view(running.mean), arrays.view(running.var))
+    if moved:
+        torch.autograd.graph.increment_version((running.mean, running.var))
+    return moved
 
 
 def _how_to_move(running: Running, count: float, unbiased: bool) -> whole.Move:
@@ -117,14 +128,6 @@ def _how_to_move(running: Running, count: float, unbiased: bool) -> whole.Move:
     factor = float(correction(count)) if unbiased else 1.0
     counter = 0 if batches is None else batches.data_ptr()
     return whole.Move(mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(running.rate()), factor, counter)
-
-
-def _note(running: Running, moved: bool) -> None:
-    """Have PyTorch know that the running statistics have changed, or count a batch that has not moved them."""
-    if moved:
-        torch._C._increment_version((running.mean, running.var))
-    else:
-        running.note(False)
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tensor, needs: Needs) -> Gradients:
@@ -183,13 +186,15 @@ def _backward_by_parts(
     held: list[Tensor | None], call: Call, how: How, laid: torch.memory_format, statistics: Tensor, affine: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`backward` of any call."""
-    dy, x, residual, *written = (None if t is None else arrays.batch(t, laid) for t in held)
-    written[0] = dy if held[3] is held[0] else written[0]  # the kernels ask whether it is the same array
+    dy, x, residual, dx, d_residual = (arrays.batch(t, laid) for t in held)
+    if held[3] is held[0]:
+        dx = dy  # the kernels ask whether it is the same array
     sums = np.zeros((2, len(how.parts), x.shape[1]))
-    given, group = (dy, x, residual, _counts(call, laid), *written), how.plan.group if written[0] is not None else None
+    given, group = (dy, x, residual, _counts(call, laid), dx, d_residual), how.plan.group if dx is not None else None
     for part, mean, _, rstd, *own in zip(how.parts, *arrays.view(statistics), *sums, strict=True):
         dy_, x_, residual_, counts, *outputs = _of_part(part, call.x, given)
-        constants = mean, rstd, *arrays.view(affine)
+        weight, bias = arrays.view(affine)
+        constants = mean, rstd, weight, bias
         of_output = keeps_output(call)
         if outputs[0] is not None and group is None:
             launch.backward(

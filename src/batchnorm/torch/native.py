@@ -95,7 +95,7 @@ def by_batch(
     z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, False)
     count = x.numel() / channels
     places = (0, 0) if running is None else (running[0].data_ptr(), running[1].data_ptr())
-    move = *places, like, rate, 1.0, 0 if batches is None else batches.data_ptr()
+    move = whole.Move(*places, like, rate, 1.0, 0 if batches is None else batches.data_ptr())
     if not whole.accept(mean_at, var_at, channels, (count - 1) / count, eps, NEAR, move):
         del _local.scratch[channels, x.dtype]  # what is not finite would stay in it
         return None
@@ -151,8 +151,8 @@ def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
     like = LIKE.get(mean.dtype)
     if like is None or var.dtype is not mean.dtype or not (is_plain(mean, var) and mean.is_cpu):
         return mean.numel() == 0 or bool(torch.addcmul(var, mean, mean, value=-1 / NEAR**2).min() >= -eps)
-    held = arrays.channels(mean, mean.dtype), arrays.channels(var, var.dtype)
-    return whole.is_near(*(t.data_ptr() for t in held), mean.numel(), like, eps, NEAR)
+    mean, var = arrays.channels(mean, mean.dtype), arrays.channels(var, var.dtype)
+    return whole.is_near(mean.data_ptr(), var.data_ptr(), mean.numel(), like, eps, NEAR)
 
 
 def _batch_norm(call: Call, mean: Tensor | None, var: Tensor | None, training: bool, momentum: float) -> Tensor:
