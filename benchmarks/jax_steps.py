@@ -1,7 +1,7 @@
 """BN + ReLU in JAX on the CPU: our function, the plain formula under `jax.jit`, Flax's layer; and a step of a network.
 
-The shapes are on either side of `batchnorm.xla.routes.SMALL`, the size from which the kernels compute. `kernels` are
-the kernels at every size: where they win, `SMALL` could be lower.
+`kernels` are the kernels at every size. The first shapes are on either side of `batchnorm.xla.routes.SMALL`, the size
+from which they compute: where they win below it, it could be lower.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from typing import Any
 from batchnorm.bench.clock import Record, interleave, records
 
 SHAPES = [
+    ((32, 64), 1),
     ((64, 64), 1),
     ((8, 16, 64), 1),
     ((20, 64, 196), 1),

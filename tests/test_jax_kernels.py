@@ -22,8 +22,10 @@ import jax.numpy as jnp
 
 from batchnorm.jax import GhostStatistics, Renorm, batch_norm, route
 from batchnorm.kernels import launch
-from batchnorm.xla import call_frame, kernels
-from batchnorm.xla.routes import FORWARD_ALONE, SMALL
+from batchnorm.kernels import threads as parallel
+from batchnorm.kernels.tiling import SERIAL
+from batchnorm.xla import call_frame, formula, handler, kernels, prepared
+from batchnorm.xla.routes import GROUPS, SMALL
 
 
 def normalize(x: Any) -> Any:
@@ -62,14 +64,16 @@ def test_the_size_rule(dtype: Any) -> None:
 
 
 def test_the_size_rule_without_a_backward_pass_and_for_groups() -> None:
-    rows = FORWARD_ALONE * SMALL // 16
+    rows = SMALL // 16
     assert [kernels.FORWARD in text(normalize, n) for n in (rows - 1, rows)] == [False, True]
 
-    def ghost(groups: int) -> Any:
-        source = GhostStatistics(SMALL // 16 // groups)
-        return jax.grad(lambda x: jnp.sum(batch_norm(x, training=True, statistics=source)[0] ** 3))
+    def uses_kernels(size: int, groups: int) -> bool:
+        source = GhostStatistics(size // 16 // groups)
+        grad = jax.grad(lambda x: jnp.sum(batch_norm(x, training=True, statistics=source)[0] ** 3))
+        return kernels.FORWARD in text(grad, size // 16)
 
-    assert [kernels.FORWARD in text(ghost(groups), SMALL // 16) for groups in (16, 17)] == [True, False]
+    sizes = (SMALL, GROUPS), (SMALL, 2 * GROUPS), (2 * SMALL, 2 * GROUPS)
+    assert [uses_kernels(*each) for each in sizes] == [True, False, True]
 
 
 def test_a_route_overrules_the_size_rule() -> None:
@@ -223,7 +227,8 @@ def test_an_unknown_interface_leaves_the_formula(
     assert kernels.FORWARD not in step.lower(x).as_text()
 
 
-def test_a_structure_of_another_size_is_not_read() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_structure_of_another_size_is_not_read(compiled: bool) -> None:
     """XLA's error function is called with what is wrong."""
     said = []
 
@@ -232,17 +237,80 @@ def test_a_structure_of_another_size_is_not_read() -> None:
         said.append(given.contents.message)
         return 1
 
-    api = call_frame.Api(create_error=create)
-    handler = call_frame.target(lambda *_: said.append(b"called"), (0, 3))
+    api, version = call_frame.Api(create_error=create), call_frame.version(jax.ffi.include_dir())
+    assert version is not None
+    given = kernels._handler(version) if compiled else call_frame.target(lambda *_: said.append(b"called"), version)
     frame = call_frame.CallFrame(sizeof(call_frame.CallFrame), None, pointer(api), None, call_frame.EXECUTE)
     frame.arguments.struct_size = sizeof(call_frame.Many) + 8
-    assert handler(pointer(frame)) == 1
+    assert given(pointer(frame)) == 1
     frame.struct_size += 8
-    assert handler(pointer(frame)) == 1
+    assert given(pointer(frame)) == 1
     assert said == [
         b"batchnorm: RuntimeError: XLA's Many has 48 bytes, not 40",
         b"batchnorm: RuntimeError: XLA's CallFrame has 176 bytes, not 168",
     ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "given"),
+    [
+        ((40, 24), "relu", {"weight", "residual"}),  # serial
+        ((40, 24), "relu", {"residual", "bfloat16"}),
+        ((4, 7, 70), "silu", {"members", "mask", "bias"}),
+        ((16, 32, 70), "relu", {"infinity", "bias"}),  # parallel, and with the exact gradient
+        ((8192, 64), "relu", {"infinity", "weight"}),  # the same in two kernels each way
+    ],
+)
+def test_compiled_calls(
+    shape: tuple[int, ...], activation: str, given: set[str], by_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the third call on no Python runs, and the results keep the bits of the first."""
+    rng, members, dtype = np.random.default_rng(0), (3,) * ("members" in given), jnp.float32
+    batches, table = (*members, *shape), (*members, shape[1])
+    x, dy, residual = (
+        jnp.asarray(rng.normal(size=batches), jnp.bfloat16 if "bfloat16" in given else dtype) for _ in "123"
+    )
+    dy = dy.at[(0,) * dy.ndim].set(jnp.inf) if "infinity" in given else dy
+    arrays = {"residual": residual} | {name: jnp.asarray(rng.normal(size=table), dtype) for name in ("weight", "bias")}
+    arrays = {name: arrays[name] for name in arrays if name in given}
+    mask = jnp.asarray(rng.uniform(size=shape[0])) if "mask" in given else None
+
+    def one(x: Any, arrays: Any) -> Any:
+        return batch_norm(x, training=True, axis=1, activation=activation, mask=mask, **arrays)[0]
+
+    @jax.jit
+    def step(dy: Any, *primals: Any) -> Any:
+        y, pull = jax.vjp(jax.vmap(one) if members else one, *primals)
+        return y, pull(dy), pull(2 * dy)  # the second dx over its dy
+
+    def bits() -> list[bytes]:
+        return [np.asarray(array).tobytes() for array in jax.tree.leaves(step(dy, x, arrays))]
+
+    first, second = bits(), bits()
+    for name in "_forward", "_backward":
+        monkeypatch.setattr(kernels, name, None)
+    assert first == second == bits()
+    assert np.isfinite(np.asarray(step(dy, x, arrays)[1][0], np.float32)).any()
+
+
+def test_kernels_for_one_thread_at_a_time_are_left_to_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_layer", "workqueue")
+    how = formula.How(1, 1e-5, ("relu", 0.0))
+    assert prepared.forward(np.zeros((SERIAL, 1, 1), np.float32), how, 1) is None
+    assert prepared.forward(np.zeros((8, 1, 1), np.float32), how, 1) is not None
+
+
+def test_other_shapes_and_forked_children_are_left_to_python(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = jax.jit(lambda x: jax.vjp(normalize, x)[0])
+    for x in batch(15), batch(16), batch(15):
+        for _ in range(3):
+            agrees(x, step(x))
+    handler._forget()
+    called = []
+    forward = launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *given: (called.append(1), forward(*given))[1])
+    agrees(batch(15), step(batch(15)))
+    assert called == [1]
 
 
 def test_threads(by_kernels: None) -> None:

@@ -22,7 +22,7 @@ from numba.core import cgutils, errors
 from numba.extending import intrinsic
 from numba.np.numpy_support import as_dtype
 
-from batchnorm.kernels.compilation import Kernel, Stage
+from batchnorm.kernels.compilation import Kernel, Stage, pointer
 from batchnorm.kernels.formats import arithmetic
 
 __all__ = [
@@ -106,7 +106,7 @@ def address(stage: Stage, dtype: np.dtype[Any]) -> Any:
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return stage
     compiled: Any = stage
-    return _compiled(compiled, _signature(compiled.__name__, dtype).types)
+    return pointer(compiled, _signature(compiled.__name__, dtype).types)
 
 
 @functools.cache
@@ -115,14 +115,7 @@ def kernel_address(kernel: Kernel, dtype: np.dtype[Any]) -> Any:
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return kernel
     compiled: Any = kernel
-    return _compiled(compiled, _kernel_signature(compiled.__name__, dtype).types)
-
-
-def _compiled(function: Any, arguments: tuple[Any, ...]) -> int:
-    function.compile(arguments)
-    found = function.overloads[arguments]
-    place: int = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
-    return place
+    return pointer(compiled, _kernel_signature(compiled.__name__, dtype).types)
 
 
 # --- Calls ------------------------------------------------------------------------------------------------------------

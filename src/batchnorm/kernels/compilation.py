@@ -10,7 +10,7 @@ from numba.core.event import Event, Listener, register
 
 from batchnorm.kernels import disk
 
-__all__ = ["INLINED", "Kernel", "Stage", "inlined", "kernel", "stage"]
+__all__ = ["INLINED", "Kernel", "Stage", "c_function", "inlined", "kernel", "pointer", "stage"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Kernel = Callable[..., None]
@@ -78,8 +78,28 @@ def stage(function: Stage) -> Stage:
 
     A stage may close over integers: they are constants, and branches on them vanish.
     """
-    walk = function.__module__.rpartition(".")[2]  # two stages of one name must not share a file on disk
-    return cast(Stage, _kept(function, f"{walk}.{function.__name__}"))
+    return cast(Stage, _kept(function, _full_name(function)))
+
+
+def c_function(function: Function) -> Function:
+    """What C calls by its `pointer`, and what calls kernels; compiled when that is asked for, kept on disk.
+
+    Its arithmetic is that of NumPy, to the bit.
+    """
+    return cast(Function, _kept(function, _full_name(function), fastmath=False))
+
+
+def pointer(compiled: Any, arguments: tuple[Any, ...]) -> int:
+    """The address of a compiled function, for C or compiled code. It is good for as long as the function is kept.
+
+    Args:
+        compiled: A stage, a kernel or a `c_function`. An error in it does not reach what calls it.
+        arguments: The types of its arguments, Numba's.
+    """
+    compiled.compile(arguments)
+    found = compiled.overloads[arguments]
+    address: int = found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+    return address
 
 
 def kernel(parallel: bool) -> Callable[[Kernel], Kernel]:
@@ -93,6 +113,11 @@ def kernel(parallel: bool) -> Callable[[Kernel], Kernel]:
     return compile_lazily
 
 
+def _full_name(function: Callable[..., Any]) -> str:
+    """A name that tells it from functions of the same name in other modules: they must not share a file on disk."""
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+
+
 def _kept(function: Callable[..., Any], name: str, **options: Any) -> Any:
     """The function, to be compiled by Numba at its first call and kept on disk under a name.
 
@@ -101,6 +126,7 @@ def _kept(function: Callable[..., Any], name: str, **options: Any) -> Any:
     if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
         return np.errstate(all="ignore")(function)
     function.__qualname__ = name
-    compiled = numba.njit(**options, **OPTIONS)(function)
+    all_options: dict[str, Any] = {**OPTIONS, **options}
+    compiled = numba.njit(**all_options)(function)
     disk.keep(compiled)
     return compiled

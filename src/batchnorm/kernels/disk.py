@@ -32,14 +32,21 @@ SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_
 
 def _digest() -> str:
     """A digest of everything that kernels are made of; empty if there are no source files, as in a frozen program."""
-    sources = [f for f in importlib.resources.files("batchnorm.kernels").iterdir() if f.name.endswith(".py")]
+    package = importlib.resources.files("batchnorm")
+    folders = package / "kernels", package / "xla"  # the latter has a function that calls kernels, and is kept as well
+    sources = {
+        f"{folder.name}/{file.name}": file
+        for folder in folders
+        for file in folder.iterdir()
+        if file.name.endswith(".py")
+    }
     if not sources:
         return ""
     compiler = [numba.__version__, llvmlite.__version__, *(str(getattr(config, name, None)) for name in SETTINGS)]
     digest = hashlib.sha256("\n".join(compiler).encode())
-    for source in sorted(sources, key=lambda f: f.name):
+    for name, source in sorted(sources.items()):
         # Of equal length for every file, so that no text can move from one file to the next unseen.
-        digest.update(hashlib.sha256(source.name.encode()).digest() + hashlib.sha256(source.read_bytes()).digest())
+        digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(source.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from batchnorm.kernels.compilation import inlined
 
-__all__ = ["OUTPUT", "affine", "first_counted", "merge", "through_moments", "uncenter"]
+__all__ = ["OUTPUT", "affine", "first_counted", "is_finite", "merge", "through_moments", "uncenter"]
 
 OUTPUT = 2
 """`RESIDUAL` of a backward stage that gets `y` in place of the residual: all that relu asks of `z` is its sign, which
@@ -66,3 +66,12 @@ def first_counted(counts: Any, n0: int, n1: int, l0: int, l1: int) -> Any:
             if counts[n, i] > 0:
                 return n, i
     return -1, -1
+
+
+@inlined
+def is_finite(sums: Any, c0: int, c1: int) -> bool:
+    """Whether all these sums are finite."""
+    total = 0.0
+    for c in range(c0, c1):
+        total += abs(sums[c])
+    return total < math.inf

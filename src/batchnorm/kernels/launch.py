@@ -33,7 +33,7 @@ from batchnorm.kernels.activations import CODES, FLAT
 from batchnorm.kernels.calls import address, call_grad_input, call_grad_sums, call_moments, call_normalize
 from batchnorm.kernels.compilation import Kernel, inlined, kernel
 from batchnorm.kernels.formats import arithmetic
-from batchnorm.kernels.formulas import OUTPUT, merge
+from batchnorm.kernels.formulas import OUTPUT, is_finite, merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
@@ -53,15 +53,6 @@ def _tile(number: int, rows: int, width: int, N: int, C: int) -> Any:
     blocks = -(-C // width)
     part, block = number // blocks, number % blocks
     return part, part * rows, min((part + 1) * rows, N), block * width, min((block + 1) * width, C)
-
-
-@inlined
-def _is_finite(sums: Any, c0: int, c1: int) -> bool:
-    """Whether all these sums are finite."""
-    total = 0.0
-    for c in range(c0, c1):
-        total += abs(sums[c])
-    return total < math.inf
 
 
 @functools.cache
@@ -201,12 +192,12 @@ def backward_kernel(parallel: bool) -> Kernel:
         N, C, _ = x.shape
         for block in prange(-(-C // width)):
             _, n0, n1, c0, c1 = _tile(block, N, width, N, C)
-            if not again or not _is_finite(sum_dz, c0, c1):
+            if not again or not is_finite(sum_dz, c0, c1):
                 call_grad_sums(
                     sums,
                     (dy, x, residual, mean, rstd, weight, bias, parameter, n0, n1, c0, c1, sum_dz, sum_dz_xhat),
                 )
-                if again or not flat or _is_finite(sum_dz, c0, c1):
+                if again or not flat or is_finite(sum_dz, c0, c1):
                     call_grad_input(
                         grad_input,
                         (dy, x, residual, counts, mean, rstd, weight, bias, sum_dz, sum_dz_xhat, count, parameter,

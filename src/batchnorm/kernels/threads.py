@@ -13,7 +13,7 @@ from typing import Any
 import numba
 from numba.np.ufunc.parallel import get_num_threads, set_num_threads, threading_layer
 
-__all__ = ["available", "follow", "forbidden", "run"]
+__all__ = ["available", "concurrent", "follow", "forbidden", "run"]
 
 _count: Callable[[], int] = get_num_threads
 _STARTED: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
@@ -55,6 +55,11 @@ def forbidden() -> bool:
     return _in_child_of_user or bool(numba.config.DISABLE_JIT)  # type: ignore[attr-defined]
 
 
+def concurrent() -> bool:
+    """Whether several threads may enter parallel kernels at once. It is known when one has run."""
+    return _layer in ("omp", "tbb")
+
+
 def run(kernel: Callable[..., Any], parallel: bool, *arguments: Any) -> Any:
     """Call a kernel, on `available()` threads if it is a parallel one, and return what it returns."""
     global _layer
@@ -64,7 +69,7 @@ def run(kernel: Callable[..., Any], parallel: bool, *arguments: Any) -> Any:
     if _mine.threads != wanted:  # Numba takes two locks to set it
         set_num_threads(wanted)
         _mine.threads = wanted
-    if _layer in ("omp", "tbb"):
+    if concurrent():
         return kernel(*arguments)
     with _one_at_a_time:
         result = kernel(*arguments)

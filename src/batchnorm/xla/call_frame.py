@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["VERSIONS", "Function", "Version", "ask_for_large_pages", "target", "version"]
+__all__ = ["HANDLER", "VERSIONS", "Function", "Version", "ask_for_large_pages", "large_pages", "target", "version"]
 
 VERSIONS = {(0, 1), (0, 2), (0, 3)}
 """The versions of the interface in which the structures below are the same."""
@@ -143,6 +143,11 @@ HANDLER = ctypes.CFUNCTYPE(c_void_p, POINTER(CallFrame))
 def _advice() -> Any:
     """The C library's `madvise` where there are large pages, Linux; None elsewhere."""
     return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def large_pages() -> int:
+    """The address of the function that asks for large pages; 0 if there is none."""
+    return cast(advise, c_void_p).value or 0 if (advise := _advice()) is not None else 0
 
 
 def ask_for_large_pages(array: NDArray[Any]) -> None:

@@ -1,12 +1,12 @@
 """The CPU kernels as targets of XLA's custom calls."""
 
 import atexit
+import ctypes
 import functools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,9 +35,8 @@ def registered() -> bool:
         from batchnorm.kernels import launch  # noqa: F401
 
         jax.local_devices(backend="cpu")  # first, because a backend cannot start once a target has been refused
-        for name, function in (FORWARD, _forward), (BACKWARD, _backward):
-            handler = call_frame.target(function, version)
-            _handlers.append(handler)
+        handler = _handler(version)
+        for name in FORWARD, BACKWARD:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
         atexit.register(_finish, os.getpid())
     except Exception as error:
@@ -46,8 +45,21 @@ def registered() -> bool:
     return True
 
 
-_handlers: list[Any] = []
-"""Kept because XLA may call them as long as the process lives."""
+@functools.cache  # kept, because XLA may call it as long as the process lives
+def _python(version: call_frame.Version) -> Any:
+    return call_frame.target(_call, version)
+
+
+def _handler(version: call_frame.Version) -> Any:
+    """The C function of both targets: compiled, or in Python where nothing is compiled."""
+    from batchnorm.kernels import threads
+
+    python = _python(version)
+    if threads.forbidden():
+        return python
+    from batchnorm.xla import handler
+
+    return call_frame.HANDLER(handler.start(ctypes.cast(python, ctypes.c_void_p).value or 0))
 
 
 def _finish(process: int) -> None:
@@ -65,7 +77,7 @@ def _finish(process: int) -> None:
         (jax.device_put(np.zeros(1), device) + 1).block_until_ready()
 
 
-def lowering(name: str, formula: Any, times: int = 1) -> Any:
+def lowering(name: str, formula: Any) -> Any:
     """How a primitive becomes a program for CPUs: a custom call, or the formula.
 
     It is the formula in a program for several devices, and in one that is exported: our targets are not in the process
@@ -74,17 +86,16 @@ def lowering(name: str, formula: Any, times: int = 1) -> Any:
     Args:
         name: The target.
         formula: What it computes.
-        times: The kernels compute from this many times `how.least` values.
     """
 
     def lower(context: Any, *operands: Any, how: How) -> Any:
         module = context.module_context
         alone = isinstance(module.axis_context, mlir.ShardingContext) and module.axis_context.num_devices == 1
-        large = math.prod(context.avals_out[0].shape) >= times * how.least
+        large = math.prod(context.avals_out[0].shape) >= how.least
         if not (large and alone and not module.lowering_parameters.for_export and registered()):
             return mlir.lower_fun(formula, multiple_results=True)(context, *operands, how=how)
         over = {0: 0} if name == BACKWARD and _is_computed(operands[0]) else None
-        return jax.ffi.ffi_lowering(name, operand_output_aliases=over)(context, *operands, how=json.dumps(how))
+        return jax.ffi.ffi_lowering(name, operand_output_aliases=over)(context, *operands, how=json.dumps([name, *how]))
 
     return lower
 
@@ -102,9 +113,10 @@ def _is_computed(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _how(text: bytes) -> How:
-    axis, eps, (name, parameter), *given = json.loads(text)
-    return How(axis, eps, (name, parameter), *given)
+def _how(text: bytes) -> tuple[str, How]:
+    """A target and how it is called."""
+    target, axis, eps, (name, parameter), *given = json.loads(text)
+    return target, How(axis, eps, (name, parameter), *given)
 
 
 def _rows(x: NDArray[Any], axis: int) -> NDArray[Any]:
@@ -123,27 +135,41 @@ def _spread(how: How, arrays: list[NDArray[Any]]) -> tuple[Any, ...]:
     )
 
 
-def _one_by_one(function: Callable[..., None]) -> call_frame.Function:
-    """A target that computes one normalization after the other, of those that `vmap` has put together.
+def _call(arguments: list[NDArray[Any]], results: list[NDArray[Any]], attributes: dict[str, bytes]) -> None:
+    """Compute one normalization after the other, of those that `vmap` has put together.
 
     As in XLA, 1/0 is infinity without a word.
     """
-
-    def target(arguments: list[NDArray[Any]], results: list[NDArray[Any]], attributes: dict[str, bytes]) -> None:
-        how = _how(attributes["how"])
-        for result in results:
-            call_frame.ask_for_large_pages(result)
-        with np.errstate(all="ignore"):
-            if how.batch == 0:
-                function(arguments, results, how)
-                return
-            for i in np.ndindex(results[0].shape[: how.batch]):
-                function([x[i] for x in arguments], [x[i] for x in results], how)
-
-    return target
+    target, how = _how(attributes["how"])
+    function = _forward if target == FORWARD else _backward
+    for result in results:
+        call_frame.ask_for_large_pages(result)
+    with np.errstate(all="ignore"):
+        for i in np.ndindex(results[0].shape[: how.batch]):
+            function([x[i] for x in arguments], [x[i] for x in results], how)
+    _prepare(attributes["how"], arguments, results)
 
 
-@_one_by_one
+def _prepare(text: bytes, arguments: list[NDArray[Any]], results: list[NDArray[Any]]) -> None:
+    """Leave this call to compiled code from its third time on."""
+    from batchnorm.kernels import threads
+
+    if threads.forbidden() or arguments[0].size == 0:
+        return
+    from batchnorm.xla import handler, prepared
+
+    def entry() -> Any:
+        target, how = _how(text)
+        x = arguments[0]
+        one = _rows(x[(0,) * how.batch], how.axis)
+        members = math.prod(x.shape[: how.batch])
+        if target == FORWARD:
+            return prepared.forward(one, how, members)
+        return prepared.backward(one, how, members, x.ctypes.data == results[0].ctypes.data)
+
+    handler.prepare(text, arguments, results, entry)
+
+
 def _forward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], how: How) -> None:
     from batchnorm.kernels import launch
 
@@ -158,7 +184,6 @@ def _forward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], how: Ho
     var[:] = exact_var
 
 
-@_one_by_one
 def _backward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], how: How) -> None:
     from batchnorm.kernels import launch
 
@@ -168,7 +193,8 @@ def _backward(arguments: list[NDArray[Any]], results: list[NDArray[Any]], how: H
     d_weight, d_bias, d_residual = (next(left) if there else None for there in how[3:6])
     rows = _rows(x, how.axis)
     weight, bias, residual, counts = _spread(how, arrays)
-    count = rows.shape[0] * rows.shape[2] if counts is None else float(counts.sum(dtype=np.float64))
+    # One after the other, as `prepared` adds them: a call has the same bits before and after it is prepared.
+    count = rows.shape[0] * rows.shape[2] if counts is None else float(np.cumsum(counts, dtype=np.float64)[-1])
     sums, dy_rows = np.empty((2, rows.shape[1])), _rows(dy, how.axis)
     launch.backward(
         dy_rows, rows, residual, counts, mean.astype(np.float64) + low,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from batchnorm.xla import formula, kernels, routes
+from batchnorm.xla import formula, kernels
 from batchnorm.xla.formula import How
 
 __all__ = ["batch_norm"]
@@ -29,7 +29,7 @@ def batch_norm(x: Any, arrays: Sequence[Any], how: How) -> tuple[Any, Any, Any, 
         shape = list(x.shape)
         shape[how.axis] = 1
         arrays = [*arrays[:-1], jnp.broadcast_to(arrays[-1], shape)]
-    return tuple(ALONE.bind(x, *arrays, how=how))
+    return tuple(FORWARD.bind(x, *arrays, how=how))
 
 
 # --- What each primitive computes -------------------------------------------------------------------------------------
@@ -117,15 +117,11 @@ def _y_and_statistics(x: Any, *arrays: Any, how: How) -> list[Any]:
     return [x, *[x.update(shape=shape, dtype=formula.arithmetic(x.dtype), weak_type=False)] * 3]
 
 
-ALONE = _primitive("batchnorm_forward_alone", _y_and_statistics, _forward)
-"""`FORWARD` as long as nothing is differentiated: without a backward pass, the kernels pay later."""
-
 FORWARD = _primitive("batchnorm_forward", _y_and_statistics, _forward)
 TANGENT = _primitive("batchnorm_tangent", lambda mean, low, var, x, *rest, how: [x], _tangent)
 BACKWARD = _primitive(
     "batchnorm_backward", lambda dy, mean, low, var, *primals, how: list(primals[: _learnable(how)]), _gradients
 )
-mlir.register_lowering(ALONE, kernels.lowering(kernels.FORWARD, _forward, routes.FORWARD_ALONE), platform="cpu")
 mlir.register_lowering(FORWARD, kernels.lowering(kernels.FORWARD, _forward), platform="cpu")
 # Not cached, because in a cached lowering every operand looks like an argument of the program.
 mlir.register_lowering(BACKWARD, kernels.lowering(kernels.BACKWARD, _gradients), platform="cpu", cacheable=False)
@@ -162,8 +158,7 @@ def _differentiated(compute: Callable[..., Any]) -> Callable[..., tuple[Any, Any
     return jvp
 
 
-for primitive in ALONE, FORWARD:
-    ad.primitive_jvps[primitive] = _forward_jvp
+ad.primitive_jvps[FORWARD] = _forward_jvp
 ad.primitive_jvps[TANGENT] = _differentiated(_tangent)
 ad.primitive_jvps[BACKWARD] = _differentiated(_backward)
 ad.primitive_transposes[TANGENT] = _tangent_transpose

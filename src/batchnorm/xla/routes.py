@@ -10,26 +10,21 @@ import jax.numpy as jnp
 from batchnorm.xla import kernels
 from batchnorm.xla.formula import How
 
-__all__ = ["FORWARD_ALONE", "ROUTES", "SMALL", "choose", "expect_formula", "route"]
+__all__ = ["ROUTES", "SMALL", "choose", "expect_formula", "route"]
 
 ROUTES = ("kernels", "formula")
 """In order of preference."""
 
-SMALL = 1 << 19
+SMALL = 1 << 12
 """The number of values from which the kernels compute, in any layout.
 
-Below it, BN + ReLU forward and backward are about even; from it on, the kernels are faster, and more so as the batch
-grows. A custom call has a fixed cost, in which Python reads its frame. `python -m benchmarks jax` times both on either
-side."""
+From it on they are faster than XLA's loops, with a backward pass or without. Below it a step takes some tens of
+microseconds in any case, most of them to start the program, and a small model does without Numba. `python -m benchmarks
+jax` times both on either side. In evaluation XLA always computes: it is one pass, which XLA fuses with its neighbours.
+"""
 
-GROUPS = 16
-"""Up to this many groups, `SMALL` is the number of values of all; with more, each needs a share of it."""
-
-FORWARD_ALONE = 4
-"""Without a backward pass, the kernels compute from this many times `SMALL` values.
-
-Below that XLA's program is faster, as `python -m benchmarks jax` shows. In evaluation XLA always computes: it is one
-pass, which XLA fuses with its neighbours."""
+GROUPS = 4
+"""Up to this many groups, `SMALL` is the number of values of all; with more, each needs this share of it."""
 
 DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 """The types that the kernels support."""
