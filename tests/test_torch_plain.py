@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import relative_error, tolerance
+from cases import ACTIVATIONS, relative_error, tolerance
 from torch import Tensor, nn
 
 import batchnorm.torch as bn
@@ -23,7 +23,7 @@ def whole_table() -> Iterator[None]:
 
 
 SMALL = [(6, 5), (4, 5, 3, 3), (2, 3, 2, 4, 4)]
-LARGE = [(2 * routes.SMALL // 4, 8), (8, 32, 24, 24)]
+LARGE = [(2 * routes.SMALL, 8), (8, 32, 24, 24)]
 KINDS: dict[int, Any] = {2: bn.BatchNorm1d, 4: bn.BatchNorm2d, 5: bn.BatchNorm3d}
 
 
@@ -214,3 +214,18 @@ def test_observers_and_hooks_see_a_call() -> None:
     layer.register_forward_hook(lambda *_: seen.append("hook"))
     layer(x)
     assert seen == ["native", "hook"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_every_activation_in_place(activation: Any) -> None:
+    layer, x, _ = made((4, 5, 3, 3), torch.float32, False, activation=activation)
+    before = x.clone()
+    with torch.no_grad():
+        y = layer.eval()(x)
+    mean, var, weight, bias = (
+        t.detach().double().numpy() for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    )
+    rstd = definition.reciprocal_std(var, layer.eps)
+    want = definition.normalize(x.double().numpy(), mean, rstd, weight, bias, None, activation)
+    assert relative_error(y.double().numpy(), want) < 4 * tolerance(np.float32, 36)
+    assert torch.equal(x, before)

@@ -177,14 +177,17 @@ def test_the_table_chooses_by_size_type_and_layout() -> None:
     side = routes.SMALL // 16
     assert taken(layer, torch.randn(4, 4, 1, side - 1)) == "native"
     assert taken(layer, torch.randn(4, 4, 1, side)) == "numba"
-    last = torch.randn(4, 4, 4, side - 1).contiguous(memory_format=torch.channels_last)
+    last = torch.randn(4, 4, 16, side - 1).contiguous(memory_format=torch.channels_last)
     assert taken(layer, last) == "native"
-    last = torch.randn(4, 4, 4, side).contiguous(memory_format=torch.channels_last)
+    last = torch.randn(4, 4, 16, side).contiguous(memory_format=torch.channels_last)
     assert taken(layer, last) == "numba"
-    assert taken(bn.BatchNorm1d(4), torch.randn(routes.SMALL - 1, 4)) == "native"
-    assert taken(bn.BatchNorm1d(4), torch.randn(routes.SMALL, 4)) == "numba"
+    assert taken(bn.BatchNorm1d(4), torch.randn(4 * routes.SMALL - 1, 4)) == "native"
+    assert taken(bn.BatchNorm1d(4), torch.randn(4 * routes.SMALL, 4)) == "numba"
     assert taken(layer.eval(), torch.randn(4, 4, 1, routes.SMALL_EVALUATION // 16 - 1)) == "native"
     assert taken(layer, torch.randn(4, 4, 1, routes.SMALL_EVALUATION // 16)) == "numba"
+    with torch.no_grad():
+        assert taken(layer, torch.randn(4, 4, 1, routes.FRESH // 64 - 1)) == "native"
+        assert taken(layer, torch.randn(4, 4, 1, routes.FRESH // 64)) == "numba"
     assert taken(layer.train(), torch.randn(4, 4, 2, 2, dtype=torch.bfloat16)) == "numba"
     assert taken(layer.half(), torch.randn(4, 4, 2, 2, dtype=torch.float16)) == "composed"
     assert taken(bn.BatchNorm2d(4, device="meta"), torch.empty(4, 4, 2, 2, device="meta")) == "native"

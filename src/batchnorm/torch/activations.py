@@ -17,9 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from batchnorm.definition import ActivationSpec, parse_activation
 
 __all__ = [
-    "ACTIVATIONS", "FUNCTIONS", "METHODS", "NONE", "Activation", "activate", "is_activation", "is_watched", "parsed",
-    "recognize",
-    "resolve", "said",
+    "ACTIVATIONS", "FUNCTIONS", "IN_PLACE", "METHODS", "NONE", "Activation", "activate", "is_activation", "is_watched",
+    "parsed", "recognize", "resolve", "said",
 ]  # fmt: skip
 
 Activation = ActivationSpec | Callable[[Tensor], Tensor]
@@ -44,6 +43,18 @@ ACTIVATIONS: dict[str, Any] = {
     "tanh": lambda z, _: torch.tanh(z),
     "gelu": lambda z, _: F.gelu(z),
 }
+
+IN_PLACE: dict[str, Any] = {
+    "relu": lambda z, _: torch.relu_(z),
+    "relu6": lambda z, _: F.relu6(z, inplace=True),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
+    "silu": lambda z, _: F.silu(z, inplace=True),
+    "hardswish": lambda z, _: F.hardswish(z, inplace=True),
+    "elu": lambda z, alpha: F.elu(z, alpha, inplace=True),
+    "sigmoid": lambda z, _: torch.sigmoid_(z),
+    "tanh": lambda z, _: torch.tanh_(z),
+}
+"""Those that can be written over `z`."""
 
 parsed = functools.lru_cache(maxsize=256)(parse_activation)
 """`parse_activation`, which remembers; it takes only what is hashable."""

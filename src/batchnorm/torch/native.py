@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.kernels import whole
 from batchnorm.torch import arrays, cpu, recipes
-from batchnorm.torch.activations import ACTIVATIONS
+from batchnorm.torch.activations import ACTIVATIONS, IN_PLACE
 from batchnorm.torch.call import Batch, Call, Outcome, Plan, is_plain, is_recorded, is_tracing
 from batchnorm.torch.recomputation import unseen
 from batchnorm.torch.running import Running
@@ -177,9 +177,8 @@ def follow(z: Tensor, residual: Tensor | None, name: str, parameter: float, in_p
     """Add a residual, and apply an activation by its name and parameter; over `z` if `in_place`."""
     if residual is not None:
         z = z.add_(residual) if in_place else z + residual
-    if name == "relu":
-        return torch.relu_(z) if in_place else torch.relu(z)
-    y: Tensor = ACTIVATIONS[name](z, parameter)
+    activate = IN_PLACE.get(name) if in_place else None
+    y: Tensor = (ACTIVATIONS[name] if activate is None else activate)(z, parameter)
     return y
 
 

@@ -31,15 +31,21 @@ class Route(NamedTuple):
     compute: Callable[[Call, Plan, Running], Outcome | None]
 
 
-SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 17, 1 << 20, 1 << 15
-"""The numbers of values from which the CPU kernels pay: in training (four times as many where channels are adjacent),
-in evaluation, and in training in a compiled graph.
+SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 16, 1 << 20, 1 << 15
+"""The numbers of values from which the CPU kernels pay: in training (16 times as many where channels are adjacent), in
+evaluation, and in training in a compiled graph.
 
-Forward and backward, an autograd function in Python takes about 100 us more than PyTorch's operation in C++, and more
-with cold caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain where
-channels are adjacent, because PyTorch's operation is faster there. They also have less to gain in evaluation, where
-PyTorch's operation reads once and writes once, and the activation is applied in place. In a compiled graph, an operator
-in Python takes about 100 us more than the graph's own loops, which are several times slower.
+Forward and backward, an autograd function in Python takes longer than PyTorch's operation in C++, above all when it
+finds nothing in the caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain
+where channels are adjacent, because PyTorch's operation is faster there. They also have less to gain in evaluation,
+where PyTorch's operation reads once and writes once. In a compiled graph, an operator in Python takes longer than the
+graph's own loops, which are several times slower.
+"""
+
+FRESH = 1 << 25
+"""Bytes from which the CPU kernels pay in evaluation without autograd, where PyTorch applies the activation in place.
+
+Memory of so many bytes and more comes from the system each time (glibc), and ours comes in huge pages.
 """
 
 
@@ -58,9 +64,9 @@ def _native_pays(call: Call, plan: Plan) -> bool:
 
 def is_small(x: Tensor, training: bool) -> bool:
     """Whether calling our kernels for a CPU tensor costs more than they gain."""
-    if not training:
-        return x.numel() < SMALL_EVALUATION
-    return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 4 * SMALL)
+    if training:
+        return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 16 * SMALL)
+    return x.numel() < SMALL_EVALUATION or (x.nbytes < FRESH and not torch.is_grad_enabled())
 
 
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
