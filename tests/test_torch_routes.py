@@ -144,6 +144,19 @@ def taken(layer: nn.Module, x: Tensor) -> str:
     return bn.explain(layer, x).rows[0].route
 
 
+def observed(layer: nn.Module, x: Tensor) -> str:
+    """The same, in the mode of autograd that is set; `explain` has no graph."""
+    from batchnorm.torch import layers
+
+    seen: list[str] = []
+    layers.observers.append(lambda _, route: seen.append(route))
+    try:
+        layer(x)
+    finally:
+        layers.observers.pop()
+    return seen[0]
+
+
 @pytest.fixture
 def whole_table() -> Iterator[None]:
     with bn.route():
@@ -183,11 +196,10 @@ def test_the_table_chooses_by_size_type_and_layout() -> None:
     assert taken(layer, last) == "numba"
     assert taken(bn.BatchNorm1d(4), torch.randn(4 * routes.SMALL - 1, 4)) == "native"
     assert taken(bn.BatchNorm1d(4), torch.randn(4 * routes.SMALL, 4)) == "numba"
-    assert taken(layer.eval(), torch.randn(4, 4, 1, routes.SMALL_EVALUATION // 16 - 1)) == "native"
-    assert taken(layer, torch.randn(4, 4, 1, routes.SMALL_EVALUATION // 16)) == "numba"
-    with torch.no_grad():
-        assert taken(layer, torch.randn(4, 4, 1, routes.FRESH // 64 - 1)) == "native"
-        assert taken(layer, torch.randn(4, 4, 1, routes.FRESH // 64)) == "numba"
+    layer.eval()
+    for limit, has_graph in (routes.SMALL_EVALUATION // 16, True), (routes.FRESH // 64, False):
+        with torch.set_grad_enabled(has_graph):
+            assert [observed(layer, torch.randn(4, 4, 1, side)) for side in (limit - 1, limit)] == ["native", "numba"]
     assert taken(layer.train(), torch.randn(4, 4, 2, 2, dtype=torch.bfloat16)) == "numba"
     assert taken(layer.half(), torch.randn(4, 4, 2, 2, dtype=torch.float16)) == "composed"
     assert taken(bn.BatchNorm2d(4, device="meta"), torch.empty(4, 4, 2, 2, device="meta")) == "native"
