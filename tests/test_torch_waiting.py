@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchnorm import definition
 from batchnorm import torch as bn
 from batchnorm.torch import cards, deferred, function, gpu, route, sources
 from batchnorm.torch.call import Call, Plan
-from batchnorm.torch.functional import normalize
+from batchnorm.torch.functional import moments, normalize
 from batchnorm.torch.running import Running
 from batchnorm.torch.sync import HEADER, Group
 
@@ -158,32 +160,96 @@ def test_errors_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
     deferred.expect(torch.tensor(False), "in a graph")
     assert len(under_way) == 4
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with pytest.raises(ValueError, match=r"^one; two \(this happened in an earlier call"):
+    with pytest.raises(ValueError, match=r"^one; two \(in this call or an earlier one"):
         deferred.expect(torch.tensor(False), "three")
     deferred.tell()
     assert not under_way
 
 
-def test_a_mask_is_checked_late_and_told_by_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    under_way = list[Any]()
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """CPU tensors are taken for those of a GPU."""
     sent = Sent()
     monkeypatch.setattr(deferred, "_send", sent)
-    monkeypatch.setattr(deferred, "_under_way", under_way)
+    monkeypatch.setattr(deferred, "_under_way", [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
-    x = torch.randn(5, 3, 2)
-    for mask, source, problem in (
-        (torch.full((5,), -1.0), None, "not negative"),
-        (torch.tensor([True, False, False, False, False])[:, None] & torch.tensor([True, False]), None, "fewer than"),
-        (torch.tensor([1, 1, 0, 0, 0]).bool(), bn.GhostStatistics(2), "one of the 2 groups of GhostStatistics"),
-    ):
-        sent.arrived = False
+    return sent
+
+
+def how(group: Any = None) -> function.How:
+    return function.How(gpu, Plan(2.0, group=group), 2.0, None, 1e-5, ("none", 0.0))
+
+
+GHOST = bn.GhostStatistics(2)
+FEW = "mask leaves fewer than two values of each channel"
+UNSOUND: list[tuple[list[float], torch.dtype, Any, str]] = [
+    ([-1, -1, -1, -1, -1], torch.float32, None, "mask must hold"),
+    ([-1, 1, 1, 1, 1], torch.float32, None, "mask must hold"),
+    ([-1, 1, 1, 1, 1], torch.float32, GHOST, "mask must hold"),
+    ([torch.nan, 1, 1, 1, 1], torch.float32, None, "mask must hold"),
+    ([torch.inf, 1, 1, 1, 1], torch.float32, None, "mask must hold"),
+    ([0, 0, 3, 0, 0], torch.float32, None, FEW),
+    ([0, 0, 1, 0, 0], torch.bool, None, FEW),
+    ([0, 0, 0, 0, 0], torch.bool, None, FEW),
+    ([1, 1, 0, 0, 1], torch.bool, GHOST, "mask leaves fewer than two values of one of the 2 groups of GhostStatistics"),
+]
+
+
+@pytest.mark.parametrize(("mask", "dtype", "source", "problem"), UNSOUND)
+def test_an_unsound_mask_moves_nothing_and_is_told_late_and_once(
+    mask: list[float], dtype: torch.dtype, source: Any, problem: str, late: Sent
+) -> None:
+    layer = bn.BatchNorm1d(3, statistics=source)
+    x = torch.randn(5, 3, generator=torch.manual_seed(0)).requires_grad_()
+    with route("composed"):
+        y = layer(x, mask=torch.tensor(mask).to(dtype))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.isfinite().all()
+    assert layer.running_mean.equal(torch.zeros(3))
+    assert layer.running_var.equal(torch.ones(3))
+    assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (0, 1)
+    late.arrived = True
+    with pytest.raises(ValueError, match=f"^{problem}") as told:
+        gpu.backward(x, Call(x, counts=torch.ones(5)), how(), *[None] * 3)  # type: ignore[arg-type]
+    assert str(told.value).count("mask") == 1
+    assert not deferred._under_way
+
+
+def test_a_sound_mask_moves_them(late: Sent) -> None:
+    x, mask = torch.randn(5, 3, generator=torch.manual_seed(0)), torch.tensor([1.0, 0, 2, 1, 1])
+    for source in (None, GHOST):
+        layer = bn.BatchNorm1d(3, statistics=source)
         with route("composed"):
-            bn.batch_norm(x, training=True, mask=mask, statistics=source)
-        sent.arrived = True
-        with pytest.raises(ValueError, match=problem):
-            gpu.backward(x, Call(x, counts=torch.ones(5, 2)), *[None] * 4)  # type: ignore[arg-type]
-        assert not under_way
+            layer(x, mask=mask)
+        exact = definition.moments(x.double().numpy(), mask.double().numpy())
+        mean, var = definition.update_running(np.zeros(3), np.ones(3), exact, 0.1)
+        np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-5)
+        np.testing.assert_allclose(layer.running_var, var, rtol=1e-5)
+        assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (1, 0)
+
+
+def test_moments_wait_and_tell(late: Sent) -> None:
+    late.arrived = True
+    with pytest.raises(ValueError, match="mask must hold"):
+        moments(torch.randn(5, 3), torch.full((5,), -1.0))
+
+
+def test_a_backward_pass_that_others_wait_for_tells_nothing(late: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next forward pass does, and makes the other processes fail as well."""
+    group, reduced, failed = Group.__new__(Group), list[Tensor](), list[Any]()
+    monkeypatch.setattr(group, "reduce", lambda sums: reduced.append(sums) or sums)
+    monkeypatch.setattr(gpu, "_kernels", Kernels)
+    monkeypatch.setattr(bn.SyncStatistics, "fail", lambda _self, device: failed.append(device))
+    x, counts = torch.randn(5, 3), torch.ones(5)
+    deferred.expect(torch.tensor(False), "late")
+    late.arrived = True
+    given = x, Call(x, counts=counts), how(group), torch.ones(4, 1, 3), None, function.Needs(True, False, False)
+    gpu.backward(*given)
+    assert len(reduced) == 1
+    with pytest.raises(ValueError, match=r"^late"):
+        bn.batch_norm(x, training=True, mask=counts, statistics=bn.SyncStatistics())
+    assert len(failed) == 1
 
 
 def test_the_size_from_which_the_kernels_compute(monkeypatch: pytest.MonkeyPatch, expected: list[Tensor]) -> None:

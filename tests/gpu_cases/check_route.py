@@ -19,7 +19,7 @@ from check_stages import DEVICE, INTERPRETED, array
 import batchnorm.torch as bt
 from batchnorm import definition
 from batchnorm.kernels.gpu import launch
-from batchnorm.torch import function, gpu, routes
+from batchnorm.torch import deferred, function, gpu, routes
 from batchnorm.torch.call import Call, Plan
 from batchnorm.torch.running import Running
 
@@ -164,6 +164,19 @@ def test_masks_and_groups(groups: bool, started: list[str], monkeypatch: pytest.
         found = step(layer, x, dy, beside, mask)
         assert_step(layer, x, dy, beside, mask, found, [3, 3] if groups else None)
     assert started == ["tensors"] * 2 + ["addresses"] * 2
+
+
+@pytest.mark.parametrize(("values", "groups"), [([1.0] + [0.0] * 5, False), ([1.0, 1, 1, 1, 0, 0], True)])
+def test_an_unsound_mask_moves_nothing(values: list[float], groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few values, which is told later; the gradients are those of a batch of which nothing counts."""
+    monkeypatch.setattr(Call, "is_opaque", property(lambda call: call.counts is not None))
+    monkeypatch.setattr(deferred, "expect", lambda _condition, _problem: None)
+    layer = bt.BatchNorm2d(8, statistics=bt.GhostStatistics(3) if groups else None, device=DEVICE)
+    x, dy = (drawn((6, 8, 1, 1), seed) for seed in (0, 1))
+    assert all(t.isfinite().all() for t in step(layer, x, dy, mask=torch.tensor(values, device=DEVICE)))
+    assert layer.running_mean.eq(0).all()
+    assert layer.running_var.eq(1).all()
+    assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (0, 1)
 
 
 def test_relu_by_its_output(started: list[str]) -> None:

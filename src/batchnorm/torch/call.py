@@ -276,5 +276,8 @@ def _expand(mask: Tensor, x: Tensor) -> Tensor:
     counts = mask.detach().to(x.device, arithmetic(x.dtype))
     if not is_symbolic() and not is_tracing() and mask.dtype is not torch.bool:
         problem = "mask must hold booleans, or weights that are finite and not negative"
-        deferred.expect(((counts >= 0) & counts.isfinite()).all(), problem)
+        sound = ((counts >= 0) & counts.isfinite()).all()
+        deferred.expect(sound, problem)
+        if counts.is_cuda:  # the error comes late: until then, no count is a number
+            counts = torch.where(sound, counts, torch.nan)
     return counts.reshape(mask.shape + (1,) * (len(positions) - mask.dim())).expand(positions)

@@ -1,8 +1,9 @@
 """Conditions on values: checked at once on the CPU, and on a GPU without waiting for it.
 
 A GPU runs behind the host, which would have to wait to know a value. So the outcome of a check is copied to the host
-behind everything else, and the error is raised by a later call, once the copy has arrived. Meanwhile the GPU computes
-whatever the values give. While a CUDA graph is captured there is nothing to check: no value exists yet.
+behind everything else, and the error is raised by whatever asks next once the copy has arrived: another check, or a
+backward pass by our kernels. If nothing asks any more, nothing is told. So callers also use the outcome on the GPU, to
+keep what is wrong away from what lasts. While a CUDA graph is captured there is nothing to tell: no value exists yet.
 """
 
 import threading
@@ -35,7 +36,7 @@ def expect(condition: Tensor, problem: str) -> None:
         problem: The error's text.
 
     Raises:
-        ValueError: If the condition does not hold; on a GPU, in a later call.
+        ValueError: If the condition does not hold; on a GPU, later. Then it may be another condition that did not hold.
     """
     if not condition.is_cuda or type(condition) is not Tensor:
         if not bool(condition):
@@ -68,7 +69,7 @@ def tell() -> None:
         _under_way[:] = waiting
     if problems:
         told = "; ".join(problems)
-        raise ValueError(f"{told} (this happened in an earlier call, perhaps of another layer: a GPU tells it late)")
+        raise ValueError(f"{told} (in this call or an earlier one, perhaps of another layer: a GPU tells it late)")
 
 
 def _send(condition: Tensor) -> tuple[Tensor, Callable[[], bool]]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.definition import Moments
-from batchnorm.torch import composed, cpu, transforms
+from batchnorm.torch import composed, cpu, deferred, transforms
 from batchnorm.torch.activations import Activation
-from batchnorm.torch.call import Batch, Call, Plan, is_plain, is_tracing
+from batchnorm.torch.call import Batch, Call, Plan, is_plain, is_symbolic, is_tracing
 from batchnorm.torch.recomputation import is_repetition, unseen
 from batchnorm.torch.routes import choose
 from batchnorm.torch.running import Running
@@ -66,9 +66,10 @@ def batch_norm(
 
     Raises:
         ValueError: If `x` has fewer than two axes; if `residual` or `mask` do not fit `x`; if there is only one value
-            per channel in training; if a mask is negative or keeps fewer than two values (on a GPU, a later call
-            raises this, so that nobody waits); if the activation is unknown; if `eps` is negative, or 0 in training;
-            if a group of `GhostStatistics` has fewer than two values.
+            per channel in training; if a mask is negative, not finite, or keeps fewer than two values (a GPU tells
+            this late, so that nobody waits: this call or a later one raises it, and meanwhile the running statistics
+            skip the batch); if the activation is unknown; if `eps` is negative, or 0 in training; if a group of
+            `GhostStatistics` has fewer than two values.
         TypeError: If an argument is of the wrong kind: `x`, `residual`, `mask` or values per channel no tensor, `eps`
             no number, `statistics` no source of statistics; if `x` is missing; if the activation is a class.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
@@ -107,11 +108,14 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         The count, and arrays of `(C,)`; zeros if nothing counts.
 
     Raises:
-        ValueError: If `x` has fewer than two axes; if the mask does not fit it, or is negative.
+        ValueError: If `x` has fewer than two axes; if the mask does not fit it, is negative or not finite. On a GPU,
+            the error may be that of an earlier mask, which has not been told yet.
         NotImplementedError: If `x` does not have a floating-point type.
     """
     call = Call.of(x.detach(), None, None, None, mask, 0.0, None)
     count = float(call.total())
+    if call.counts is not None:
+        deferred.tell()  # the GPU has been waited for
     if count == 0:
         return Moments(0.0, *np.zeros((2, x.shape[1])))
     if x.is_cpu and x.dtype in cpu.DTYPES and call.is_eager and is_plain(x):
@@ -148,6 +152,8 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         plan = source.plan(call, running)
         if plan.constants is not None:
             call = call._replace(counts=None)
+        elif call.is_opaque and isinstance(plan.count, Tensor) and not is_symbolic() and not is_tracing():
+            call, plan = _without_unsound(call, plan, plan.count > 0)
         if not call.is_eager and (plan.parts is not None or plan.group is not None) and is_tracing():
             raise RuntimeError(
                 f"torch.jit.trace cannot record {source!r}: the trace would hold what depends on this batch and this "
@@ -177,6 +183,15 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         with unseen():
             _record(running, outcome.batch, plan, is_mapped=transforms.active())
     return outcome.y if call.then is None else call.then(outcome.y), chosen.name
+
+
+def _without_unsound(call: Call, plan: Plan, sound: Tensor) -> tuple[Call, Plan]:
+    """The same, but nothing counts if the mask is not sound: then the running statistics skip the batch.
+
+    Only the GPU knows, and its error comes late. A mask that is not sound has no positive total.
+    """
+    counts, count = (torch.where(sound, values, 0.0) for values in (call.counts, plan.count))  # type: ignore[arg-type]
+    return call._replace(counts=counts), plan._replace(count=count)
 
 
 def _record(running: Running, batch: Batch | None, plan: Plan, is_mapped: bool) -> None:

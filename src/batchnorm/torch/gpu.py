@@ -228,7 +228,7 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         needs: As in `Needs`; `dy` is never overwritten.
     """
     x, residual, counts, (weight, _) = call.x, call.residual, _counts(call), _dense_vectors(call)
-    if counts is not None:
+    if counts is not None and how.plan.group is None:  # the other processes would wait for one that fails here
         deferred.tell()
     if x.numel() == 0 or (how.plan.group is not None and needs.dx):
         return _backward_in_stages(dy, call, how, statistics, needs)

@@ -105,7 +105,8 @@ class _Layer(_Base):
 
     Attributes:
         num_batches_skipped: The number of training batches that did not change the running statistics, because they
-            were empty or because their own statistics were not finite (most often an overflow under mixed precision).
+            were empty, because their own statistics were not finite (most often an overflow under mixed precision), or
+            because their mask was wrong, which a GPU tells late.
             `num_batches_tracked` does not count them. This tensor is not a buffer, so that the layer has exactly the
             buffers of PyTorch's layer: it is copied, pickled and moved with the layer, but it is not in the state
             dict. Exported and traced graphs, and the backward pass of a checkpoint, do not count.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.definition import Moments
-from batchnorm.torch import recomputation
+from batchnorm.torch import deferred, recomputation
 from batchnorm.torch.activations import recognize, resolve
 from batchnorm.torch.call import Call
 from batchnorm.torch.dataflow import is_linear_map
@@ -42,6 +42,7 @@ def moments_of(x: Tensor, mask: Tensor | None) -> Batch:
         counts = given.to(exact).reshape(samples, 1, -1)
         values = torch.where(counts > 0, values, 0.0)
         count = float(counts.sum())
+        deferred.tell()  # the GPU has been waited for
     if count == 0:
         nothing = torch.zeros(x.shape[1]).double().numpy()
         return Batch(0, Moments(0.0, nothing, nothing), nothing, nothing)

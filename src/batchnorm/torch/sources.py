@@ -170,12 +170,13 @@ class GhostStatistics(Statistics):
         """The same for a mask on a GPU, in as many operations for many groups as for two."""
         assert call.counts is not None
         sizes = self.sizes(call.x.shape[0])
+        enough = (_by_group(_kept(call.counts), sizes) >= 2).all()
         deferred.expect(
-            (_by_group(call.counts > 0, sizes) >= 2).all(),
+            enough,
             f"mask leaves fewer than two values of one of the {len(sizes)} groups of GhostStatistics; x has shape "
             f"{tuple(call.x.shape)}. Use a larger batch_size",
         )
-        totals, ends = _by_group(call.counts, sizes), np.cumsum(sizes).tolist()
+        totals, ends = torch.where(enough, _by_group(call.counts, sizes), 0.0), np.cumsum(sizes).tolist()
         parts = [Part(slice(end - size, end), total) for size, end, total in zip(sizes, ends, totals, strict=True)]
         return Plan(totals.sum(), parts=parts, unbiased=self.unbiased)
 
@@ -355,13 +356,16 @@ def _count_two(call: Call) -> float | Tensor:
             tracer._set_tracing_state(state)
         return call.total()
     if call.counts is not None and call.is_opaque:
-        if not is_symbolic():  # a graph for all values cannot check some of them
-            deferred.expect(
-                (call.counts > 0).sum() >= 2,
-                f"mask leaves fewer than two values of each channel of x of shape {tuple(call.x.shape)}: skip such a "
-                "batch, or use larger ones",
-            )
-        return call.total()
+        total = call.total()
+        if is_symbolic():  # a graph for all values cannot check some of them
+            return total
+        enough = _kept(call.counts).sum() >= 2
+        deferred.expect(
+            enough,
+            f"mask leaves fewer than two values of each channel of x of shape {tuple(call.x.shape)}: skip such a "
+            "batch, or use larger ones",
+        )
+        return torch.where(enough, total, 0.0)  # type: ignore[arg-type]
     values = call.positions()
     if values != 1 and call.counts is None:
         return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)  # pyright: ignore[reportReturnType]
@@ -377,6 +381,11 @@ def _count_two(call: Call) -> float | Tensor:
             "Drop the last, incomplete batch (drop_last=True), use larger batches, or evaluate (model.eval())"
         )
     return call.total()
+
+
+def _kept(counts: Tensor) -> Tensor:
+    """Which positions count; all of them if no count is a number, because then the mask's error is another one."""
+    return ~(counts <= 0)
 
 
 def _by_group(values: Tensor, sizes: list[int]) -> Tensor:
