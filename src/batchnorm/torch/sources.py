@@ -365,7 +365,7 @@ def _count_two(call: Call) -> float | Tensor:
             f"mask leaves fewer than two values of each channel of x of shape {tuple(call.x.shape)}: skip such a "
             "batch, or use larger ones",
         )
-        return torch.where(enough, total, 0.0)  # type: ignore[arg-type]
+        return torch.where(enough, total, 0.0)
     values = call.positions()
     if values != 1 and call.counts is None:
         return torch.sym_float(values) if isinstance(values, torch.SymInt) else float(values)  # pyright: ignore[reportReturnType]
