@@ -129,6 +129,19 @@ def test_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert plain.compute(other, x, None, "relu") is None
     monkeypatch.setattr(recipes, "LEAST", x.nbytes + 1)
     assert is_plain(changed(lambda b: setattr(b, "save_memory", True)), x)
+    for name in ("training", "statistics", "track_running_stats", "momentum"):
+        kind = type("Computed", (bn.BatchNorm2d,), {name: property(lambda _: None, lambda _, __: None)})
+        assert plain.compute(kind(5), x, None, None) is None
+    saves = type("Saves", (bn.BatchNorm2d,), {"save_memory": True})(5)
+    assert plain.compute(saves, x, None, None) is not None
+    monkeypatch.setattr(recipes, "LEAST", x.nbytes)
+    assert plain.compute(saves, x, None, None) is None
+    for odd in (torch._efficientzerotensor(5), torch._neg_view(torch.zeros(5))):
+        for name in ("running_mean", "running_var"):
+            other = changed(lambda b: None)
+            other._buffers[name] = odd
+            assert plain.compute(other, x, None, None) is None
+    assert plain.compute(bn.BatchNorm1d(0), torch.randn(4, 0), None, None) is None
     for other_x in (
         x.double(), x.to_sparse(), x.to_mkldnn(), x.half(), x[:0], x[:1, :, :1, :1], x.to("meta"), x.int(),
         torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), x.numpy(), None,
@@ -142,6 +155,24 @@ def test_what_is_not_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not is_plain(layer, x)
     with pytest.raises(ValueError, match="expected 4D input"):
         layer(x[0])
+
+
+def test_a_layer_without_statistics_counts_once() -> None:
+    layer, x, _ = made((4, 5, 3, 3), torch.float32, False)
+    layer.running_mean = layer.running_var = None
+    layer(x)
+    assert layer.num_batches_tracked == 1
+    layer.num_batches_tracked = torch.zeros(2, dtype=torch.int32)[:1].squeeze()
+    layer(x)
+    assert layer.num_batches_tracked == 1
+
+
+def test_the_version_of_a_counter_tells_of_a_batch() -> None:
+    for shape in SMALL[1], LARGE[1]:
+        layer, x, _ = made(shape, torch.float32, False)
+        before = [t._version for t in layer.buffers()]
+        layer(x)
+        assert all(t._version > version for t, version in zip(layer.buffers(), before, strict=True))
 
 
 def test_nothing_moves_for_a_batch_that_is_not_finite_or_far_away() -> None:

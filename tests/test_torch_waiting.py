@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm import torch as bn
-from batchnorm.torch import cards, deferred, function, gpu, route, sources
+from batchnorm.torch import cards, deferred, function, gpu, recipes, route, sources
 from batchnorm.torch.call import Call, Plan
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.running import Running
@@ -66,6 +66,7 @@ def expected(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setattr(gpu, "_kernels", Kernels)
     monkeypatch.setattr(gpu, "_current_device", lambda: None)
     monkeypatch.setattr(gpu, "_quick_room", lambda: None)
+    monkeypatch.setattr(recipes, "_stream", lambda _t: 0)
     monkeypatch.setattr(deferred, "expect", lambda condition, _problem: found.append(condition))
     return found
 

@@ -63,7 +63,10 @@ def concurrent() -> bool:
 
 
 def run(kernel: Callable[..., Any], parallel: bool, *arguments: Any) -> Any:
-    """Call a kernel, on `available()` threads if it is a parallel one, and return what it returns."""
+    """Call a kernel, on `available()` threads if it is a parallel one, and return what it returns.
+
+    Numba is told that number when it changes. Who tells Numba another one in the same thread gets that until then.
+    """
     global _layer
     if not parallel:
         return kernel(*arguments)

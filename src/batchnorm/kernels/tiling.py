@@ -104,7 +104,7 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
         # samples.
         fits = c >= BLOCKS or n * length * itemsize * tensors <= cache
         rows = n if fits else _even_share(n, c * length * itemsize, cache)
-        width = min(c // BLOCKS, STRETCH // length, cache // (n * length * itemsize * tensors))
+        width = min(c // BLOCKS, STRETCH // length, cache // max(1, n * length * itemsize * tensors))
         return Tiling(True, rows, max(1, width))
     width = max(1, min(c, ROW_WIDTH // length))
     # Narrow columns of a channels-last matrix cost more than a second reading of it, unless the matrix is small.

@@ -47,6 +47,7 @@ def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
         and var.is_contiguous()
         and is_plain(x, mean, var)
         and not (mean.is_inference() or var.is_inference())
+        and not (mean.is_neg() or var.is_neg() or mean._is_zerotensor() or var._is_zerotensor())
         and (batches is None or (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64))
     )
 
@@ -133,7 +134,7 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
     if running is not None and not moved:
         running.note(False)
     elif running is not None:
-        torch._C._increment_version(running[:2])  # type: ignore[arg-type]
+        torch._C._increment_version([t for t in (running.mean, running.var, running.batches) if t is not None])
     return statistics, affine
 
 

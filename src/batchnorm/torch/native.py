@@ -61,7 +61,8 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
     movable = strict and eager and plan.unbiased and cpu.can_move(running, call.x, plan)
     if strict and eager and call.x.dtype is call.arithmetic and (movable or running.mean is None):
         moving = None if running.mean is None or running.var is None else (running.mean, running.var)
-        z = by_batch(call.x, call.weight, call.bias, moving, float(running.rate()), running.batches, call.eps)
+        batches = None if moving is None else running.batches  # without statistics, `normalize` counts
+        z = by_batch(call.x, call.weight, call.bias, moving, float(running.rate()), batches, call.eps)
         return None if z is None else Outcome(_follow(call, z))
     if running.mean is None or running.var is None:
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
@@ -100,7 +101,7 @@ def by_batch(
         del _local.scratch[channels, x.dtype]  # what is not finite would stay in it
         return None
     if running is not None:
-        torch._C._increment_version(running)
+        torch._C._increment_version(running if batches is None else (*running, batches))
     return z
 
 

@@ -24,6 +24,8 @@ from batchnorm.torch.running import Running
 __all__ = ["compute"]
 
 _C = torch._C
+MISSING: Any = object()
+"""What a layer does not keep in its own dictionary: a subclass may compute it."""
 
 
 def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor | None:
@@ -39,7 +41,7 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         `y`. None, with nothing changed, if the call is not plain.
     """
     own = layer.__dict__
-    training, momentum, eps = own["training"], own["momentum"], own["eps"]
+    training, momentum, eps = own.get("training"), own.get("momentum"), own.get("eps")
     if (
         torch.compiler.is_compiling()
         or _C._are_functorch_transforms_active()
@@ -48,8 +50,9 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         or forward_ad._current_level >= 0
         or _C._current_graph_task_id() != -1
         or routes.allowed is not None
-        or (training and (own["statistics"] is not None or not own["track_running_stats"]))
-        or type(momentum) is not float
+        or type(training) is not bool
+        or (training and (own.get("statistics", MISSING) is not None or not own.get("track_running_stats")))
+        or (training and type(momentum) is not float)
         or type(eps) is not float
         or not eps > 0
         or type(x) not in PLAIN
@@ -68,16 +71,18 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         if type(t) not in PLAIN or t.dtype is not exact or not t.is_cpu or t.shape != (channels,):
             return None
     if (
-        size < (2 * channels if training else 1)
+        size == 0
+        or (training and size < 2 * channels)
         or not (mean.is_contiguous() and var.is_contiguous())
         or (mean.requires_grad or var.requires_grad or mean.is_inference() or var.is_inference())
+        or (mean.is_neg() or var.is_neg() or mean.data_ptr() == 0 or var.data_ptr() == 0)  # or without memory
         or not (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64)
         or (residual is not None and not _is_like(x, residual))
     ):
         return None
     layer._check_input_dim(x)
     named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
-    saves = own.get("save_memory", False) and x.nbytes >= recipes.LEAST and torch.is_grad_enabled()
+    saves = layer.save_memory and x.nbytes >= recipes.LEAST and torch.is_grad_enabled()
     y: Tensor | None = None
     if dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
         if saves or (1 in x.shape and not x.is_contiguous()):

@@ -32,8 +32,8 @@ class Route(NamedTuple):
 
 
 SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 16, 1 << 20, 1 << 15
-"""The numbers of values from which the CPU kernels pay: in training (16 times as many where channels are adjacent), in
-evaluation, and in training in a compiled graph.
+"""The numbers of values from which the CPU kernels pay: in training (16 times as many for matrices and for strides that
+are not those of channels-first), in evaluation, and in training in a compiled graph.
 
 Forward and backward, an autograd function in Python takes longer than PyTorch's operation in C++, above all when it
 finds nothing in the caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain
