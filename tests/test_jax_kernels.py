@@ -305,12 +305,46 @@ def test_other_shapes_and_forked_children_are_left_to_python(by_kernels: None, m
     for x in batch(15), batch(16), batch(15):
         for _ in range(3):
             agrees(x, step(x))
-    handler._forget()
     called = []
-    forward = launch.forward
+    forward, calls = launch.forward, handler._table[0]["calls"]
     monkeypatch.setattr(launch, "forward", lambda *given: (called.append(1), forward(*given))[1])
+    first = calls[0]
+    handler._forget()  # as the forked child below does
+    try:
+        agrees(batch(15), step(batch(15)))
+    finally:
+        calls[0] = first
+    assert called == [1]
     agrees(batch(15), step(batch(15)))
     assert called == [1]
+
+
+def test_an_error_in_the_preparation_leaves_a_call_to_python(
+    by_kernels: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+    x, step = batch(17), jax.jit(normalize)
+    monkeypatch.setattr(prepared, "forward", broken)
+    with caplog.at_level(logging.WARNING, "batchnorm"):
+        for _ in range(4):
+            agrees(x, step(x))
+    assert [record.getMessage() for record in caplog.records if record.name == "batchnorm"] == [
+        "XLA calls the kernels of batchnorm through Python for shape (17, 16), because preparing the call failed: "
+        "ZeroDivisionError('planted')"
+    ]
+
+
+def test_nothing_is_compiled_for_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything kept of a call that has no place in it."""
+    x, made = np.zeros(3, np.float32), []
+    monkeypatch.setattr(handler, "MOST", len(handler._kept))
+    times = dict(handler._times)
+    for _ in range(3):
+        handler.prepare(b"one more", [x], [x], lambda: made.append(1))
+    assert made == []
+    assert handler._times == times
 
 
 def test_threads(by_kernels: None) -> None:
@@ -346,20 +380,24 @@ def test_a_process_may_end_while_the_kernels_compute() -> None:
 
 
 def test_a_forked_child_ends_while_its_parent_computes() -> None:
-    """It has none of the threads that work."""
+    """It has none of the threads that work, and none of the calls that are prepared."""
     code = (
         "import os, sys, warnings, jax, jax.numpy as jnp\n"
         "warnings.simplefilter('ignore')\n"
         "from batchnorm.jax import batch_norm\n"
+        "from batchnorm.kernels import threads\n"
         "x, mean, var = jnp.ones((64, 64, 64, 16)), jnp.zeros(16), jnp.ones(16)\n"
         "f = jax.jit(lambda x: batch_norm(x, mean, var, training=True)[0].sum())\n"
         "f(x).block_until_ready()\n"
+        "for _ in range(2):\n"
+        "    f(x[0, :8]).block_until_ready()\n"
+        "from batchnorm.xla import handler, kernels\n"
+        "assert handler._table[0]['calls'][0] and not threads.forbidden()\n"
         "kept = f(x)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
-        "    from batchnorm.xla import kernels\n"
         "    kernels._finish(os.getppid())\n"
-        "    os._exit(7)\n"
+        "    os._exit(7 if threads.forbidden() and not handler._table[0]['calls'][0] else 8)\n"
         "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=900)

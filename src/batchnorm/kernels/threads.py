@@ -34,6 +34,8 @@ _in_child_of_user = False
 def follow(count: Callable[[], int]) -> Callable[[], int]:
     """Have kernels use as many threads as `count()` says at each launch: a framework's own setting.
 
+    A call that XLA makes without Python keeps the number of when it was prepared (`batchnorm.xla.prepared`).
+
     Returns:
         What kernels followed before.
     """

@@ -2,13 +2,14 @@
 
 Python takes as long to read the frame of a call as the kernels do to normalize tens of thousands of values. So a call
 that comes again is `prepared`. The compiled function finds it by its attribute and the types and shapes of its buffers.
-All else it leaves to a handler in Python: a call that is not prepared, a frame that is not as expected, every error.
+All else it leaves to a handler in Python: a call that is not prepared, and a frame that is not as expected.
 
 The machine code is kept on disk and knows nothing of the process. It finds the table of calls by a symbol.
 """
 
 import ctypes
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -40,8 +41,12 @@ Attributes:
     text, length: Its attribute.
 """
 
-TABLE = np.dtype([("python", np.int64), ("size", np.int64), ("calls", CALL, MOST)])
-"""The handler in Python, and the prepared calls. They are read while others are added: `size` is written last."""
+TABLE = np.dtype([("python", np.int64), ("calls", np.int64, MOST + 1)])
+"""The address of the handler in Python, and those of the prepared calls, up to the first 0.
+
+They are read while others are added. So a call is written before its address, and read only through it: whatever the
+order in which a processor sees other writes, it sees no address, or the whole call.
+"""
 
 SYMBOL = "batchnorm_xla_calls"
 
@@ -59,7 +64,7 @@ SIZE, KINDS, VALUES = Many.size.offset, Many.types.offset, Many.values.offset
 NUMBER, KIND, VALUE = (ATTRIBUTES + getattr(Attributes, name).offset for name in ("size", "types", "values"))
 DTYPE, RANK, DIMS = Buffer.dtype.offset, Buffer.rank.offset, Buffer.dims.offset
 START, LENGTH = Span.start.offset, Span.length.offset
-KNOWN, CALLS, STRIDE = TABLE.fields["size"][1], TABLE.fields["calls"][1], CALL.itemsize  # type: ignore[index]
+CALLS = TABLE.fields["calls"][1]  # type: ignore[index]
 
 
 @inlined
@@ -125,11 +130,15 @@ def _handler() -> Any:
     def handle(frame: int) -> int:
         table = _address_of_table()
         if _is_as_expected(frame):
-            for i in range(read(table + KNOWN, WORD)):
-                known = record(table + CALLS + STRIDE * i, CALL)
+            place = table + CALLS
+            address = read(place, WORD)
+            while address != 0:
+                known = record(address, CALL)
                 if _is(known, frame):
                     x = data(read(frame + ARGUMENTS, WORD), 0)  # twice: its address is passed as two types of pointer
                     return call(known.run, (frame, known.entry, x, x))
+                place += 8
+                address = read(place, WORD)
         return call(read(table, WORD), (frame,))
 
     return handle
@@ -167,7 +176,8 @@ def _layout(*groups: Sequence[Array]) -> list[int]:
 def prepare(text: bytes, arguments: Sequence[Array], results: Sequence[Array], made: Callable[[], Made]) -> None:
     """Have the compiled function make a call from now on, if this is the second time that it comes.
 
-    What is called once is not worth compiling anything.
+    What is called once is not worth compiling anything. A call that cannot be prepared is left to Python for good, with
+    a warning if that is due to an error: its results do not depend on it.
 
     Args:
         text: Its attribute.
@@ -177,24 +187,35 @@ def prepare(text: bytes, arguments: Sequence[Array], results: Sequence[Array], m
     layout, in_place = _layout(arguments, results), arguments[0].ctypes.data == results[0].ctypes.data
     key = text, in_place, *layout
     with _lock:
+        if len(_kept) == MOST:
+            return
         _times[key] = times = _times.get(key, 0) + 1
-    if times != 2 or (found := made()) is None:
+    if times != 2:
+        return
+    try:
+        found = made()
+    except Exception as error:
+        logging.getLogger("batchnorm").warning(
+            "XLA calls the kernels of batchnorm through Python for shape %s, because preparing the call failed: %r",
+            arguments[0].shape, error,
+        )  # fmt: skip
+        return
+    if found is None:
         return
     run, entry = found
     words, letters = np.array(layout, np.int64), np.frombuffer(text, np.uint8)
-    known = run, entry.ctypes.data, words.ctypes.data, in_place, letters.ctypes.data, len(text)
+    known = np.array((run, entry.ctypes.data, words.ctypes.data, in_place, letters.ctypes.data, len(text)), CALL)
     with _lock:
-        if len(_kept) == MOST:
+        if (place := len(_kept)) == MOST:
             return
-        _table[0]["calls"][len(_kept)] = known
-        _kept.append((entry, words, letters))
-    with _lock:  # a lock taken again is a barrier: a thread that reads the new size sees the call as well
-        _table[0]["size"] = len(_kept)
+        _kept.append((known, entry, words, letters))
+    with _lock:  # a lock taken again is a barrier: the call is written before its address
+        _table[0]["calls"][place] = known.ctypes.data
 
 
 def _forget() -> None:
     """Leave every call to Python: in a forked child, in which parallel kernels may not run."""
-    _table[0]["size"] = 0
+    _table[0]["calls"][0] = 0
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,6 +2,9 @@
 
 The functions here do what `launch.forward` and `launch.backward` do, and the `_forward` and `_backward` of
 `batchnorm.xla.kernels` around them, for a call whose types, shapes and presence of arrays are known.
+
+Only a lack of memory for tables of the channels can be an error in them. It does not reach XLA: Numba prints it, and
+the results have no meaning.
 """
 
 import functools
