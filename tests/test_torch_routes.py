@@ -182,6 +182,17 @@ def test_a_route_that_does_not_exist_is_refused(names: tuple[str, ...]) -> None:
         pass
 
 
+def test_half_precision_without_kernels_is_computed_though_it_is_not_finite() -> None:
+    x = torch.randn(8, 3, 4).half()
+    x[0, 1] = torch.inf
+    running = torch.zeros(3), torch.ones(3)
+    with bn.route("native", "numba"):  # the kernels cannot take over
+        y = bn.batch_norm(x, *running, training=True)
+    assert y[:, 0].isfinite().all()
+    assert y[:, 1].isnan().any()
+    assert torch.equal(torch.stack(running), torch.tensor([[0.0], [1.0]]).expand(2, 3))
+
+
 @pytest.mark.usefixtures("whole_table")
 def test_the_table_chooses_by_size_type_and_layout() -> None:
     from batchnorm.torch import routes

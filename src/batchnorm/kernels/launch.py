@@ -36,7 +36,7 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import OUTPUT, is_finite, merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize"]
+__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "walk_of"]
 
 Array = NDArray[Any]
 
@@ -237,7 +237,7 @@ def _no_counts(dtype: np.dtype[Any]) -> Array:
     return np.empty((0, 0), dtype)
 
 
-def _walk(cut: Tiling) -> ModuleType:
+def walk_of(cut: Tiling) -> ModuleType:
     """The stages in the walking order of a tiling."""
     return by_channel if cut.by_channel else by_row
 
@@ -308,7 +308,7 @@ def moments(x: Array, counts: Array | None, mean: Array, var: Array, *, cache: i
         cache: Bytes of the L2 cache that a tile may occupy.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    stage = _walk(cut).moments(int(counts is not None))
+    stage = walk_of(cut).moments(int(counts is not None))
     _launch(moments_kernel, (stage,), cut, (x, None, counts, None, None), None, mean, var)
 
 
@@ -334,7 +334,7 @@ def normalize(
         cache: As in `moments`.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    stage = _walk(cut).normalize(_code(activation), int(residual is not None))
+    stage = walk_of(cut).normalize(_code(activation), int(residual is not None))
     _launch(normalize_kernel, (stage,), cut, (x, residual, None, weight, bias), activation, mean, rstd, y)
 
 
@@ -368,7 +368,7 @@ def grad_sums(
     cut = tiling(x.shape, x.itemsize, 2, cache)
     code = _code(activation)
     for exact in (0, 1):
-        stage = _walk(cut).grad_sums(code, _residual_code(residual, of_output), exact)
+        stage = walk_of(cut).grad_sums(code, _residual_code(residual, of_output), exact)
         _launch(
             grad_sums_kernel, (stage,), cut, (x, residual, None, weight, bias), activation,
             dy, mean, rstd, sum_dz, sum_dz_xhat,
@@ -413,7 +413,7 @@ def grad_input(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     kind, counted = _residual_code(residual, of_output), int(counts is not None)
-    stage = _walk(cut).grad_input(_code(activation), kind, counted, int(exact), int(dx is dy))
+    stage = walk_of(cut).grad_input(_code(activation), kind, counted, int(exact), int(dx is dy))
     _launch(
         grad_input_kernel, (stage,), cut, (x, residual, counts, weight, bias), activation,
         dy, mean, rstd, sum_dz, sum_dz_xhat, float(count), dx, dx if d_residual is None else d_residual,
@@ -445,7 +445,7 @@ def forward(
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
     if cut.fused(x):
-        walk = _walk(cut)
+        walk = walk_of(cut)
         stages = walk.moments(int(counts is not None)), walk.normalize(_code(activation), int(residual is not None))
         given = x, residual, counts, weight, bias
         _launch(forward_kernel, stages, cut, given, activation, float(eps), y, mean, var, rstd)
@@ -483,7 +483,7 @@ def backward(
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
     if cut.fused(x):
-        walk, code, counted = _walk(cut), _code(activation), int(counts is not None)
+        walk, code, counted = walk_of(cut), _code(activation), int(counts is not None)
         kind, in_place = _residual_code(residual, of_output), int(dx is dy)
         flat = code in FLAT
         for exact in (0, 1):

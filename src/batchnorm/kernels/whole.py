@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from batchnorm.definition import ActivationSpec, parse_activation
-from batchnorm.kernels import by_channel, by_row, launch, threads
+from batchnorm.kernels import launch, threads
 from batchnorm.kernels.activations import CODES, FLAT
 from batchnorm.kernels.calls import (
     address,
@@ -31,6 +31,7 @@ from batchnorm.kernels.calls import (
 )
 from batchnorm.kernels.compilation import inlined, kernel
 from batchnorm.kernels.formats import arithmetic
+from batchnorm.kernels.formulas import is_finite
 from batchnorm.kernels.running import moved
 from batchnorm.kernels.tiling import SERIAL, tiling
 
@@ -189,10 +190,7 @@ def _backward() -> Callable[..., bool]:
             )
         else:
             call_grad_sums_kernel(kernels[0], (stages[0], *given, sum_dz, sum_dz_xhat))
-        total = 0.0
-        for c in range(C):
-            total += abs(sum_dz[c])
-        if flat and not again and not total < np.inf:
+        if flat and not again and not is_finite(sum_dz, 0, C):
             return False
         if kernels[1] != 0:
             call_grad_input_kernel(kernels[1], (stages[1], *given, sum_dz, sum_dz_xhat, count, dx, d_residual))
@@ -212,7 +210,7 @@ def _backward() -> Callable[..., bool]:
 def _forward_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
     """What `whole_forward` begins with."""
     cut = tiling(batch.shape, batch.dtype.itemsize, 1)
-    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
     stages = walk.moments(0), walk.normalize(code, int(batch.residual > 0))
     made = [launch.forward_kernel] if cut.rows >= batch.shape[0] else [launch.moments_kernel, launch.normalize_kernel]
     return _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
@@ -222,7 +220,7 @@ def _forward_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
 def _normalize_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
     """What `whole_normalize` begins with."""
     cut = tiling(batch.shape, batch.dtype.itemsize, 1)
-    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
     stage = walk.normalize(code, int(batch.residual > 0))
     return _beginning(batch, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
 
@@ -231,7 +229,7 @@ def _normalize_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
 def _backward_of(batch: Batch, parallel: bool, exact: int) -> tuple[Any, ...]:
     """What `whole_backward` begins with."""
     cut = tiling(batch.shape, batch.dtype.itemsize, 2)
-    walk, code = by_channel if cut.by_channel else by_row, CODES[parse_activation(batch.activation)[0]]
+    walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
     stages = (
         walk.grad_sums(code, batch.residual, exact),
         walk.grad_input(code, batch.residual, 0, exact, int(batch.in_place)),

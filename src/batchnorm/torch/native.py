@@ -58,8 +58,8 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
             # Copies: a later batch changes the running statistics, and the backward pass must not see that.
             mean, var = mean.clone(), var.clone()
         return Outcome(_follow(call, _batch_norm(call, mean, var, False, 0.0), (mean, var)))
-    movable = strict and eager and plan.unbiased and cpu.can_move(running, call.x, plan)
-    if strict and eager and call.x.dtype is call.arithmetic and (movable or running.mean is None):
+    asks = strict and eager and call.x.dtype is call.arithmetic
+    if asks and (running.mean is None or (plan.unbiased and cpu.can_move(running, call.x, plan))):
         moving = None if running.mean is None or running.var is None else (running.mean, running.var)
         batches = None if moving is None else running.batches  # without statistics, `normalize` counts
         z = by_batch(call.x, call.weight, call.bias, moving, float(running.rate()), batches, call.eps)
@@ -68,7 +68,7 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
         return Outcome(_follow(call, _batch_norm(call, None, None, True, 0.0)))
     batch = _of_momentum_one(call, plan)
     z = _batch_norm(call, batch.mean, batch.var, True, 1.0)
-    if strict and eager:
+    if asks:
         count, places = float(plan.count), (batch.mean.data_ptr(), batch.var.data_ptr())
         stay = whole.Move(like=LIKE[batch.mean.dtype])
         if not whole.accept(*places, len(batch.mean), (count - 1) / count, call.eps, NEAR, stay):

@@ -9,7 +9,6 @@ the results have no meaning.
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
@@ -19,7 +18,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from batchnorm.definition import parse_activation
-from batchnorm.kernels import by_channel, by_row, launch, threads
+from batchnorm.kernels import launch, threads
 from batchnorm.kernels.activations import CODES, FLAT
 from batchnorm.kernels.calls import (
     address,
@@ -266,11 +265,6 @@ def _filled(value: int, size: int, dtype: np.dtype[Any]) -> Array:
     return np.full(size, value, dtype)
 
 
-def _walk(x: Array, tensors: int) -> ModuleType:
-    """The stages in the walking order of a batch."""
-    return by_channel if tiling(x.shape, x.itemsize, tensors).by_channel else by_row
-
-
 def forward(x: Array, how: How, members: int) -> Made:
     """A function that makes a forward call, and its entry; None if it must be left to Python.
 
@@ -281,7 +275,7 @@ def forward(x: Array, how: How, members: int) -> Made:
     """
     if (entry := _entry(launch.forward_kernel, FORWARD, x, how, members, 1)) is None:
         return None
-    walk, code = _walk(x, 1), CODES[how.activation[0]]
+    walk, code = launch.walk_of(tiling(x.shape, x.itemsize, 1)), CODES[how.activation[0]]
     entry["stage"] = address(walk.moments(int(how.counts)), x.dtype)
     entry["next_stage"] = address(walk.normalize(code, int(how.residual)), x.dtype)
     return _run(_forward, x.dtype), entry
@@ -296,7 +290,8 @@ def backward(x: Array, how: How, members: int, in_place: bool) -> Made:
     """
     if (entry := _entry(launch.backward_kernel, BACKWARD, x, how, members, 2)) is None:
         return None
-    walk, code, residual, counted = _walk(x, 2), CODES[how.activation[0]], int(how.residual), int(how.counts)
+    walk, code = launch.walk_of(tiling(x.shape, x.itemsize, 2)), CODES[how.activation[0]]
+    residual, counted = int(how.residual), int(how.counts)
     entry["in_place"], entry["flat"] = in_place, code in FLAT
     for exact, (sums, gradient) in enumerate([("stage", "next_stage"), ("exact", "next_exact")]):
         if not exact or code in FLAT:
