@@ -12,7 +12,7 @@ from batchnorm.kernels.running import move
 from batchnorm.torch import arrays
 from batchnorm.torch.allocator import empty_like
 from batchnorm.torch.call import Call, Part, Plan, is_plain
-from batchnorm.torch.function import Gradients, How, Needs, keeps_output
+from batchnorm.torch.function import Gradients, How, Needs, keeps_output, known
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running, correction
 
@@ -65,6 +65,8 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
     """`y`, the statistics as in `How`, and weight and bias as `tables`."""
+    if how.statistics is None and how.plan.constants is not None:
+        how = how._replace(statistics=known(call, *how.plan.constants, STATISTICS))
     x, laid = call.x, memory_format(call.x)
     y, statistics = empty_like(x, laid), how.statistics
     if statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
