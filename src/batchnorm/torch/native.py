@@ -131,8 +131,8 @@ def _make_scratch(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, in
 def by_constants(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor | None:
-    """A CPU tensor normalized by constants; None if the kernels are more exact."""
-    if not _is_near(mean, var, eps):
+    """A CPU tensor normalized by constants, dense ones of its type; None if the kernels are more exact."""
+    if not whole.is_near(mean.data_ptr(), var.data_ptr(), x.shape[1], LIKE[x.dtype], eps, NEAR):
         return None
     if torch.is_grad_enabled():
         # Copies: a later batch changes the running statistics, and the backward pass must not see that.
