@@ -92,7 +92,7 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
 def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[..., Tensor]:
     """What makes `y` again from `x` and the residual, by the stage that made it."""
     laid, activation = memory_format(call.x), call.activation
-    batch = whole.Batch(
+    descriptor = whole.Descriptor(
         arrays.shape(call.x, laid), arrays.TYPES[call.x.dtype], activation, int(call.residual is not None)
     )
     parts = how.plan.parts
@@ -103,7 +103,7 @@ def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[
         if parts is None:
             beside = x if residual is None else residual
             whole.normalize(
-                batch, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
+                descriptor, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
             )
             return y
         data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
@@ -125,7 +125,7 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
     statistics = torch.empty((3, 1, x.shape[1]), dtype=STATISTICS, device="cpu")
     affine = torch.empty((2, x.shape[1]), dtype=exact, device="cpu")
     moved = whole.forward(
-        whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, int(call.residual is not None)),
+        whole.Descriptor(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, int(call.residual is not None)),
         x.data_ptr(), residual.data_ptr(), y.data_ptr(),
         0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         affine.data_ptr(), statistics.data_ptr(), call.eps,
@@ -203,7 +203,7 @@ def _backward_whole(
     d_weight, d_bias = (torch.empty(x.shape[1], dtype=call.arithmetic, device="cpu") for _ in range(2))
     kind = 0 if residual is None else 1 + keeps_output(call)
     whole.backward(
-        whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, kind, dx is dy),
+        whole.Descriptor(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, kind, dx is dy),
         dy.data_ptr(), x.data_ptr(), (x if residual is None else residual).data_ptr(), dx.data_ptr(),
         (dx if d_residual is None else d_residual).data_ptr(), affine.data_ptr(), statistics.data_ptr(),
         d_weight.data_ptr(), d_bias.data_ptr(), how.count,

@@ -33,10 +33,10 @@ from batchnorm.kernels.calls import (
 from batchnorm.kernels.compilation import Kernel, c_function, inlined, pointer
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import is_finite
+from batchnorm.kernels.memory import WORD, array, call, read, record
 from batchnorm.kernels.tiling import SERIAL, tiling
 from batchnorm.xla.call_frame import HUGE, HUGE_PAGES, Buffer, CallFrame, Many, large_pages
 from batchnorm.xla.formula import How
-from batchnorm.xla.memory import WORD, call, like, read, record
 
 __all__ = ["ARGUMENTS", "RESULTS", "Made", "backward", "data", "forward"]
 
@@ -104,23 +104,23 @@ def _forward() -> Callable[..., Any]:
         N, C, L, members = entry.N, entry.C, entry.L, entry.members
         arguments, results = read(frame + ARGUMENTS, WORD), read(frame + RESULTS, WORD)
         batch, table, positions = (members, N, C, L), (members, C), (members, N, L)
-        x, y = like(data(arguments, 0), batch, values), like(data(results, 0), batch, values)
-        high, low = like(data(results, 1), table, numbers), like(data(results, 2), table, numbers)
-        found = like(data(results, 3), table, numbers)
-        weights, biases = like(entry.ones, table, numbers), like(entry.zeros, table, numbers)
-        residuals, all_counts = x, like(entry.ones, (members, 0, 0), numbers)
+        x, y = array(data(arguments, 0), values, batch), array(data(results, 0), values, batch)
+        high, low = array(data(results, 1), numbers, table), array(data(results, 2), numbers, table)
+        found = array(data(results, 3), numbers, table)
+        weights, biases = array(entry.ones, numbers, table), array(entry.zeros, numbers, table)
+        residuals, all_counts = x, array(entry.ones, numbers, (members, 0, 0))
         i = 1
         if entry.weight:
-            weights = like(data(arguments, i), table, numbers)
+            weights = array(data(arguments, i), numbers, table)
             i += 1
         if entry.bias:
-            biases = like(data(arguments, i), table, numbers)
+            biases = array(data(arguments, i), numbers, table)
             i += 1
         if entry.residual:
-            residuals = like(data(arguments, i), batch, values)
+            residuals = array(data(arguments, i), values, batch)
             i += 1
         if entry.counts:
-            all_counts = like(data(arguments, i), positions, numbers)
+            all_counts = array(data(arguments, i), numbers, positions)
         _ask_for_large_pages(entry.advise, data(results, 0), y.nbytes)
         threads_before = _set_threads(entry, entry.threads)
         parameter = weights.dtype.type(entry.parameter)
@@ -154,28 +154,28 @@ def _backward() -> Callable[..., Any]:
         N, C, L, members = entry.N, entry.C, entry.L, entry.members
         arguments, results = read(frame + ARGUMENTS, WORD), read(frame + RESULTS, WORD)
         batch, table, positions = (members, N, C, L), (members, C), (members, N, L)
-        dy, x = like(data(arguments, 0), batch, values), like(data(arguments, 4), batch, values)
-        high, low = like(data(arguments, 1), table, numbers), like(data(arguments, 2), table, numbers)
-        var = like(data(arguments, 3), table, numbers)
-        weights, biases = like(entry.ones, table, numbers), like(entry.zeros, table, numbers)
-        residuals, all_counts = x, like(entry.ones, (members, 0, 0), numbers)
-        dx = like(data(results, 0), batch, values)
+        dy, x = array(data(arguments, 0), values, batch), array(data(arguments, 4), values, batch)
+        high, low = array(data(arguments, 1), numbers, table), array(data(arguments, 2), numbers, table)
+        var = array(data(arguments, 3), numbers, table)
+        weights, biases = array(entry.ones, numbers, table), array(entry.zeros, numbers, table)
+        residuals, all_counts = x, array(entry.ones, numbers, (members, 0, 0))
+        dx = array(data(results, 0), values, batch)
         d_weights, d_biases, d_residuals = weights[:0], biases[:0], dx
         i, j = 5, 1
         if entry.weight:
-            weights, d_weights = like(data(arguments, i), table, numbers), like(data(results, j), table, numbers)
+            weights, d_weights = array(data(arguments, i), numbers, table), array(data(results, j), numbers, table)
             i += 1
             j += 1
         if entry.bias:
-            biases, d_biases = like(data(arguments, i), table, numbers), like(data(results, j), table, numbers)
+            biases, d_biases = array(data(arguments, i), numbers, table), array(data(results, j), numbers, table)
             i += 1
             j += 1
         if entry.residual:
-            residuals, d_residuals = like(data(arguments, i), batch, values), like(data(results, j), batch, values)
+            residuals, d_residuals = array(data(arguments, i), values, batch), array(data(results, j), values, batch)
             _ask_for_large_pages(entry.advise, data(results, j), dx.nbytes)
             i += 1
         if entry.counts:
-            all_counts = like(data(arguments, i), positions, numbers)
+            all_counts = array(data(arguments, i), numbers, positions)
         if not entry.in_place:
             _ask_for_large_pages(entry.advise, data(results, 0), dx.nbytes)
         threads_before = _set_threads(entry, entry.threads)
