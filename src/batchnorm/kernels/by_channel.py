@@ -15,7 +15,7 @@ import numpy as np
 from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
-from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
+from batchnorm.kernels.formulas import affine, first_counted, merge, through_moments, uncenter, with_residual
 from batchnorm.kernels.tiling import BLOCK, RUN
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
@@ -160,10 +160,8 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                     for i in range(row.size):
                         d = load(row[i]) - center
                         z = d * scale + shift
-                        if RESIDUAL == OUTPUT:
-                            z = load(residual_row[i])
-                        elif RESIDUAL:
-                            z += load(residual_row[i])
+                        if RESIDUAL:
+                            z = with_residual(RESIDUAL, z, residual_row[i])
                         dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                         total += dz
                         total_d += dz * d
@@ -201,10 +199,8 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
                 for i in range(row.size):
                     d = load(row[i]) - center
                     z = d * scale + shift
-                    if RESIDUAL == OUTPUT:
-                        z = load(residual_row[i])
-                    elif RESIDUAL:
-                        z += load(residual_row[i])
+                    if RESIDUAL:
+                        z = with_residual(RESIDUAL, z, residual_row[i])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                     if COUNTED:
                         store(dx_row, i, scale * dz - (times[i] * (d * slope + level) if times[i] > 0 else T(0)))

@@ -101,7 +101,7 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
 def again(call: Call, how: How, statistics: Tensor, kept: Tensor | None) -> Callable[..., Tensor]:
     """What makes `y` again from `x` and the residual, by the stage that made it."""
     laid, activation = memory_format(call.x), call.activation
-    batch = _batch(call.x.shape, laid, call.x.dtype, activation, int(call.residual is not None))
+    descriptor = _descriptor(call.x.shape, laid, call.x.dtype, activation, int(call.residual is not None))
     parts, affine = how.plan.parts, _affine(statistics, kept)
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -110,7 +110,7 @@ def again(call: Call, how: How, statistics: Tensor, kept: Tensor | None) -> Call
         if parts is None:
             beside = x if residual is None else residual
             whole.normalize(
-                batch, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
+                descriptor, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
             )
             return y
         data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
@@ -124,12 +124,12 @@ def again(call: Call, how: How, statistics: Tensor, kept: Tensor | None) -> Call
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _batch(
+def _descriptor(
     size: torch.Size, laid: torch.memory_format, dtype: torch.dtype, activation: tuple[str, float], residual: int,
     in_place: bool = False,
-) -> whole.Batch:  # fmt: skip
-    """What a whole pass is made for. Layers meet the same batches in every step, and describing one takes a while."""
-    return whole.Batch(arrays.shape(size, laid), arrays.TYPES[dtype], activation, residual, in_place)
+) -> whole.Descriptor:  # fmt: skip
+    """What a whole pass is made for. Layers meet the same ones in every step, and describing one takes a while."""
+    return whole.Descriptor(arrays.shape(size, laid), arrays.TYPES[dtype], activation, residual, in_place)
 
 
 def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> Tensor:
@@ -141,7 +141,7 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
     statistics = NONE[STATISTICS].new_empty((4 if exact is torch.float32 else 5, 1, channels))
     at = statistics.data_ptr()
     moved = whole.forward(
-        _batch(x.shape, laid, x.dtype, call.activation, int(call.residual is not None)),
+        _descriptor(x.shape, laid, x.dtype, call.activation, int(call.residual is not None)),
         x.data_ptr(), residual.data_ptr(), y.data_ptr(),
         0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         at + TABLES * channels, at, call.eps,
@@ -229,7 +229,7 @@ def _backward_whole(
     d_weight, d_bias = none.new_empty(channels), none.new_empty(channels)
     kind, at = 0 if residual is None else 1 + keeps_output(call), statistics.data_ptr()
     whole.backward(
-        _batch(x.shape, laid, x.dtype, call.activation, kind, dx is dy),
+        _descriptor(x.shape, laid, x.dtype, call.activation, kind, dx is dy),
         dy.data_ptr(), x.data_ptr(), (x if residual is None else residual).data_ptr(), dx.data_ptr(),
         (dx if d_residual is None else d_residual).data_ptr(),
         at + TABLES * channels if kept is None else kept.data_ptr(), at,
