@@ -3,6 +3,10 @@
 This suits long runs of positions: the channel's numbers stay in registers. The loop over samples is outside the loop
 over channels, because the runs of adjacent channels are adjacent in memory.
 
+Sums are taken over four samples at a time. To enter a loop, to add up the parts of a vector and to go through what is
+left of a run that is no multiple of a vector costs about as much for four runs as for one; and memory is read at four
+places at once, even where the runs are long.
+
 `float(total)` marks where a sum leaves the data's type for float64. Compiled code needs no such word: Numba's `float`
 leaves a float32 as it is. In plain Python, NumPy would add a float32 to a Python float in float32.
 """

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 __all__ = [
-    "BLOCK", "BLOCKS", "BLOCK_CACHES", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH", "RUN",
-    "SERIAL", "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "samples_per_row", "tiling",
+    "BLOCK", "BLOCKS", "BLOCK_CACHES", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH",
+    "RUN", "SERIAL", "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "along_memory", "samples_per_row", "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -30,9 +30,9 @@ BLOCK = 4096
 """By channel: this many values of a channel are measured from one center."""
 
 STRETCH = 1 << 13
-"""By channel: a block of channels has at most this many adjacent values of a sample: 32 KB of float32. Memory is fetched
-ahead along a stretch. Stretches of 6 to 12 KB took 1.1 times as long (AMD EPYC, Zen 4); longer ones leave fewer blocks
-for threads."""
+"""By channel: a block of channels has at most this many adjacent values of a sample: 32 KB of float32. Memory is
+fetched ahead along a stretch: of 6 to 12 KB, they took 1.1 times as long (AMD EPYC, Zen 4). Longer ones leave fewer
+blocks for threads."""
 
 BLOCKS = 8
 """By channel: a tensor with as many channels is cut into a multiple of this many blocks, so that threads share them
@@ -122,6 +122,17 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
     width = -(-c // blocks)
     rows, samples = _even_share(n, width * length * itemsize, cache), samples_per_row(shape, width)
     return Tiling(False, -(-rows // samples) * samples, width)
+
+
+def along_memory(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
+    """As `tiling`, for a stage on its own that takes no sums: by channel, tiles have whole samples if there are enough.
+
+    Such tiles are read in the order of memory. The results have the same bits as with any other tiles.
+    """
+    cut, (n, c, length) = tiling(shape, itemsize, tensors, cache), shape
+    if not cut.by_channel or n < BLOCKS:
+        return cut
+    return Tiling(True, min(_even_share(n, c * length * itemsize, cache), n // BLOCKS), c)
 
 
 def _even_share(n: int, sample: int, cache: int) -> int:

@@ -33,7 +33,7 @@ from batchnorm.kernels.compilation import inlined, kernel
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import is_finite
 from batchnorm.kernels.running import moved
-from batchnorm.kernels.tiling import SERIAL, tiling
+from batchnorm.kernels.tiling import SERIAL, along_memory, tiling
 
 __all__ = ["Batch", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
@@ -219,7 +219,7 @@ def _forward_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=1024)
 def _normalize_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
     """What `whole_normalize` begins with."""
-    cut = tiling(batch.shape, batch.dtype.itemsize, 1)
+    cut = along_memory(batch.shape, batch.dtype.itemsize, 1)
     walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
     stage = walk.normalize(code, int(batch.residual > 0))
     return _beginning(batch, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
