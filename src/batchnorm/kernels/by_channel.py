@@ -187,10 +187,13 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                     for i in range(row_0.size):
                         d_0, d_1 = load(row_0[i]) - center, load(row_1[i]) - center
                         d_2, d_3 = load(row_2[i]) - center, load(row_3[i]) - center
-                        z_0 = with_residual(RESIDUAL, d_0 * scale + shift, residual_0[i])
-                        z_1 = with_residual(RESIDUAL, d_1 * scale + shift, residual_1[i])
-                        z_2 = with_residual(RESIDUAL, d_2 * scale + shift, residual_2[i])
-                        z_3 = with_residual(RESIDUAL, d_3 * scale + shift, residual_3[i])
+                        z_0, z_1 = d_0 * scale + shift, d_1 * scale + shift
+                        z_2, z_3 = d_2 * scale + shift, d_3 * scale + shift
+                        if RESIDUAL:
+                            z_0 = with_residual(RESIDUAL, z_0, residual_0[i])
+                            z_1 = with_residual(RESIDUAL, z_1, residual_1[i])
+                            z_2 = with_residual(RESIDUAL, z_2, residual_2[i])
+                            z_3 = with_residual(RESIDUAL, z_3, residual_3[i])
                         dz_0 = activate_grad(ACT, EXACT, parameter, z_0, load(dy_0[i]))
                         dz_1 = activate_grad(ACT, EXACT, parameter, z_1, load(dy_1[i]))
                         dz_2 = activate_grad(ACT, EXACT, parameter, z_2, load(dy_2[i]))
@@ -208,7 +211,9 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                     row, dy_row, residual_row = x[last, c, r0:r1], dy[last, c, r0:r1], residual[last, c, r0:r1]
                     for i in range(row.size):
                         d = load(row[i]) - center
-                        z = with_residual(RESIDUAL, d * scale + shift, residual_row[i])
+                        z = d * scale + shift
+                        if RESIDUAL:
+                            z = with_residual(RESIDUAL, z, residual_row[i])
                         dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                         total += dz
                         total_d += dz * d
@@ -245,7 +250,9 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
                 times = counts[n] if COUNTED else row
                 for i in range(row.size):
                     d = load(row[i]) - center
-                    z = with_residual(RESIDUAL, d * scale + shift, residual_row[i])
+                    z = d * scale + shift
+                    if RESIDUAL:
+                        z = with_residual(RESIDUAL, z, residual_row[i])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[i]))
                     if COUNTED:
                         store(dx_row, i, scale * dz - (times[i] * (d * slope + level) if times[i] > 0 else T(0)))

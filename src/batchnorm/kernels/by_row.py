@@ -297,8 +297,10 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                 next_residual_row = residual_rows[r + 1, j0:j1]
                 for j in range(width):
                     d, next_d = load(row[j]) - center[j], load(next_row[j]) - center[j]
-                    z = with_residual(RESIDUAL, d * scale[j] + shift[j], residual_row[j])
-                    next_z = with_residual(RESIDUAL, next_d * scale[j] + shift[j], next_residual_row[j])
+                    z, next_z = d * scale[j] + shift[j], next_d * scale[j] + shift[j]
+                    if RESIDUAL:
+                        z = with_residual(RESIDUAL, z, residual_row[j])
+                        next_z = with_residual(RESIDUAL, next_z, next_residual_row[j])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                     next_dz = activate_grad(ACT, EXACT, parameter, next_z, load(next_dy_row[j]))
                     total[j] += dz + next_dz
@@ -308,7 +310,9 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                 dy_row, row, residual_row = dy_rows[last, j0:j1], x_rows[last, j0:j1], residual_rows[last, j0:j1]
                 for j in range(width):
                     d = load(row[j]) - center[j]
-                    z = with_residual(RESIDUAL, d * scale[j] + shift[j], residual_row[j])
+                    z = d * scale[j] + shift[j]
+                    if RESIDUAL:
+                        z = with_residual(RESIDUAL, z, residual_row[j])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                     total[j] += dz
                     total_d[j] += dz * d
@@ -360,7 +364,9 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
                 _spread_counts(counts, r * samples, sample, times)
             for j in range(width):
                 d = load(row[j]) - center[j]
-                z = with_residual(RESIDUAL, d * scale[j] + shift[j], residual_row[j])
+                z = d * scale[j] + shift[j]
+                if RESIDUAL:
+                    z = with_residual(RESIDUAL, z, residual_row[j])
                 dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                 if COUNTED:
                     store(dx_row, j, scale[j] * dz - (times[j] * (d * slope[j] + level[j]) if times[j] > 0 else T(0)))

@@ -26,10 +26,8 @@ def affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
 
 @inlined
 def with_residual(RESIDUAL: int, z: Any, residual: Any) -> Any:
-    """`z` of a backward stage: with the residual if there is one; `y` in its place if `RESIDUAL` is `OUTPUT`."""
-    if RESIDUAL == OUTPUT:
-        return load(residual)
-    return z + load(residual) if RESIDUAL else z
+    """`z` in a backward stage that has a residual, or `y` in its place."""
+    return load(residual) if RESIDUAL == OUTPUT else z + load(residual)
 
 
 @inlined

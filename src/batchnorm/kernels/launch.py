@@ -5,7 +5,7 @@ Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, posit
 set of stages, in two walking orders: `by_channel` for long runs of positions, `by_row` for short ones.
 
 `forward` and `backward` run all stages on one block of channels before they go on to the next, so that a block is read
-from memory once and from the L2 cache after that. If blocks do not fit the cache, the stages run one after the other.
+from memory once and from the cache after that. If blocks do not fit the cache, the stages run one after the other.
 
 Statistics are float64, whatever the type of the data. Sums run in the data's type over at most a few thousand values,
 then in float64. Values are summed relative to a `center` near the mean, so that even a mean of a million standard

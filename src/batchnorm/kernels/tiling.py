@@ -35,12 +35,12 @@ fetched ahead along a stretch: of 6 to 12 KB, they took 1.1 times as long (AMD E
 blocks for threads."""
 
 BLOCKS = 8
-"""By channel: a tensor with as many channels is cut into a multiple of this many blocks, so that threads share them
-evenly."""
+"""By channel: a tensor with as many channels is cut into this many blocks, or into about a multiple of it, so that
+threads share them evenly."""
 
 BLOCK_CACHES = 4
-"""By channel: a block may occupy this many times the cache's limit. Then the second stage reads a part of it from the
-L3 cache, which costs less than shorter stretches do."""
+"""By channel: a block may occupy this many times `CACHE`. Then the second stage reads a part of it from the L3 cache,
+which costs less than shorter stretches do."""
 
 ROWS = 64
 """By row: this many rows are summed in the data's own type (each value of a row has its own sum)."""
@@ -102,7 +102,7 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
         shape: `(N, C, L)`.
         itemsize: Bytes per value.
         tensors: How many tensors of this shape the stages read twice.
-        cache: Bytes that a block may occupy.
+        cache: The limit in bytes: `CACHE`, but for tests.
     """
     n, c, length = shape
     if length >= BY_CHANNEL_FROM:
