@@ -30,7 +30,7 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import is_finite
 from batchnorm.kernels.memory import array
 from batchnorm.kernels.running import moved
-from batchnorm.kernels.tiling import SERIAL, tiling
+from batchnorm.kernels.tiling import SERIAL, along_memory, tiling
 
 __all__ = ["KEPT", "STAY", "Constants", "Descriptor", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
@@ -209,7 +209,7 @@ def _forward_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=1024)
 def _normalize_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
     """What `whole_normalize` begins with."""
-    cut = tiling(descriptor.shape, descriptor.dtype.itemsize, 1)
+    cut = along_memory(descriptor.shape, descriptor.dtype.itemsize, 1)
     walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
     stage = walk.normalize(code, int(descriptor.residual > 0))
     return _beginning(descriptor, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
