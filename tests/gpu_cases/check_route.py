@@ -19,7 +19,7 @@ from check_stages import DEVICE, INTERPRETED, array
 import batchnorm.torch as bt
 from batchnorm import definition
 from batchnorm.kernels.gpu import launch
-from batchnorm.torch import deferred, function, gpu, routes
+from batchnorm.torch import cards, deferred, function, gpu, routes
 from batchnorm.torch.call import Call, Plan
 from batchnorm.torch.running import Running
 
@@ -182,6 +182,32 @@ def test_constants_in_one_launch(layout: str, residual: bool, started: list[str]
             assert relative_error(array(value), wanted) <= tolerance(np.float32, 100)
     assert started == ["tensors"] * 2 + ["addresses"] * 6
     assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (0, 0)
+
+
+def test_plain_calls(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reach the kernels without the table of routes."""
+    if INTERPRETED:
+        monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False), raising=False)
+        monkeypatch.setattr(gpu, "is_available", lambda _device: True)
+        monkeypatch.setattr(cards, "smallest", lambda _device: 0)
+    monkeypatch.setattr(bt.BatchNorm2d, "_normalize", lambda *_: pytest.fail("not a plain call"))
+    shape, laid = LAYOUTS["by-row"]
+    layer = bt.BatchNorm2d(shape[1], activation="tanh", device=DEVICE)
+    mean, var = np.zeros(shape[1]), np.ones(shape[1])
+    with bt.route():
+        for seed in range(3):
+            x, dy, beside = (drawn(shape, seed + ten, laid) for ten in (0, 10, 20))
+            assert_step(layer, x, dy, beside, None, step(layer, x, dy, beside))
+            mean, var = definition.update_running(mean, var, definition.moments(array(x)), 0.1)
+        y = layer.eval()(x)
+    assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (3, 0)
+    for value, exact in (layer.running_mean, mean), (layer.running_var, var):
+        assert relative_error(array(value), exact) <= tolerance(np.float32, 100)
+    rstd = definition.reciprocal_std(var, layer.eps)
+    assert relative_error(array(y), definition.normalize(array(x), mean, rstd, None, None, None, "tanh")) <= tolerance(
+        np.float32, 100
+    )
+    assert started == ["tensors"] * 2 + ["addresses"] * 4 + ["tensors"]
 
 
 def test_second_derivatives_by_constants() -> None:

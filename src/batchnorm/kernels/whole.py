@@ -32,7 +32,7 @@ from batchnorm.kernels.memory import array
 from batchnorm.kernels.running import moved
 from batchnorm.kernels.tiling import SERIAL, tiling
 
-__all__ = ["Descriptor", "Move", "accept", "backward", "forward", "is_near", "normalize"]
+__all__ = ["STAY", "Descriptor", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
 
 class Descriptor(NamedTuple):
@@ -53,22 +53,17 @@ class Descriptor(NamedTuple):
     in_place: bool = False
 
 
-class Move(NamedTuple):
-    """How a forward pass moves running statistics: see `running.move`.
+Move = tuple[int, int, Any, float, float, int]
+"""How a forward pass moves running statistics: see `running.move`. A plain tuple, for a layer makes one in each call.
 
-    Attributes:
-        mean, var: Their addresses; 0 if there are none.
-        like: A number of their type.
-        rate, correction: As in `running.move`.
-        counter: The address of an int64 that counts the batches that have moved them; 0 if there is none.
-    """
+1. The address of the mean and that of the variance; 0 if there are none.
+2. A number of their type.
+3. The rate and the correction of `running.move`.
+4. The address of an int64 that counts the batches that have moved them; 0 if there is none.
+"""
 
-    mean: int = 0
-    var: int = 0
-    like: Any = np.float32(0)
-    rate: float = 0.0
-    correction: float = 1.0
-    counter: int = 0
+STAY: Move = 0, 0, np.float32(0), 0.0, 1.0, 0
+"""Where nothing moves."""
 
 
 # --- Tables and running statistics ------------------------------------------------------------------------------------

@@ -31,9 +31,6 @@ NONE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.flo
 TABLES = 3 * 8
 """Bytes before the tables of a whole pass, for each channel: its statistics."""
 
-STAY = whole.Move()
-"""Where the forward pass moves nothing."""
-
 ZERO = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 """A number of the type of the running statistics, for the kernels."""
 
@@ -145,7 +142,7 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
         x.data_ptr(), residual.data_ptr(), y.data_ptr(),
         0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
         at + TABLES * channels, at, call.eps,
-        STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
+        whole.STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
     )  # fmt: skip
     if running is not None and not moved:
         running.note(False)
@@ -179,7 +176,7 @@ def _how_to_move(running: Running, count: float, unbiased: bool) -> whole.Move:
     rate = running.rate() if momentum is None else momentum
     factor = float(correction(count)) if unbiased else 1.0
     counter = 0 if batches is None else batches.data_ptr()
-    return whole.Move(mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(rate), factor, counter)
+    return mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(rate), factor, counter
 
 
 def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: Tensor | None, needs: Needs) -> Gradients:

@@ -197,8 +197,8 @@ def again(call: Call, how: How, statistics: Tensor, kept: None) -> Callable[...,
 def _running(how: How) -> Any:
     """The running statistics that the kernel moves, or normalizes by if they are constants."""
     if how.plan.constants is not None:
-        mean, var = (_vector(t) for t in how.plan.constants)
-        return _kernels().Running(mean, var, 0.0, False, None, None)
+        constants = [_vector(t) for t in how.plan.constants]
+        return _kernels().Running(*constants, 0.0, False, None, None)
     if how.running is None:
         return None
     mean, var, momentum, batches, skipped, _ = how.running

@@ -65,7 +65,7 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         return None
     stages: Any = cpu if x.is_cpu else gpu
     dtype, device = x.dtype, x.device
-    if dtype not in stages.DTYPES or (stages is gpu and not (x.is_cuda and gpu.is_available(device))):
+    if dtype not in stages.DTYPES or (stages is gpu and not gpu.is_available(device)):
         return None
     parameters, buffers, channels, size = own["_parameters"], own["_buffers"], x.shape[1], x.numel()
     mean, var, batches = buffers.get("running_mean"), buffers.get("running_var"), buffers.get("num_batches_tracked")
