@@ -145,10 +145,10 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     use_once()
     if session.on_gpu:
         torch.cuda.empty_cache()
-    model = network.build(device, candidate.startswith("converted"), candidate.endswith("save_memory"))
+    model: Any = network.build(device, candidate.startswith("converted"), candidate.endswith("save_memory"))
     if candidate.endswith("compiled"):
         torch._dynamo.reset()
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)
     step = stepper(model, *network.data(device))
     before = time.perf_counter()
     step()
