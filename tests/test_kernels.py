@@ -213,7 +213,7 @@ def test_stage_by_stage(shape: Any, dtype: Any) -> None:
     cache = 1 << 11  # nothing fits 2 KB, and the stages run one after the other over tiles
     for residual, mask in FLAGS:
         p = problem(shape, dtype, residual=residual, mask=mask)
-        assert not tiling(shape, p.x.itemsize, 1, cache).fused(p.x)
+        assert not tiling(shape, p.x.itemsize, 1, cache).fused(shape)
         assert_exact(p, "relu", cache)
 
 

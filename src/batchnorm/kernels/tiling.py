@@ -4,9 +4,7 @@ All of this depends on shapes alone, so that results have the same bits for any 
 """
 
 import functools
-from typing import Any, NamedTuple
-
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 __all__ = [
     "BLOCK", "BLOCKS", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH", "RUN", "SERIAL",
@@ -67,9 +65,9 @@ class Tiling(NamedTuple):
     rows: int
     width: int
 
-    def fused(self, x: NDArray[Any]) -> bool:
+    def fused(self, shape: tuple[int, ...]) -> bool:
         """Whether each tile has all samples, so that a channel's statistics are complete within one tile."""
-        return bool(self.rows >= x.shape[0])
+        return self.rows >= shape[0]
 
 
 def samples_per_row(shape: tuple[int, int, int], width: int) -> int:
