@@ -33,7 +33,7 @@ def _onnxruntime(model: nn.Module, x: Tensor) -> Candidate:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(deepcopy(model), (x,), file, dynamo=False)
+        torch.onnx.export(deepcopy(model), (x,), file, dynamo=False)  # type: ignore[arg-type]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])

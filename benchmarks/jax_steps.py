@@ -81,7 +81,7 @@ def layer(shape: tuple[int, ...], axis: int, alone: bool) -> dict[str, Callable[
         return jax.nn.relu((x - mean) * rstd * jnp.expand_dims(weight, others) + jnp.expand_dims(bias, others))
 
     def flax(x: Any, weight: Any, bias: Any) -> Any:
-        norm = nnx.BatchNorm(shape[axis], axis=axis, rngs=nnx.Rngs(0))
+        norm: Any = nnx.BatchNorm(shape[axis], axis=axis, rngs=nnx.Rngs(0))
         norm.scale[...], norm.bias[...] = weight, bias
         return jax.nn.relu(norm(x))
 
@@ -116,7 +116,8 @@ def network(shape: tuple[int, ...], convolutions: Sequence[tuple[int, int]]) -> 
     class Block(nnx.Module):
         def __init__(self, before: int, width: int, stride: int, ours: bool, rngs: nnx.Rngs) -> None:
             norm: Any = partial(BatchNorm, activation="relu") if ours else nnx.BatchNorm
-            convs, norms, channels = [], [], before
+            convs: list[nnx.Conv] = []
+            norms, channels = [], before
             for size, times in convolutions:
                 now = stride if size == 3 and not any(conv.kernel_size == (3, 3) for conv in convs) else 1
                 convs.append(nnx.Conv(channels, times * width, (size, size), now, use_bias=False, rngs=rngs))

@@ -66,7 +66,7 @@ def under_checkpoints(model: nn.Module) -> nn.Module:
     """Put every block of a network under an activation checkpoint of PyTorch."""
     for module in model.modules():
         if isinstance(module, BLOCKS):
-            module.forward = partial(_checkpointed, module.forward)
+            module.forward = partial(_checkpointed, module.forward)  # type: ignore[method-assign]
     return model
 
 

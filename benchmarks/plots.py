@@ -224,7 +224,8 @@ def _gpu_layers(tables: Tables) -> Any:
     for candidate, (color, marker) in styles.items():
         points = [(r["copies"], rows[r["case"]]) for r in records if r["candidate"] == candidate]
         if points:
-            panel.scatter(*zip(*points, strict=True), s=26, color=color, marker=marker, label=candidate)
+            across, down = zip(*points, strict=True)
+            panel.scatter(across, down, s=26, color=color, marker=marker, label=candidate)
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.set_yticks(list(rows.values()), list(rows))

@@ -31,12 +31,17 @@ def write(out: Path, template: Path) -> None:
     of_all = {"environment": _environment(everything), "goals": _goals(everything)}
     sections = {name: of_all.get(name) or section(tables) or EMPTY for name, section in SECTIONS.items()}
     for name, section in (sections | {"gpu": gpu.section(everything, markdown)}).items():
-        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        filled = f"{begin}{section}{end}"
-        text, found = re.subn(f"{begin}.*?{end}", lambda _, filled=filled: filled, text, flags=re.DOTALL)
-        if found != 1:
-            raise ValueError(f"{template} must have one section between {begin.strip()} and {end}, not {found}")
+        text = _filled(text, name, section, template)
     (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def _filled(text: str, name: str, section: str, template: Path) -> str:
+    """A page with one section filled in."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    text, found = re.subn(f"{begin}.*?{end}", lambda _: f"{begin}{section}{end}", text, flags=re.DOTALL)
+    if found != 1:
+        raise ValueError(f"{template} must have one section between {begin.strip()} and {end}, not {found}")
+    return text
 
 
 def _of_last_machine(records: list[Record]) -> list[Record]:
@@ -239,11 +244,11 @@ def _kernels(tables: Tables) -> str:
     for r in tables["kernels"]:
         rows.setdefault(r["case"], {})[r["candidate"]] = f"{r['copies']:.2f}"
     text = markdown(("case, in copies", *names), ((case, *(row[n] for n in names)) for case, row in rows.items()))
-    means, names = [], (*names, "layer, reused", "eager, reused")
+    means, more = [], (*names, "layer, reused", "eager, reused")
     for layout in ("channels-first", "channels-last"):
-        found = (summarize(copies(tables["kernels"], layout, name)) for name in names)
+        found = (summarize(copies(tables["kernels"], layout, name)) for name in more)
         means.append((layout, *(f"{f.mean:.2f}" if f else "—" for f in found)))
-    return text + "\n" * bool(text) + markdown(("mean of the large ones", *names), means if text else ())
+    return text + "\n" * bool(text) + markdown(("mean of the large ones", *more), means if text else ())
 
 
 def _compiled(tables: Tables) -> str:

@@ -74,7 +74,7 @@ def train(size: int, statistics: Any, seed: int, quick: bool, rank: int = 0, pro
     return data.name, float(wrong)
 
 
-def _in_process(rank: int, port: int, found: Any, *arguments: Any) -> None:
+def _in_process(rank: int, port: int, found: Any, arguments: tuple[int, Any, int, bool]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
     try:
@@ -90,7 +90,7 @@ def _in_processes(*arguments: Any) -> tuple[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     found = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_in_process, (port, found, *arguments), nprocs=PROCESSES)
+    mp.spawn(_in_process, (port, found, arguments), nprocs=PROCESSES)  # type: ignore[attr-defined]
     result: tuple[str, float] = found.get()
     return result
 

@@ -53,11 +53,14 @@ def expected(records: Sequence[Record]) -> tuple[dict[str, float], float] | None
 
 def _ended(study: list[float], rounds: Sequence[int], rule: Rule) -> tuple[Verdict, int]:
     """The verdict on effects in units of their margin, and the number of seeds that it took."""
-    for seeds in rounds:
-        found = verdict(mean_interval(study[:seeds], each_round(rounds)), 1.0, rule)
-        if found != "undecided":
-            break
-    return found, seeds
+
+    def decided(seeds: int) -> Verdict:
+        return verdict(mean_interval(study[:seeds], each_round(rounds)), 1.0, rule)
+
+    for seeds in rounds[:-1]:
+        if (found := decided(seeds)) != "undecided":
+            return found, seeds
+    return decided(rounds[-1]), rounds[-1]
 
 
 def run(base_seeds: int, quick: bool) -> Iterator[list[Record]]:

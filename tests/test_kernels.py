@@ -73,7 +73,7 @@ def in_one_call(p: Problem, activation: Any, eps: float, of_output: bool, in_pla
 
     weight, bias = (None if values is None else values.astype(T) for values in (p.weight, p.bias))
     descriptor = whole.Descriptor(p.x.shape, p.x.dtype, activation, int(p.residual is not None))
-    move = whole.Move(at(running_mean), at(running_var), T.type(0), rate, correction)
+    move = at(running_mean), at(running_var), T.type(0), rate, correction, 0
     given = at(p.x), at(p.x if p.residual is None else p.residual), at(y), at(weight), at(bias), at(tables)
     moved = whole.forward(descriptor, *given, at(statistics), eps, move)
     mean, var, _ = statistics
@@ -81,6 +81,11 @@ def in_one_call(p: Problem, activation: Any, eps: float, of_output: bool, in_pla
     for was, now, batch_s in (1.0, running_mean, mean), (2.0, running_var, correction * var):
         want = was + rate * (batch_s - was) if moved else np.full(C, was)
         np.testing.assert_allclose(now, want, rtol=2 * np.finfo(T).eps)
+    (again,), (copies,), (kept,) = unwritten(p.x.shape, dtype=p.x.dtype), unwritten((2, C), dtype=T), unwritten((3, C))
+    constants = at(weight), at(bias), at(mean), at(var), 0.0, eps
+    whole.normalize(descriptor, *given[:2], at(again), at(copies), at(kept), constants)
+    for value, was in (again, y), (copies, tables), (kept, statistics):
+        assert value.tobytes() == was.tobytes()
     dy = dx = p.dy.copy() if in_place else p.dy
     if not in_place:
         (dx,) = unwritten(p.x.shape, dtype=p.x.dtype)
@@ -213,7 +218,7 @@ def test_stage_by_stage(shape: Any, dtype: Any) -> None:
     cache = 1 << 11  # nothing fits 2 KB, and the stages run one after the other over tiles
     for residual, mask in FLAGS:
         p = problem(shape, dtype, residual=residual, mask=mask)
-        assert not tiling(shape, p.x.itemsize, 1, cache).fused(p.x)
+        assert not tiling(shape, p.x.itemsize, 1, cache).fused(shape)
         assert_exact(p, "relu", cache)
 
 

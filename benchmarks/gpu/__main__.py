@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*TensorFloat32.*")
     # Inductor would change Triton's cache on its first compilation, and the processes would not find each other's.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
-    faulthandler.dump_traceback_later(120 + given.seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(120 + given.seconds, exit=True, file=sys.__stderr__ or sys.stderr)
     sources = _sources(device) | ({"gpu": ahead.CARDS} if set(chosen) == {"ahead"} else {})
     session = Session(device, given.quick, given.out, sources, given.seconds)
     session.say(", ".join(f"{name} {value}" for name, value in session.sources.items() if value not in ("", None)))

@@ -150,7 +150,7 @@ def _given(case: Case, device: torch.device, seed: int = 0) -> tuple[dict[str, T
 
 def _by_layer(case: Case, given: dict[str, Tensor], dy: Tensor) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """What a layer of ours makes of it, and its counters."""
-    layer = LAYERS[len(case.shape)](
+    layer: Any = LAYERS[len(case.shape)](
         case.shape[1], EPS, RATE, activation=case.activation, statistics=SOURCES[case.source], device=dy.device
     )
     layer.train(case.source != "evaluation")
@@ -176,8 +176,9 @@ def _by_pytorch(case: Case, given: dict[str, Tensor], dy: Tensor) -> dict[str, T
     inputs = {name: given[name].detach().clone().requires_grad_() for name in names}
     running = {name: given[name].to(given["weight"].dtype, copy=True) for name in ("running_mean", "running_var")}
     z = F.batch_norm(
-        inputs["x"], *running.values(), inputs["weight"], inputs["bias"], case.source == "batch", RATE, EPS
-    )
+        inputs["x"], running["running_mean"], running["running_var"], inputs["weight"], inputs["bias"],
+        case.source == "batch", RATE, EPS,
+    )  # fmt: skip
     y = activate(z + inputs["residual"] if case.residual else z, case.activation)
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
     return {"y": y.detach()} | {f"d_{name}": g for name, g in zip(inputs, grads, strict=True)} | running
@@ -223,10 +224,10 @@ def against(case: Case, device: torch.device) -> list[Record]:
                     raise
                 continue
         for name, tensor in found.items():
-            error, most = _error(tensor, true.tensors[name]), limit(case, name, route, true.growth)
-            about = {"check": case.name, "route": route, "what": name, "value": error, "limit": most}
+            distance, most = _error(tensor, true.tensors[name]), limit(case, name, route, true.growth)
+            about = {"check": case.name, "route": route, "what": name, "value": distance, "limit": most}
             about["eager"] = eager.get(name, math.nan)
-            records.append(about | {"ok": int(error <= most)})
+            records.append(about | {"ok": int(distance <= most)})
         wanted = (int(moves), 0)
         records.append(_row(case.name, route, "counters", counters == wanted, f"{counters}, not {wanted}"))
     return records
@@ -291,7 +292,7 @@ def _mask(x: Tensor) -> Tensor:
 def without_waiting(device: torch.device) -> list[Record]:
     """Training never waits for the GPU; a batch that is not finite moves nothing and is counted as skipped."""
     records = []
-    sources = {"batch": None, "ghost": bt.GhostStatistics(4), "frozen": bt.RunningStatistics()}
+    sources: dict[str, Any] = {"batch": None, "ghost": bt.GhostStatistics(4), "frozen": bt.RunningStatistics()}
     sources["renorm"] = bt.Renorm(warmup_steps=0)
     route = routes(device)[0]
     for walk, (name, source), masked in product(WALKS, sources.items(), (False, True)):
@@ -354,7 +355,7 @@ def second_derivative(device: torch.device) -> list[Record]:
     def twice(normalize: Any, x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> Step:
         x = x.detach().requires_grad_()
         first = torch.autograd.grad(normalize(x), (x, weight), dy, create_graph=True)
-        return torch.autograd.grad(sum((g * g).sum() for g in first), (x, weight))
+        return torch.autograd.grad(torch.stack([(g * g).sum() for g in first]).sum(), (x, weight))
 
     weight, bias = (t.detach().double().requires_grad_() for t in (layer.weight, layer.bias))
 
@@ -490,7 +491,7 @@ def compiled(device: torch.device) -> list[Record]:
     for dtype in ("float32", "bfloat16"):
         case = Case((8, 16, 14, 14), dtype=dtype, activation="relu", residual=True)
         given, dy = _given(case, device)
-        layer = LAYERS[4](16, EPS, RATE, activation="relu", device=device)
+        layer: Any = LAYERS[4](16, EPS, RATE, activation="relu", device=device)
         with torch.no_grad():
             for name in ("weight", "bias", "running_mean", "running_var"):
                 getattr(layer, name).copy_(given[name])
@@ -514,7 +515,7 @@ def cumulative(device: torch.device) -> list[Record]:
     """`momentum=None`: the plain average of all batches."""
     records = []
     for route in routes(device):
-        layer = LAYERS[4](8, momentum=None, device=device)
+        layer: Any = LAYERS[4](8, momentum=None, device=device)
         xs = [_random((4, 8, 12, 12), device, seed=seed) for seed in range(3)]
         with bt.route(route):
             for x in xs:

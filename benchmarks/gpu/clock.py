@@ -79,7 +79,7 @@ def _replay(calls: Sequence[Call], count: int, seconds: float) -> float:
     finally:
         graph.capture_end()
     outputs.clear()
-    times = []
+    times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 4 or (time.perf_counter() < until and len(times) < 200):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

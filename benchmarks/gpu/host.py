@@ -101,5 +101,6 @@ def _tell(rows: list[Record]) -> None:
     for r in rows:
         found.setdefault(f"{r['case']} {r['candidate']}", {})[r["piece"]] = r["us"]
     lines: list[list[object]] = [["host time, us", *pieces]]
-    lines += [[name, *(f"{by.get(piece, float('nan')):.1f}" for piece in pieces)] for name, by in found.items()]
+    for name, by in found.items():
+        lines.append([name, *(f"{by.get(piece, float('nan')):.1f}" for piece in pieces)])
     print(columns(lines), flush=True)

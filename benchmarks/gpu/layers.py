@@ -40,7 +40,7 @@ def build(candidate: str, layer: Layer, device: torch.device) -> tuple[nn.Module
         return F.relu(z, inplace=True) if layer.activation == "relu" else z
 
     def fused(x: Tensor, residual: Tensor | None) -> Tensor:
-        return module(x, residual=residual)  # type: ignore[no-any-return]
+        return module(x, residual=residual)
 
     run: Run = fused if ours else eager
     if candidate.endswith("compiled"):
@@ -79,13 +79,15 @@ def use_once() -> None:
     config.donated_buffer = True
 
 
-Calls = tuple[list[Callable[[], Any]], list[Callable[[], Any]], list[Callable[[], Any]]]
+Calls = tuple[list[clock.Call], list[clock.Call], list[clock.Call]]
 
 
 def _calls(candidate: str, layer: Layer, device: torch.device) -> Calls:
     """Forward, backward, and both, on sets of tensors that take turns."""
     module, run = build(candidate, layer, device)
-    forwards, backwards, steps = [], [], []
+    forwards: list[clock.Call] = []
+    backwards: list[clock.Call] = []
+    steps: list[clock.Call] = []
     for _ in range(clock.sets(device, layer.bytes, 3 + layer.residual)):
         x, dy = layer.tensor(device).requires_grad_(), layer.tensor(device)
         residual = layer.tensor(device).requires_grad_() if layer.residual else None
@@ -120,7 +122,7 @@ def measure(candidate: str, layer: Layer, session: Session, bandwidth: float) ->
         if candidate == "kernels":
             kernels = Kernels(layer, device)
             forwards, backwards = (kernels.calls(direction) for direction in ("forward", "backward"))
-            steps = [partial(_both, *pair) for pair in zip(forwards, backwards, strict=True)]
+            steps: list[clock.Call] = [partial(_both, *pair) for pair in zip(forwards, backwards, strict=True)]
             steps[0]()  # so that the backward pass finds the statistics
         else:
             forwards, backwards, steps = _calls(candidate, layer, device)
@@ -130,7 +132,7 @@ def measure(candidate: str, layer: Layer, session: Session, bandwidth: float) ->
         wall = clock.walled(steps, device, 4 if session.quick else 60)
         host = clock.wall(steps, device, 4 if session.quick else 20)
     copy = 2 * layer.bytes / bandwidth * 1e6
-    record = {"case": layer.name, "layout": layer.layout, "dtype": layer.dtype, "candidate": candidate}
+    record: Record = {"case": layer.name, "layout": layer.layout, "dtype": layer.dtype, "candidate": candidate}
     record |= {"residual": int(layer.residual), "mib": round(layer.bytes / 2**20, 2), "copy_us": round(copy, 2)}
     times = {"forward": forward, "backward": backward}
     record |= {f"{name}_us": round(time, 2) for name, time in times.items()}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm.torch as bt
 from batchnorm.bench.clock import Record
-from batchnorm.torch import functional
+from batchnorm.torch import functional, routes
 from benchmarks.gpu.cases import Layer
 from benchmarks.gpu.layers import use_once
 from benchmarks.gpu.session import Session, columns
@@ -72,22 +73,18 @@ COMPILED = [network for network in networks(False) if network.model == "resnet50
 def layers_of(network: Network) -> list[Layer]:
     """What the converted network normalizes in a step, each kind once, found without computing anything."""
     seen: dict[Layer, None] = {}
-    choose = functional.choose
 
     def note(call: Any, plan: Any) -> Any:
         last = network.last and call.x.dim() == 4
         name = call.activation[0]
         activation = None if name == "none" else name
         seen[Layer(tuple(call.x.shape), last, "bfloat16", call.residual is not None, activation)] = None
-        return choose(call, plan)
+        return routes.choose(call, plan)
 
     device = torch.device("meta")
     model = network.build(device, True)
-    functional.choose = note  # type: ignore[assignment]
-    try:
+    with mock.patch.object(functional, "choose", note):
         model(network.data(device)[0])
-    finally:
-        functional.choose = choose
     return list(seen)
 
 
@@ -137,7 +134,8 @@ def compilations(device: torch.device) -> list[Task]:
 def warm_compiled(network: Network, device: torch.device, converted: bool) -> None:
     """One compiled step, for the caches on disk."""
     use_once()
-    stepper(torch.compile(network.build(device, converted)), *network.data(device))()
+    model: Any = torch.compile(network.build(device, converted))
+    stepper(model, *network.data(device))()
 
 
 def measure(network: Network, candidate: str, session: Session) -> Record:
@@ -147,10 +145,10 @@ def measure(network: Network, candidate: str, session: Session) -> Record:
     use_once()
     if session.on_gpu:
         torch.cuda.empty_cache()
-    model = network.build(device, candidate.startswith("converted"), candidate.endswith("save_memory"))
+    model: Any = network.build(device, candidate.startswith("converted"), candidate.endswith("save_memory"))
     if candidate.endswith("compiled"):
         torch._dynamo.reset()
-        model = torch.compile(model)  # type: ignore[assignment]
+        model = torch.compile(model)
     step = stepper(model, *network.data(device))
     before = time.perf_counter()
     step()

@@ -39,7 +39,7 @@ def section(tables: Tables, markdown: Markdown) -> str:
 
 def _card(card: str, tables: Tables, markdown: Markdown) -> str:
     """Everything that was measured on one card."""
-    parts = (f"### {card}\n", _where(tables), _checks(tables["gpu_checks"], markdown))
+    parts: tuple[str, ...] = (f"### {card}\n", _where(tables), _checks(tables["gpu_checks"], markdown))
     parts += (_goals(tables, markdown), _layers(tables["gpu_layers"], markdown))
     parts += (_models(tables["gpu_models"], markdown), _host(tables["gpu_host"], markdown))
     parts += (_sizes(tables["gpu_sizes"], markdown), _ahead(tables["gpu_ahead"], markdown))

@@ -42,7 +42,8 @@ class Trial(NamedTuple):
     def tuning(self) -> Any:
         from batchnorm.kernels.gpu import TUNING
 
-        return TUNING[self.walk, self.direction]._replace(**dict(self.change))
+        changes: dict[str, Any] = dict(self.change)
+        return TUNING[self.walk, self.direction]._replace(**changes)
 
     @property
     def told(self) -> str:
@@ -125,7 +126,7 @@ def warm(trial: Trial, device: torch.device) -> None:
     Kernels(trial.layer, device, 1).calls(trial.direction, trial.tuning)[0]()
 
 
-def sweep(session: Session, bandwidth: float, compile_all: Callable[[list[Task]], None]) -> None:
+def sweep(session: Session, bandwidth: float, compile_all: Callable[[list[Task]], object]) -> None:
     """Every walk in each direction: the best settings, and where the table's stands among them.
 
     Args:

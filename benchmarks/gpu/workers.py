@@ -121,15 +121,15 @@ def work(tasks: Sequence[Task], processes: int, device: str, late: Callable[[], 
             ready = wait(list(busy), timeout=0.5)
             now = time.perf_counter()
             for pipe, worker in busy.items():
-                task, seconds = worker.task, now - worker.since
-                assert task is not None
+                current, seconds = worker.task, now - worker.since
+                assert current is not None
                 value, error, broken = None, "", False
                 if pipe in ready:
                     try:
                         value, error, broken = pipe.recv()
                     except (EOFError, OSError):
                         error, broken = "the process died", True
-                elif seconds > task.seconds:
+                elif seconds > current.seconds:
                     error, broken = f"still not done after {seconds:.0f} s", True
                 else:
                     continue
@@ -137,7 +137,7 @@ def work(tasks: Sequence[Task], processes: int, device: str, late: Callable[[], 
                 if broken:
                     worker.stop()
                     workers[workers.index(worker)] = _Worker(context, device)
-                yield Done(task, value, error, seconds)
+                yield Done(current, value, error, seconds)
     finally:
         for worker in workers:
             worker.stop()

@@ -36,7 +36,7 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import OUTPUT, is_finite, merge
 from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, along_memory, tiling
 
-__all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "walk_of"]
+__all__ = ["backward", "code_of", "forward", "grad_input", "grad_sums", "moments", "normalize", "walk_of"]
 
 Array = NDArray[Any]
 
@@ -211,7 +211,7 @@ def backward_kernel(parallel: bool) -> Kernel:
 
 
 @functools.lru_cache(maxsize=256)
-def _code(activation: ActivationSpec) -> int:
+def code_of(activation: ActivationSpec) -> int:
     """The number of an activation, a constant of a stage."""
     return CODES[parse_activation(activation)[0]]
 
@@ -334,7 +334,7 @@ def normalize(
         cache: As in `moments`.
     """
     cut = along_memory(x.shape, x.itemsize, 1, cache)
-    stage = walk_of(cut).normalize(_code(activation), int(residual is not None))
+    stage = walk_of(cut).normalize(code_of(activation), int(residual is not None))
     _launch(normalize_kernel, (stage,), cut, (x, residual, None, weight, bias), activation, mean, rstd, y)
 
 
@@ -366,7 +366,7 @@ def grad_sums(
         Whether `grad_input` must be `exact`.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
-    code = _code(activation)
+    code = code_of(activation)
     for exact in (0, 1):
         stage = walk_of(cut).grad_sums(code, _residual_code(residual, of_output), exact)
         _launch(
@@ -413,7 +413,7 @@ def grad_input(
     """
     cut = along_memory(x.shape, x.itemsize, 2, cache)
     kind, counted = _residual_code(residual, of_output), int(counts is not None)
-    stage = walk_of(cut).grad_input(_code(activation), kind, counted, int(exact), int(dx is dy))
+    stage = walk_of(cut).grad_input(code_of(activation), kind, counted, int(exact), int(dx is dy))
     _launch(
         grad_input_kernel, (stage,), cut, (x, residual, counts, weight, bias), activation,
         dy, mean, rstd, sum_dz, sum_dz_xhat, float(count), dx, dx if d_residual is None else d_residual,
@@ -444,9 +444,9 @@ def forward(
         mean, var, rstd: `(C,)`, float64. Written.
     """
     cut = tiling(x.shape, x.itemsize, 1, cache)
-    if cut.fused(x):
+    if cut.fused(x.shape):
         walk = walk_of(cut)
-        stages = walk.moments(int(counts is not None)), walk.normalize(_code(activation), int(residual is not None))
+        stages = walk.moments(int(counts is not None)), walk.normalize(code_of(activation), int(residual is not None))
         given = x, residual, counts, weight, bias
         _launch(forward_kernel, stages, cut, given, activation, float(eps), y, mean, var, rstd)
         return
@@ -482,8 +482,8 @@ def backward(
         sum_dz, sum_dz_xhat: `(C,)`, float64. Written.
     """
     cut = tiling(x.shape, x.itemsize, 2, cache)
-    if cut.fused(x):
-        walk, code, counted = walk_of(cut), _code(activation), int(counts is not None)
+    if cut.fused(x.shape):
+        walk, code, counted = walk_of(cut), code_of(activation), int(counts is not None)
         kind, in_place = _residual_code(residual, of_output), int(dx is dy)
         flat = code in FLAT
         for exact in (0, 1):

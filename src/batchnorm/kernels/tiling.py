@@ -4,13 +4,11 @@ All of this depends on shapes alone, so that results have the same bits for any 
 """
 
 import functools
-from typing import Any, NamedTuple
-
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 __all__ = [
     "BLOCK", "BLOCKS", "BLOCK_CACHES", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH",
-    "RUN", "SERIAL", "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "Tiling", "along_memory", "samples_per_row", "tiling",
+    "RUN", "SERIAL", "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "VECTORS", "Tiling", "along_memory", "samples_per_row", "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -57,6 +55,9 @@ ROW_WIDTH = 512
 """By row: a block of channels that fits the cache has at most this many adjacent values of a sample. Tiles of samples
 are as wide as tables are long, because memory is read fastest in its order."""
 
+VECTORS = 64
+"""By row: a loop reads at most this many values at once, four vectors of 16."""
+
 PAIRS_UP_TO = 1 << 23
 """By row: sums are taken over two rows at a time if a stage reads at most this many bytes, or if rows are short. From
 memory, two long rows at a time cost up to 1.8 times as much as one after the other (AMD EPYC, Zen 4)."""
@@ -73,9 +74,9 @@ class Tiling(NamedTuple):
     rows: int
     width: int
 
-    def fused(self, x: NDArray[Any]) -> bool:
+    def fused(self, shape: tuple[int, ...]) -> bool:
         """Whether each tile has all samples, so that a channel's statistics are complete within one tile."""
-        return bool(self.rows >= x.shape[0])
+        return self.rows >= shape[0]
 
 
 def samples_per_row(shape: tuple[int, int, int], width: int) -> int:
@@ -125,11 +126,15 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
 def along_memory(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
     """As `tiling`, for a stage on its own that takes no sums: tiles have whole samples if there are enough.
 
-    Such tiles are read in the order of memory. The results have the same bits as with any other tiles.
+    Such tiles are read in the order of memory. The results have the same bits as with the tiles of `tiling`: by channel,
+    runs of positions are the same. By row, what is left of a row after its last vector may be rounded otherwise, so rows
+    become longer only if nothing is left.
     """
     cut, (n, c, length) = tiling(shape, itemsize, tensors, cache), shape
     if not cut.by_channel:
-        return _long_rows(shape, itemsize, cache)
+        longer = _long_rows(shape, itemsize, cache)
+        same = all(width * length % VECTORS == 0 for width in (c, cut.width, longer.width))
+        return longer if same else cut
     if n < BLOCKS:
         return cut
     return Tiling(True, min(_even_share(n, c * length * itemsize, cache), n // BLOCKS), c)

@@ -14,7 +14,7 @@ import numpy as np
 
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import launch, threads
-from batchnorm.kernels.activations import CODES, FLAT
+from batchnorm.kernels.activations import FLAT
 from batchnorm.kernels.calls import (
     address,
     call_backward_kernel,
@@ -199,9 +199,9 @@ def _backward() -> Callable[..., bool]:
 def _forward_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
     """What `whole_forward` begins with."""
     cut = tiling(descriptor.shape, descriptor.dtype.itemsize, 1)
-    walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
+    walk, code = launch.walk_of(cut), launch.code_of(descriptor.activation)
     stages = walk.moments(0), walk.normalize(code, int(descriptor.residual > 0))
-    is_fused = cut.rows >= descriptor.shape[0]
+    is_fused = cut.fused(descriptor.shape)
     made = [launch.forward_kernel] if is_fused else [launch.moments_kernel, launch.normalize_kernel]
     return _beginning(descriptor, [each(parallel) for each in made], stages, (cut.rows, cut.width))
 
@@ -210,7 +210,7 @@ def _forward_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
 def _normalize_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
     """What `whole_normalize` begins with."""
     cut = along_memory(descriptor.shape, descriptor.dtype.itemsize, 1)
-    walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
+    walk, code = launch.walk_of(cut), launch.code_of(descriptor.activation)
     stage = walk.normalize(code, int(descriptor.residual > 0))
     return _beginning(descriptor, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
 
@@ -219,12 +219,12 @@ def _normalize_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
 def _backward_of(descriptor: Descriptor, parallel: bool, exact: int) -> tuple[Any, ...]:
     """What `whole_backward` begins with."""
     cut = tiling(descriptor.shape, descriptor.dtype.itemsize, 2)
-    walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
+    walk, code = launch.walk_of(cut), launch.code_of(descriptor.activation)
     stages = (
         walk.grad_sums(code, descriptor.residual, exact),
         walk.grad_input(code, descriptor.residual, 0, exact, int(descriptor.in_place)),
     )
-    is_fused = cut.rows >= descriptor.shape[0]
+    is_fused = cut.fused(descriptor.shape)
     made = [launch.backward_kernel] if is_fused else [launch.grad_sums_kernel, launch.grad_input_kernel]
     beginning = _beginning(descriptor, [each(parallel) for each in made], stages, (cut.rows, cut.width))
     return code in FLAT, bool(exact), *beginning

@@ -46,7 +46,7 @@ def run(model: ModelProto, inputs: Inputs, *, times: int = 1, optimized: bool = 
     Raises:
         DoesNotRun: If the model does not run.
     """
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel

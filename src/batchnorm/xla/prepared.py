@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from batchnorm.definition import parse_activation
 from batchnorm.kernels import launch, threads
-from batchnorm.kernels.activations import CODES, FLAT
+from batchnorm.kernels.activations import FLAT
 from batchnorm.kernels.calls import (
     address,
     call_backward_kernel,
@@ -251,8 +251,8 @@ def _entry(fused: Factory, one_by_one: tuple[Factory, Factory], x: Array, how: H
     entry["members"], (entry["N"], entry["C"], entry["L"]) = members, x.shape
     for name in "weight", "bias", "residual", "counts":
         entry[name] = getattr(how, name)
-    entry["rows"], entry["width"], entry["fused"] = cut.rows, cut.width, cut.fused(x)
-    kernels = (fused,) if cut.fused(x) else one_by_one
+    entry["rows"], entry["width"], entry["fused"] = cut.rows, cut.width, cut.fused(x.shape)
+    kernels = (fused,) if cut.fused(x.shape) else one_by_one
     for name, factory in zip(("kernel", "next_kernel"), kernels, strict=False):
         entry[name] = kernel_address(factory(parallel), x.dtype)
     if parallel:
@@ -279,7 +279,7 @@ def forward(x: Array, how: How, members: int) -> Made:
     """
     if (entry := _entry(launch.forward_kernel, FORWARD, x, how, members, 1)) is None:
         return None
-    walk, code = launch.walk_of(tiling(x.shape, x.itemsize, 1)), CODES[how.activation[0]]
+    walk, code = launch.walk_of(tiling(x.shape, x.itemsize, 1)), launch.code_of(how.activation)
     entry["stage"] = address(walk.moments(int(how.counts)), x.dtype)
     entry["next_stage"] = address(walk.normalize(code, int(how.residual)), x.dtype)
     return _run(_forward, x.dtype), entry
@@ -294,7 +294,7 @@ def backward(x: Array, how: How, members: int, in_place: bool) -> Made:
     """
     if (entry := _entry(launch.backward_kernel, BACKWARD, x, how, members, 2)) is None:
         return None
-    walk, code = launch.walk_of(tiling(x.shape, x.itemsize, 2)), CODES[how.activation[0]]
+    walk, code = launch.walk_of(tiling(x.shape, x.itemsize, 2)), launch.code_of(how.activation)
     residual, counted = int(how.residual), int(how.counts)
     entry["in_place"], entry["flat"] = in_place, code in FLAT
     for exact, (sums, gradient) in enumerate([("stage", "next_stage"), ("exact", "next_exact")]):
