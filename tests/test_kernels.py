@@ -562,7 +562,7 @@ def test_a_batch_is_accepted_whose_means_are_near(dtype: Any) -> None:
         unbiased = (biased / shrinkage).astype(dtype)
         old, counter = (np.full(3, 5, dtype), np.full(3, 6, dtype)), np.array([41])
         got = old[0].copy(), old[1].copy()
-        move = whole.Move(*(each.ctypes.data for each in got), like, 0.5, counter=counter.ctypes.data)
+        move = got[0].ctypes.data, got[1].ctypes.data, like, 0.5, 1.0, counter.ctypes.data
         assert whole.is_near(mean.ctypes.data, biased.ctypes.data, 3, like, eps, limit) is near
         places = mean.ctypes.data, unbiased.ctypes.data
         assert whole.accept(*places, 3, shrinkage, eps, limit, move) is near
