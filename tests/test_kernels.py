@@ -73,7 +73,7 @@ def in_one_call(p: Problem, activation: Any, eps: float, of_output: bool, in_pla
 
     weight, bias = (None if values is None else values.astype(T) for values in (p.weight, p.bias))
     descriptor = whole.Descriptor(p.x.shape, p.x.dtype, activation, int(p.residual is not None))
-    move = whole.Move(at(running_mean), at(running_var), T.type(0), rate, correction)
+    move = at(running_mean), at(running_var), T.type(0), rate, correction, 0
     given = at(p.x), at(p.x if p.residual is None else p.residual), at(y), at(weight), at(bias), at(tables)
     moved = whole.forward(descriptor, *given, at(statistics), eps, move)
     mean, var, _ = statistics
@@ -557,7 +557,7 @@ def test_a_batch_is_accepted_whose_means_are_near(dtype: Any) -> None:
         unbiased = (biased / shrinkage).astype(dtype)
         old, counter = (np.full(3, 5, dtype), np.full(3, 6, dtype)), np.array([41])
         got = old[0].copy(), old[1].copy()
-        move = whole.Move(*(each.ctypes.data for each in got), like, 0.5, counter=counter.ctypes.data)
+        move = *(each.ctypes.data for each in got), like, 0.5, 1.0, counter.ctypes.data
         assert whole.is_near(mean.ctypes.data, biased.ctypes.data, 3, like, eps, limit) is near
         places = mean.ctypes.data, unbiased.ctypes.data
         assert whole.accept(*places, 3, shrinkage, eps, limit, move) is near

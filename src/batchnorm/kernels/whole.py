@@ -30,9 +30,9 @@ from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import is_finite
 from batchnorm.kernels.memory import array
 from batchnorm.kernels.running import moved
-from batchnorm.kernels.tiling import SERIAL, tiling
+from batchnorm.kernels.tiling import SERIAL, along_memory, tiling
 
-__all__ = ["STAY", "Descriptor", "Move", "accept", "backward", "forward", "is_near", "normalize"]
+__all__ = ["KEPT", "STAY", "Constants", "Descriptor", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
 
 class Descriptor(NamedTuple):
@@ -64,6 +64,18 @@ Move = tuple[int, int, Any, float, float, int]
 
 STAY: Move = 0, 0, np.float32(0), 0.0, 1.0, 0
 """Where nothing moves."""
+
+Constants = tuple[int, int, int, int, Any, float]
+"""What a pass normalizes by where that is not computed from the batch.
+
+1. The addresses of weight and bias; 0 for 1 and 0.
+2. Those of mean and variance.
+3. A number of their type.
+4. `eps`, which is added to the variance.
+"""
+
+KEPT: Constants = 0, 0, 0, 0, np.float32(0), 0.0
+"""Where an earlier pass has written its tables and statistics."""
 
 
 # --- Tables and running statistics ------------------------------------------------------------------------------------
@@ -127,11 +139,18 @@ def _normalize() -> Callable[..., None]:
     @kernel(False)
     def whole_normalize(
         kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, x_: int, residual_: int, y_: int,
-        tables_: int, statistics_: int,
+        tables_: int, statistics_: int, weight_: int, bias_: int, mean_: int, var_: int, constant: Any, eps: float,
     ) -> None:  # fmt: skip
         N, C, L, rows, width = sizes
         x, residual, y = array(x_, like, (N, C, L)), array(residual_, like, (N, C, L)), array(y_, like, (N, C, L))
         tables, statistics = array(tables_, parameter, (2, C)), array(statistics_, 0.0, (3, C))
+        if mean_ != 0:
+            _fill(tables[0], weight_, type(parameter)(1))
+            _fill(tables[1], bias_, type(parameter)(0))
+            mean, var = array(mean_, constant, (C,)), array(var_, constant, (C,))
+            for c in range(C):
+                statistics[0, c], statistics[1, c] = mean[c], var[c]
+                statistics[2, c] = 1.0 / np.sqrt(statistics[1, c] + eps)
         given = x, residual, np.empty((0, 0), tables.dtype), tables[0], tables[1], parameter, rows, width
         call_normalize_kernel(kernels[0], (stages[0], *given, statistics[0], statistics[2], y))
 
@@ -190,7 +209,7 @@ def _forward_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
 @functools.lru_cache(maxsize=1024)
 def _normalize_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
     """What `whole_normalize` begins with."""
-    cut = tiling(descriptor.shape, descriptor.dtype.itemsize, 1)
+    cut = along_memory(descriptor.shape, descriptor.dtype.itemsize, 1)
     walk, code = launch.walk_of(cut), launch.code_of(descriptor.activation)
     stage = walk.normalize(code, int(descriptor.residual > 0))
     return _beginning(descriptor, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
@@ -257,17 +276,20 @@ def forward(
     )  # fmt: skip
 
 
-def normalize(descriptor: Descriptor, x: int, residual: int, y: int, tables: int, statistics: int) -> None:
-    """`launch.normalize`: `y` again, the same bits by the same stage.
+def normalize(
+    descriptor: Descriptor, x: int, residual: int, y: int, tables: int, statistics: int, constants: Constants = KEPT
+) -> None:
+    """`launch.normalize`, by constants; or `y` again, the same bits by the same stage.
 
     Args:
         descriptor: What the addresses hold.
         x, residual, y: As in `forward`.
-        tables, statistics: From `forward`.
+        tables, statistics: As in `forward`. Written from the constants; read if they are `KEPT`.
+        constants: The constants.
     """
     parallel = _is_parallel(descriptor)
     beginning = _normalize_of(descriptor, parallel)
-    threads.run(_normalize(), parallel, *beginning, x, residual, y, tables, statistics)
+    threads.run(_normalize(), parallel, *beginning, x, residual, y, tables, statistics, *constants)
 
 
 def backward(

@@ -69,12 +69,13 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
     """`y`, the statistics as in `How`, and weight and bias as `tables`; None if they follow the statistics."""
+    x, laid = call.x, memory_format(call.x)
+    y = empty_like(x, laid)
+    if how.statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
+        return y, _forward_whole(call, how, y, laid), None
     if how.statistics is None and how.plan.constants is not None:
         how = how._replace(statistics=known(call, *how.plan.constants, STATISTICS))
-    x, laid = call.x, memory_format(call.x)
-    y, statistics = empty_like(x, laid), how.statistics
-    if statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
-        return y, _forward_whole(call, how, y, laid), None
+    statistics = how.statistics
     if statistics is None:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
     affine = tables(call)
@@ -130,18 +131,26 @@ def _descriptor(
 
 
 def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> Tensor:
-    """`forward` by the statistics of a batch without counts: `y` is written, the statistics and tables returned."""
+    """`forward` of a batch without counts, or by constants: `y` is written, the statistics and tables returned."""
     x, exact, weight, bias, running = arrays.dense(call.x, laid), call.arithmetic, call.weight, call.bias, how.running
     residual, channels = x if call.residual is None else arrays.dense(call.residual, laid), x.shape[1]
     weight = None if weight is None else arrays.channels(weight, exact)
     bias = None if bias is None else arrays.channels(bias, exact)
     statistics = NONE[STATISTICS].new_empty((4 if exact is torch.float32 else 5, 1, channels))
+    descriptor = _descriptor(x.shape, laid, x.dtype, call.activation, int(call.residual is not None))
     at = statistics.data_ptr()
+    affine = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    if how.plan.constants is not None:
+        mean, var = how.plan.constants
+        dtype = mean.dtype if mean.dtype is var.dtype and mean.dtype in ZERO else torch.float64
+        mean, var = arrays.channels(mean, dtype), arrays.channels(var, dtype)
+        constants = *affine, mean.data_ptr(), var.data_ptr(), ZERO[dtype], call.eps
+        whole.normalize(
+            descriptor, x.data_ptr(), residual.data_ptr(), y.data_ptr(), at + TABLES * channels, at, constants
+        )
+        return statistics
     moved = whole.forward(
-        _descriptor(x.shape, laid, x.dtype, call.activation, int(call.residual is not None)),
-        x.data_ptr(), residual.data_ptr(), y.data_ptr(),
-        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        at + TABLES * channels, at, call.eps,
+        descriptor, x.data_ptr(), residual.data_ptr(), y.data_ptr(), *affine, at + TABLES * channels, at, call.eps,
         whole.STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
     )  # fmt: skip
     if running is not None and not moved:
