@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 __all__ = [
     "BLOCK", "BLOCKS", "BLOCK_CACHES", "BY_CHANNEL_FROM", "CACHE", "FIRST_ROWS", "PAIRS_UP_TO", "ROWS", "ROW_LENGTH",
-    "RUN", "SERIAL", "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "VECTORS", "Tiling", "along_memory", "samples_per_row", "tiling",
+    "RUN", "SERIAL", "STRETCH", "TABLE_LENGTH", "TABLE_STRIDE", "VECTORS", "Tiling", "along_memory", "samples_per_row",
+    "tiling",
 ]  # fmt: skip
 
 CACHE = 1 << 20
@@ -126,8 +127,8 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
 def along_memory(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
     """As `tiling`, for a stage on its own that takes no sums: tiles have whole samples if there are enough.
 
-    Such tiles are read in the order of memory. The results have the same bits as with the tiles of `tiling`: by channel,
-    runs of positions are the same. By row, what is left of a row after its last vector may be rounded otherwise, so rows
+    Such tiles are read in the order of memory. The results have the same bits as with the tiles of `tiling`. By channel,
+    runs of positions are the same. By row, what is left after a row's last vector may be rounded otherwise, so rows
     become longer only if nothing is left.
     """
     cut, (n, c, length) = tiling(shape, itemsize, tensors, cache), shape
