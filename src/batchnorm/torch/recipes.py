@@ -28,13 +28,13 @@ __all__ = ["Recipe", "Recipes", "active", "close_after", "follow_registrations",
 
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
-LEAST = 3 << 20
+LEAST = 3_500_000
 """Bytes from which an output on the CPU is computed again rather than kept.
 
-A recipe costs about 0.25 ms of Python from its note to its last user. In that time a kernel makes 3 MB (12 GB/s; all on
-two cores of an AMD EPYC, Zen 4, between the convolutions of EfficientNet-B0). So a smaller output costs more than twice
-as much time for each byte as a large one. On a GPU, Python runs ahead of the kernels, and every output is computed
-again.
+A recipe costs about 0.29 ms of Python from its note to its last user, the memory for the output included. In that time
+a kernel makes 3.5 MB (12 GB/s; all on two cores of an AMD EPYC, Zen 4, between the convolutions of EfficientNet-B0). So
+a smaller output costs more than twice as much time for each byte as a large one. On a GPU, Python runs ahead of the
+kernels, and every output is computed again.
 """
 
 LONGEST = 12
