@@ -263,7 +263,7 @@ class Recipes:
         return True
 
     def follow(self, make: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-        """Return `make(z)`, and note how to compute it, once: `make` is one operation, which may keep its own output."""
+        """Return `make(z)`, and note once how to compute it: `make` is one operation, which may keep its output."""
         self._expected = make, z
         try:
             y = make(z)
