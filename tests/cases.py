@@ -40,7 +40,9 @@ KERNEL_SHAPES = [
     (7, 20, 47),  # more than one block of channels
     (3, 5, 47),  # by row, and just long enough for by channel
     (3, 5, 48),
+    (9, 5, 48),  # by channel: four samples, four samples, and one
     (3, 70, 49),  # 7 x 7 images, a block of several channels
+    (5, 2, 1100),  # four samples whose runs are longer than RUN
     (2, 3, 5000),  # a run longer than BLOCK
     (300, 2, 33),
     (4100, 3, 1),  # more rows than a block of rows

@@ -72,10 +72,10 @@ def in_one_call(p: Problem, activation: Any, eps: float, of_output: bool, in_pla
         return 0 if array is None else int(array.ctypes.data)
 
     weight, bias = (None if values is None else values.astype(T) for values in (p.weight, p.bias))
-    batch = whole.Batch(p.x.shape, p.x.dtype, activation, int(p.residual is not None))
+    descriptor = whole.Descriptor(p.x.shape, p.x.dtype, activation, int(p.residual is not None))
     move = whole.Move(at(running_mean), at(running_var), T.type(0), rate, correction)
     given = at(p.x), at(p.x if p.residual is None else p.residual), at(y), at(weight), at(bias), at(tables)
-    moved = whole.forward(batch, *given, at(statistics), eps, move)
+    moved = whole.forward(descriptor, *given, at(statistics), eps, move)
     mean, var, _ = statistics
     assert moved == bool(np.isfinite(mean).all() and np.isfinite(var).all())
     for was, now, batch_s in (1.0, running_mean, mean), (2.0, running_var, correction * var):
@@ -87,9 +87,9 @@ def in_one_call(p: Problem, activation: Any, eps: float, of_output: bool, in_pla
     residual = y if of_output else p.residual
     kind = 0 if residual is None else 1 + of_output
     whole.backward(
-        batch._replace(residual=kind, in_place=in_place), at(dy), at(p.x), at(p.x if residual is None else residual),
-        at(dx), at(dx if residual is None else d_residual), at(tables), at(statistics), at(d_weight), at(d_bias),
-        p.count,
+        descriptor._replace(residual=kind, in_place=in_place), at(dy), at(p.x),
+        at(p.x if residual is None else residual), at(dx), at(dx if residual is None else d_residual), at(tables),
+        at(statistics), at(d_weight), at(d_bias), p.count,
     )  # fmt: skip
     found = {"y": y, "mean": mean, "var": var, "dx": dx, "d_weight": d_weight, "d_bias": d_bias}
     return found | {"d_residual": d_residual}

@@ -201,12 +201,12 @@ def test_the_table_chooses_by_size_type_and_layout() -> None:
     side = routes.SMALL // 16
     assert taken(layer, torch.randn(4, 4, 1, side - 1)) == "native"
     assert taken(layer, torch.randn(4, 4, 1, side)) == "numba"
-    last = torch.randn(4, 4, 16, side - 1).contiguous(memory_format=torch.channels_last)
+    last = torch.randn(4, 4, 8, side - 1).contiguous(memory_format=torch.channels_last)
     assert taken(layer, last) == "native"
-    last = torch.randn(4, 4, 16, side).contiguous(memory_format=torch.channels_last)
+    last = torch.randn(4, 4, 8, side).contiguous(memory_format=torch.channels_last)
     assert taken(layer, last) == "numba"
-    assert taken(bn.BatchNorm1d(4), torch.randn(4 * routes.SMALL - 1, 4)) == "native"
-    assert taken(bn.BatchNorm1d(4), torch.randn(4 * routes.SMALL, 4)) == "numba"
+    assert taken(bn.BatchNorm1d(4), torch.randn(2 * routes.SMALL - 1, 4)) == "native"
+    assert taken(bn.BatchNorm1d(4), torch.randn(2 * routes.SMALL, 4)) == "numba"
     layer.eval()
     for limit, has_graph in (routes.SMALL_EVALUATION // 16, True), (routes.FRESH // 64, False):
         with torch.set_grad_enabled(has_graph):

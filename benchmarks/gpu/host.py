@@ -1,6 +1,7 @@
 """What a layer costs the host: calls on a tensor so small that the GPU is always done first."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ def _candidates(channels: int, device: torch.device) -> dict[str, tuple[Run, lis
     found["batchnorm"] = layer, list(layer.parameters())
     bare = bt.BatchNorm2d(channels, device=device)
     found["batchnorm, no ReLU"] = bare, list(bare.parameters())
+    for name, layers in (("eager, frozen", eager), ("batchnorm, frozen", layer)):
+        frozen = deepcopy(layers).eval()
+        found[name] = frozen, list(frozen.parameters())
     weight, bias = (torch.ones(channels, device=device, requires_grad=True) for _ in range(2))
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
 

@@ -9,9 +9,12 @@ from batchnorm.kernels.gpu.ahead import Compiled, compile_ahead
 
 def compiled(direction: str, shape: tuple[int, int, int]) -> Compiled:
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    channel, number = torch.empty(shape[1], device="meta"), torch.empty((), dtype=torch.int64, device="meta")
-    variant = stages.Variant(True, True, "relu", shape, 1, None, None, False, direction == "forward")
-    if direction == "forward":
+    channel = torch.empty(shape[1], device="meta")
+    number: torch.Tensor | None = torch.empty((), dtype=torch.int64, device="meta")
+    measured = direction != "constants"
+    variant = stages.Variant(measured, True, "relu", shape, 1, None, None, False, direction == "forward")
+    if direction != "backward":
+        number = number if measured else None
         tensors = (x, x, None, x, *(channel,) * 6, None, channel, channel, number, number)
         launch, _ = stages.forward_launch(variant, tensors, aligned=True)
         return compile_ahead(launch, tensors, 3)
@@ -22,8 +25,13 @@ def compiled(direction: str, shape: tuple[int, int, int]) -> Compiled:
 
 @pytest.mark.parametrize(
     ("direction", "shape"),
-    [("forward", (64, 256, 3136)), ("backward", (64, 512, 196)), ("forward", (12544, 256, 1))],
-    ids=["channel", "row", "last"],
+    [
+        ("forward", (64, 256, 3136)),
+        ("backward", (64, 512, 196)),
+        ("forward", (12544, 256, 1)),
+        ("constants", (64, 512, 196)),
+    ],
+    ids=["channel", "row", "last", "constants by row"],
 )
 def test_vectors_are_loaded_whole_and_nothing_spills(direction: str, shape: tuple[int, int, int]) -> None:
     made = compiled(direction, shape)

@@ -19,7 +19,7 @@ from check_stages import DEVICE, INTERPRETED, array
 import batchnorm.torch as bt
 from batchnorm import definition
 from batchnorm.kernels.gpu import launch
-from batchnorm.torch import deferred, function, gpu, routes
+from batchnorm.torch import cards, deferred, function, gpu, routes
 from batchnorm.torch.call import Call, Plan
 from batchnorm.torch.running import Running
 
@@ -150,6 +150,77 @@ def test_a_step_and_the_next_ones(layout: str, residual: bool, started: list[str
         mean, var = definition.update_running(mean, var, definition.moments(array(drawn(shape, seed))), 0.1)
     assert relative_error(array(layer.running_mean), mean) <= tolerance(np.float32, 100)
     assert relative_error(array(layer.running_var), var) <= tolerance(np.float32, 100)
+
+
+@pytest.mark.parametrize(("layout", "residual"), list(zip(LAYOUTS, (False, True, True), strict=True)))
+def test_constants_in_one_launch(layout: str, residual: bool, started: list[str]) -> None:
+    """In evaluation, and frozen in training: the backward pass knows the constants as they were."""
+    shape, laid = LAYOUTS[layout]
+    layer = bt.BatchNorm2d(shape[1], activation="silu", statistics=bt.RunningStatistics(), device=DEVICE)
+    for seed, frozen in enumerate((False, False, True, True)):
+        layer.train(frozen)
+        x, dy = (drawn(shape, seed + ten, laid) for ten in (0, 10))
+        beside = drawn(shape, seed + 20, laid) if residual else None
+        with torch.no_grad():
+            layer.weight.copy_(drawn((shape[1],), seed)), layer.bias.copy_(drawn((shape[1],), seed + 1))
+            layer.running_mean.copy_(drawn((shape[1],), seed + 2))
+            layer.running_var.copy_(drawn((shape[1],), seed + 3).square())
+        weight, bias, mean, var = (array(t).copy() for t in (*layer.parameters(), *list(layer.buffers())[:2]))
+        rstd = definition.reciprocal_std(var, layer.eps)
+        inputs = [x.requires_grad_(), *layer.parameters(), *([beside.requires_grad_()] if beside is not None else [])]
+        y = layer(x, residual=beside)
+        with torch.no_grad():
+            layer.running_mean.add_(1), layer.running_var.mul_(2), layer.bias.add_(1)
+        found = torch.autograd.grad(y, inputs, dy)
+        z = definition.normalize(array(x), mean, rstd, weight, bias, None if beside is None else array(beside), None)
+        dz = array(dy) * definition.activate_grad(z, "silu")
+        across = (slice(None), None, None)
+        xhat = (array(x) - mean[across]) * rstd[across]
+        exact = dz * (weight * rstd)[across], (dz * xhat).sum((0, 2, 3)), dz.sum((0, 2, 3)), dz
+        assert relative_error(array(y), definition.activate(z, "silu")) <= tolerance(np.float32, 100)
+        for value, wanted in zip(found, exact, strict=False):
+            assert relative_error(array(value), wanted) <= tolerance(np.float32, 100)
+    assert started == ["tensors"] * 2 + ["addresses"] * 6
+    assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (0, 0)
+
+
+def test_plain_calls(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reach the kernels without the table of routes."""
+    if INTERPRETED:
+        monkeypatch.setattr(Tensor, "is_cpu", property(lambda _: False), raising=False)
+        monkeypatch.setattr(gpu, "is_available", lambda _device: True)
+        monkeypatch.setattr(cards, "smallest", lambda _device: 0)
+    monkeypatch.setattr(bt.BatchNorm2d, "_normalize", lambda *_: pytest.fail("not a plain call"))
+    shape, laid = LAYOUTS["by-row"]
+    layer = bt.BatchNorm2d(shape[1], activation="tanh", device=DEVICE)
+    mean, var = np.zeros(shape[1]), np.ones(shape[1])
+    with bt.route():
+        for seed in range(3):
+            x, dy, beside = (drawn(shape, seed + ten, laid) for ten in (0, 10, 20))
+            assert_step(layer, x, dy, beside, None, step(layer, x, dy, beside))
+            mean, var = definition.update_running(mean, var, definition.moments(array(x)), 0.1)
+        y = layer.eval()(x)
+    assert (int(layer.num_batches_tracked), int(layer.num_batches_skipped)) == (3, 0)
+    for value, exact in (layer.running_mean, mean), (layer.running_var, var):
+        assert relative_error(array(value), exact) <= tolerance(np.float32, 100)
+    rstd = definition.reciprocal_std(var, layer.eps)
+    assert relative_error(array(y), definition.normalize(array(x), mean, rstd, None, None, None, "tanh")) <= tolerance(
+        np.float32, 100
+    )
+    assert started == ["tensors"] * 2 + ["addresses"] * 4 + ["tensors"]
+
+
+def test_second_derivatives_by_constants() -> None:
+    layer = bt.BatchNorm2d(3, activation="silu", device=DEVICE).eval()
+    x = drawn((2, 3, 2, 2), 0).requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with torch.no_grad():
+        layer.running_var.add_(9)
+    (found,) = torch.autograd.grad(dx.sum(), x)
+    z = x.detach().double().requires_grad_()
+    y = torch.nn.functional.silu(z / (1 + layer.eps) ** 0.5).sum()
+    (exact,) = torch.autograd.grad(torch.autograd.grad(y, z, create_graph=True)[0].sum(), z)
+    assert relative_error(array(found), array(exact)) <= tolerance(np.float32, 8)
 
 
 @pytest.mark.parametrize("groups", [False, True])

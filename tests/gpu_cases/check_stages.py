@@ -356,6 +356,28 @@ def test_packed(shape: tuple[int, int, int], affine: bool, groups: int) -> None:
     assert_near(running.var, var, int(whole.count))
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(7, 2, 64), (7, 5, 7), (25, 20, 1)])
+def test_packed_by_constants(shape: tuple[int, int, int], affine: bool) -> None:
+    """They take the place of what is measured, are kept, and do not move."""
+    drawn = layer(shape, activation="silu", residual=True, affine=affine)
+    mean, var = (torch.linspace(first, 2, shape[1], device=DEVICE) for first in (-1, 0))
+    before, statistics = mean.clone(), torch.full((4, 1, shape[1]), math.nan, device=DEVICE)
+    gpu.forward_packed(
+        drawn.x, drawn.residual, None, *drawn.affine, EPS, "silu", drawn.y, statistics, shape=shape,
+        running=gpu.Running(mean, var), constant=True, tuning=SMALL,
+    )  # fmt: skip
+    rstd = definition.reciprocal_std(array(var), EPS)
+    affines = array(drawn.weight), array(drawn.bias)
+    assert_near(
+        drawn.y, definition.normalize(array(drawn.x), array(mean), rstd, *affines, array(drawn.residual), "silu")
+    )
+    assert torch.equal(mean, before)
+    assert torch.equal(statistics[:2, 0], torch.stack([mean, var]))
+    assert_near(statistics[2, 0], rstd)
+    assert torch.equal(statistics[3, 0], torch.zeros_like(mean) if drawn.bias is None else drawn.bias)
+
+
 def test_a_shape_of_other_size() -> None:
     x = torch.ones(4, 3, 5, device=DEVICE)
     with pytest.raises(ValueError, match=r"x of shape \(4, 3, 5\) cannot be seen as \(4, 3, 6\)"):

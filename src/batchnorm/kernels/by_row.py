@@ -17,7 +17,7 @@ import numpy as np
 from batchnorm.kernels.activations import activate, activate_grad
 from batchnorm.kernels.compilation import Stage, inlined, stage
 from batchnorm.kernels.formats import load, store
-from batchnorm.kernels.formulas import OUTPUT, affine, first_counted, merge, through_moments, uncenter
+from batchnorm.kernels.formulas import affine, first_counted, merge, through_moments, uncenter, with_residual
 from batchnorm.kernels.tiling import FIRST_ROWS, PAIRS_UP_TO, ROW_LENGTH, ROWS, TABLE_STRIDE, samples_per_row
 
 __all__ = ["grad_input", "grad_sums", "moments", "normalize"]
@@ -73,12 +73,6 @@ def _repeat(sample: int, table: Any) -> None:
 def _in_pairs(x: Any, tensors: int, width: int) -> bool:
     """Whether a stage that reads some tensors like `x` takes sums over two rows at a time: see `PAIRS_UP_TO`."""
     return width <= ROW_LENGTH or x.size * x.itemsize * tensors <= PAIRS_UP_TO
-
-
-@inlined
-def _with_residual(RESIDUAL: int, z: Any, residual: Any) -> Any:
-    """`z` in a backward stage that has a residual, or `y` in its place."""
-    return load(residual) if RESIDUAL == OUTPUT else z + load(residual)
 
 
 @inlined
@@ -305,8 +299,8 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                     d, next_d = load(row[j]) - center[j], load(next_row[j]) - center[j]
                     z, next_z = d * scale[j] + shift[j], next_d * scale[j] + shift[j]
                     if RESIDUAL:
-                        z = _with_residual(RESIDUAL, z, residual_row[j])
-                        next_z = _with_residual(RESIDUAL, next_z, next_residual_row[j])
+                        z = with_residual(RESIDUAL, z, residual_row[j])
+                        next_z = with_residual(RESIDUAL, next_z, next_residual_row[j])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                     next_dz = activate_grad(ACT, EXACT, parameter, next_z, load(next_dy_row[j]))
                     total[j] += dz + next_dz
@@ -318,7 +312,7 @@ def grad_sums(ACT: int, RESIDUAL: int, EXACT: int) -> Stage:
                     d = load(row[j]) - center[j]
                     z = d * scale[j] + shift[j]
                     if RESIDUAL:
-                        z = _with_residual(RESIDUAL, z, residual_row[j])
+                        z = with_residual(RESIDUAL, z, residual_row[j])
                     dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                     total[j] += dz
                     total_d[j] += dz * d
@@ -372,7 +366,7 @@ def grad_input(ACT: int, RESIDUAL: int, COUNTED: int, EXACT: int, IN_PLACE: int)
                 d = load(row[j]) - center[j]
                 z = d * scale[j] + shift[j]
                 if RESIDUAL:
-                    z = _with_residual(RESIDUAL, z, residual_row[j])
+                    z = with_residual(RESIDUAL, z, residual_row[j])
                 dz = activate_grad(ACT, EXACT, parameter, z, load(dy_row[j]))
                 if COUNTED:
                     store(dx_row, j, scale[j] * dz - (times[j] * (d * slope[j] + level[j]) if times[j] > 0 else T(0)))

@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 from batchnorm.kernels.compilation import inlined
+from batchnorm.kernels.formats import load
 
-__all__ = ["OUTPUT", "affine", "first_counted", "is_finite", "merge", "through_moments", "uncenter"]
+__all__ = ["OUTPUT", "affine", "first_counted", "is_finite", "merge", "through_moments", "uncenter", "with_residual"]
 
 OUTPUT = 2
 """`RESIDUAL` of a backward stage that gets `y` in place of the residual: all that relu asks of `z` is its sign, which
@@ -21,6 +22,12 @@ def affine(T: Any, mean: float, rstd: float, weight: Any, bias: Any) -> Any:
     center = T(mean)
     scale = rstd * weight
     return center, T(scale), T(bias - (mean - center) * scale)
+
+
+@inlined
+def with_residual(RESIDUAL: int, z: Any, residual: Any) -> Any:
+    """`z` in a backward stage that has a residual, or `y` in its place."""
+    return load(residual) if RESIDUAL == OUTPUT else z + load(residual)
 
 
 @inlined

@@ -5,7 +5,7 @@ Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, posit
 set of stages, in two walking orders: `by_channel` for long runs of positions, `by_row` for short ones.
 
 `forward` and `backward` run all stages on one block of channels before they go on to the next, so that a block is read
-from memory once and from the L2 cache after that. If blocks do not fit the cache, the stages run one after the other.
+from memory once and from the cache after that. If blocks do not fit the cache, the stages run one after the other.
 
 Statistics are float64, whatever the type of the data. Sums run in the data's type over at most a few thousand values,
 then in float64. Values are summed relative to a `center` near the mean, so that even a mean of a million standard
@@ -34,7 +34,7 @@ from batchnorm.kernels.calls import address, call_grad_input, call_grad_sums, ca
 from batchnorm.kernels.compilation import Kernel, inlined, kernel
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import OUTPUT, is_finite, merge
-from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, tiling
+from batchnorm.kernels.tiling import CACHE, SERIAL, Tiling, along_memory, tiling
 
 __all__ = ["backward", "forward", "grad_input", "grad_sums", "moments", "normalize", "walk_of"]
 
@@ -333,7 +333,7 @@ def normalize(
         activation: As in `definition.normalize`.
         cache: As in `moments`.
     """
-    cut = tiling(x.shape, x.itemsize, 1, cache)
+    cut = along_memory(x.shape, x.itemsize, 1, cache)
     stage = walk_of(cut).normalize(_code(activation), int(residual is not None))
     _launch(normalize_kernel, (stage,), cut, (x, residual, None, weight, bias), activation, mean, rstd, y)
 
@@ -411,7 +411,7 @@ def grad_input(
         exact: Whether `dz` is 0 where the derivative is, even if `dy` is not finite; not needed if it is.
         cache: As in `moments`.
     """
-    cut = tiling(x.shape, x.itemsize, 2, cache)
+    cut = along_memory(x.shape, x.itemsize, 2, cache)
     kind, counted = _residual_code(residual, of_output), int(counts is not None)
     stage = walk_of(cut).grad_input(_code(activation), kind, counted, int(exact), int(dx is dy))
     _launch(

@@ -6,15 +6,11 @@ counts, what Python would do between the kernels is compiled here, and addresses
 are those of `launch`, and so are the bits of the results.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from batchnorm.definition import ActivationSpec, parse_activation
 from batchnorm.kernels import launch, threads
@@ -32,13 +28,14 @@ from batchnorm.kernels.calls import (
 from batchnorm.kernels.compilation import inlined, kernel
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import is_finite
+from batchnorm.kernels.memory import array
 from batchnorm.kernels.running import moved
-from batchnorm.kernels.tiling import SERIAL, tiling
+from batchnorm.kernels.tiling import SERIAL, along_memory, tiling
 
-__all__ = ["Batch", "Move", "accept", "backward", "forward", "is_near", "normalize"]
+__all__ = ["KEPT", "STAY", "Constants", "Descriptor", "Move", "accept", "backward", "forward", "is_near", "normalize"]
 
 
-class Batch(NamedTuple):
+class Descriptor(NamedTuple):
     """What a pass is compiled and tiled for.
 
     Attributes:
@@ -56,53 +53,38 @@ class Batch(NamedTuple):
     in_place: bool = False
 
 
-class Move(NamedTuple):
-    """How a forward pass moves running statistics: see `running.move`.
+Move = tuple[int, int, Any, float, float, int]
+"""How a forward pass moves running statistics: see `running.move`. A plain tuple, for a layer makes one in each call.
 
-    Attributes:
-        mean, var: Their addresses; 0 if there are none.
-        like: A number of their type.
-        rate, correction: As in `running.move`.
-        counter: The address of an int64 that counts the batches that have moved them; 0 if there is none.
-    """
+1. The address of the mean and that of the variance; 0 if there are none.
+2. A number of their type.
+3. The rate and the correction of `running.move`.
+4. The address of an int64 that counts the batches that have moved them; 0 if there is none.
+"""
 
-    mean: int = 0
-    var: int = 0
-    like: Any = np.float32(0)
-    rate: float = 0.0
-    correction: float = 1.0
-    counter: int = 0
+STAY: Move = 0, 0, np.float32(0), 0.0, 1.0, 0
+"""Where nothing moves."""
 
+Constants = tuple[int, int, int, int, Any, float]
+"""What a pass normalizes by where that is not computed from the batch.
 
-# --- Arrays at addresses ----------------------------------------------------------------------------------------------
+1. The addresses of weight and bias; 0 for 1 and 0.
+2. Those of mean and variance.
+3. A number of their type.
+4. `eps`, which is added to the variance.
+"""
 
-
-def _pointer_in_python(place: int, like: Any) -> Any:
-    return ctypes.cast(place, ctypes.POINTER(np.ctypeslib.as_ctypes_type(np.asarray(like).dtype)))
-
-
-@intrinsic
-def _pointer_in_a_kernel(typing_context: Any, place: Any, like: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.intp, like), generate
+KEPT: Constants = 0, 0, 0, 0, np.float32(0), 0.0
+"""Where an earlier pass has written its tables and statistics."""
 
 
-_pointer: Any = _pointer_in_python if numba.config.DISABLE_JIT else _pointer_in_a_kernel  # type: ignore[attr-defined]
-"""`(place, like)`: an address as a pointer to values of the type of `like`."""
-
-
-@inlined
-def _at(place: int, like: Any, shape: Any) -> Any:
-    """The array of a shape at an address, of the type of `like`."""
-    return numba.carray(_pointer(place, like), shape)  # type: ignore[attr-defined]
+# --- Tables and running statistics ------------------------------------------------------------------------------------
 
 
 @inlined
 def _fill(table: Any, place: int, otherwise: Any) -> None:
     """Fill a table with the values at an address, or with one number if there are none."""
-    given = _at(place, otherwise, table.shape)
+    given = array(place, otherwise, table.shape)
     for c in range(table.size):
         table[c] = given[c] if place != 0 else otherwise
 
@@ -113,10 +95,10 @@ def _move(
 ) -> Any:
     """Move what a `Move` tells of towards a batch, and return whether that was possible."""
     shape = mean.shape
-    if mean_ != 0 and not moved(mean, var, rate, correction, _at(mean_, running, shape), _at(var_, running, shape)):
+    if mean_ != 0 and not moved(mean, var, rate, correction, array(mean_, running, shape), array(var_, running, shape)):
         return False
     if counter_ != 0:
-        _at(counter_, np.int64(0), (1,))[0] += 1
+        array(counter_, np.int64(0), (1,))[0] += 1
     return True
 
 
@@ -134,8 +116,8 @@ def _forward() -> Callable[..., bool]:
         rate: float, correction: float, counter_: int,
     ) -> Any:  # fmt: skip
         N, C, L, rows, width = sizes
-        x, residual, y = _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L)), _at(y_, like, (N, C, L))
-        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        x, residual, y = array(x_, like, (N, C, L)), array(residual_, like, (N, C, L)), array(y_, like, (N, C, L))
+        tables, statistics = array(tables_, parameter, (2, C)), array(statistics_, 0.0, (3, C))
         weight, bias, mean, var, rstd = tables[0], tables[1], statistics[0], statistics[1], statistics[2]
         _fill(weight, weight_, type(parameter)(1))
         _fill(bias, bias_, type(parameter)(0))
@@ -157,11 +139,18 @@ def _normalize() -> Callable[..., None]:
     @kernel(False)
     def whole_normalize(
         kernels: Any, stages: Any, sizes: Any, like: Any, parameter: Any, x_: int, residual_: int, y_: int,
-        tables_: int, statistics_: int,
+        tables_: int, statistics_: int, weight_: int, bias_: int, mean_: int, var_: int, constant: Any, eps: float,
     ) -> None:  # fmt: skip
         N, C, L, rows, width = sizes
-        x, residual, y = _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L)), _at(y_, like, (N, C, L))
-        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        x, residual, y = array(x_, like, (N, C, L)), array(residual_, like, (N, C, L)), array(y_, like, (N, C, L))
+        tables, statistics = array(tables_, parameter, (2, C)), array(statistics_, 0.0, (3, C))
+        if mean_ != 0:
+            _fill(tables[0], weight_, type(parameter)(1))
+            _fill(tables[1], bias_, type(parameter)(0))
+            mean, var = array(mean_, constant, (C,)), array(var_, constant, (C,))
+            for c in range(C):
+                statistics[0, c], statistics[1, c] = mean[c], var[c]
+                statistics[2, c] = 1.0 / np.sqrt(statistics[1, c] + eps)
         given = x, residual, np.empty((0, 0), tables.dtype), tables[0], tables[1], parameter, rows, width
         call_normalize_kernel(kernels[0], (stages[0], *given, statistics[0], statistics[2], y))
 
@@ -177,9 +166,9 @@ def _backward() -> Callable[..., bool]:
         count: float, sums: Any,
     ) -> Any:  # fmt: skip
         N, C, L, rows, width = sizes
-        dy, x, residual = _at(dy_, like, (N, C, L)), _at(x_, like, (N, C, L)), _at(residual_, like, (N, C, L))
-        dx, d_residual = _at(dx_, like, (N, C, L)), _at(d_residual_, like, (N, C, L))
-        tables, statistics = _at(tables_, parameter, (2, C)), _at(statistics_, 0.0, (3, C))
+        dy, x, residual = array(dy_, like, (N, C, L)), array(x_, like, (N, C, L)), array(residual_, like, (N, C, L))
+        dx, d_residual = array(dx_, like, (N, C, L)), array(d_residual_, like, (N, C, L))
+        tables, statistics = array(tables_, parameter, (2, C)), array(statistics_, 0.0, (3, C))
         mean, rstd, sum_dz, sum_dz_xhat = statistics[0], statistics[2], sums[0], sums[1]
         counts = np.empty((0, 0), tables.dtype)
         given = x, residual, counts, tables[0], tables[1], parameter, rows, width, dy, mean, rstd
@@ -194,7 +183,7 @@ def _backward() -> Callable[..., bool]:
             return False
         if kernels[1] != 0:
             call_grad_input_kernel(kernels[1], (stages[1], *given, sum_dz, sum_dz_xhat, count, dx, d_residual))
-        d_weight, d_bias = _at(d_weight_, parameter, (C,)), _at(d_bias_, parameter, (C,))
+        d_weight, d_bias = array(d_weight_, parameter, (C,)), array(d_bias_, parameter, (C,))
         for c in range(C):
             d_weight[c] = sum_dz_xhat[c]
             d_bias[c] = sum_dz[c]
@@ -207,64 +196,67 @@ def _backward() -> Callable[..., bool]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
+def _forward_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
     """What `whole_forward` begins with."""
-    cut = tiling(batch.shape, batch.dtype.itemsize, 1)
-    walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
-    stages = walk.moments(0), walk.normalize(code, int(batch.residual > 0))
-    made = [launch.forward_kernel] if cut.rows >= batch.shape[0] else [launch.moments_kernel, launch.normalize_kernel]
-    return _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
+    cut = tiling(descriptor.shape, descriptor.dtype.itemsize, 1)
+    walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
+    stages = walk.moments(0), walk.normalize(code, int(descriptor.residual > 0))
+    is_fused = cut.rows >= descriptor.shape[0]
+    made = [launch.forward_kernel] if is_fused else [launch.moments_kernel, launch.normalize_kernel]
+    return _beginning(descriptor, [each(parallel) for each in made], stages, (cut.rows, cut.width))
 
 
 @functools.lru_cache(maxsize=1024)
-def _normalize_of(batch: Batch, parallel: bool) -> tuple[Any, ...]:
+def _normalize_of(descriptor: Descriptor, parallel: bool) -> tuple[Any, ...]:
     """What `whole_normalize` begins with."""
-    cut = tiling(batch.shape, batch.dtype.itemsize, 1)
-    walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
-    stage = walk.normalize(code, int(batch.residual > 0))
-    return _beginning(batch, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
+    cut = along_memory(descriptor.shape, descriptor.dtype.itemsize, 1)
+    walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
+    stage = walk.normalize(code, int(descriptor.residual > 0))
+    return _beginning(descriptor, [launch.normalize_kernel(parallel)], (stage,), (cut.rows, cut.width))
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_of(batch: Batch, parallel: bool, exact: int) -> tuple[Any, ...]:
+def _backward_of(descriptor: Descriptor, parallel: bool, exact: int) -> tuple[Any, ...]:
     """What `whole_backward` begins with."""
-    cut = tiling(batch.shape, batch.dtype.itemsize, 2)
-    walk, code = launch.walk_of(cut), CODES[parse_activation(batch.activation)[0]]
+    cut = tiling(descriptor.shape, descriptor.dtype.itemsize, 2)
+    walk, code = launch.walk_of(cut), CODES[parse_activation(descriptor.activation)[0]]
     stages = (
-        walk.grad_sums(code, batch.residual, exact),
-        walk.grad_input(code, batch.residual, 0, exact, int(batch.in_place)),
+        walk.grad_sums(code, descriptor.residual, exact),
+        walk.grad_input(code, descriptor.residual, 0, exact, int(descriptor.in_place)),
     )
-    is_fused = cut.rows >= batch.shape[0]
+    is_fused = cut.rows >= descriptor.shape[0]
     made = [launch.backward_kernel] if is_fused else [launch.grad_sums_kernel, launch.grad_input_kernel]
-    beginning = _beginning(batch, [each(parallel) for each in made], stages, (cut.rows, cut.width))
+    beginning = _beginning(descriptor, [each(parallel) for each in made], stages, (cut.rows, cut.width))
     return code in FLAT, bool(exact), *beginning
 
 
-def _beginning(batch: Batch, kernels: list[Any], stages: tuple[Any, ...], tile: tuple[int, int]) -> tuple[Any, ...]:
-    dtype = batch.dtype
+def _beginning(
+    descriptor: Descriptor, kernels: list[Any], stages: tuple[Any, ...], tile: tuple[int, int]
+) -> tuple[Any, ...]:
+    dtype = descriptor.dtype
     places = tuple(kernel_address(each, dtype) for each in kernels)
     return (
         (*places, 0)[:2],
         tuple(address(stage, dtype) for stage in stages),
-        (*batch.shape, *tile),
+        (*descriptor.shape, *tile),
         dtype.type(0),
-        arithmetic(dtype).type(parse_activation(batch.activation)[1]),
+        arithmetic(dtype).type(parse_activation(descriptor.activation)[1]),
     )
 
 
-def _is_parallel(batch: Batch) -> bool:
-    N, C, L = batch.shape
+def _is_parallel(descriptor: Descriptor) -> bool:
+    N, C, L = descriptor.shape
     return N * C * L >= SERIAL and not threads.forbidden()
 
 
 def forward(
-    batch: Batch, x: int, residual: int, y: int, weight: int, bias: int, tables: int, statistics: int, eps: float,
-    running: Move,
+    descriptor: Descriptor, x: int, residual: int, y: int, weight: int, bias: int, tables: int, statistics: int,
+    eps: float, running: Move,
 ) -> bool:  # fmt: skip
     """`launch.forward` without counts, and `running.move`.
 
     Args:
-        batch: What the addresses hold.
+        descriptor: What the addresses hold.
         x, residual, y: Addresses of contiguous data; any address if there is no residual. `y` is written.
         weight, bias: Addresses of `(C,)`, of the type of the arithmetic; 0 for 1 and 0.
         tables: The address of `(2, C)`, of that type. Written: copies of weight and bias for the backward pass.
@@ -275,48 +267,51 @@ def forward(
     Returns:
         Whether the running statistics were moved, or there are none.
     """
-    parallel = _is_parallel(batch)
+    parallel = _is_parallel(descriptor)
     return bool(
         threads.run(
-            _forward(), parallel, *_forward_of(batch, parallel), x, residual, y, weight, bias, tables, statistics, eps,
-            *running,
+            _forward(), parallel, *_forward_of(descriptor, parallel), x, residual, y, weight, bias, tables, statistics,
+            eps, *running,
         )
     )  # fmt: skip
 
 
-def normalize(batch: Batch, x: int, residual: int, y: int, tables: int, statistics: int) -> None:
-    """`launch.normalize`: `y` again, the same bits by the same stage.
+def normalize(
+    descriptor: Descriptor, x: int, residual: int, y: int, tables: int, statistics: int, constants: Constants = KEPT
+) -> None:
+    """`launch.normalize`, by constants; or `y` again, the same bits by the same stage.
 
     Args:
-        batch: What the addresses hold.
+        descriptor: What the addresses hold.
         x, residual, y: As in `forward`.
-        tables, statistics: From `forward`.
+        tables, statistics: As in `forward`. Written from the constants; read if they are `KEPT`.
+        constants: The constants.
     """
-    parallel = _is_parallel(batch)
-    beginning = _normalize_of(batch, parallel)
-    threads.run(_normalize(), parallel, *beginning, x, residual, y, tables, statistics)
+    parallel = _is_parallel(descriptor)
+    beginning = _normalize_of(descriptor, parallel)
+    threads.run(_normalize(), parallel, *beginning, x, residual, y, tables, statistics, *constants)
 
 
 def backward(
-    batch: Batch, dy: int, x: int, residual: int, dx: int, d_residual: int, tables: int, statistics: int,
+    descriptor: Descriptor, dy: int, x: int, residual: int, dx: int, d_residual: int, tables: int, statistics: int,
     d_weight: int, d_bias: int, count: float,
 ) -> None:  # fmt: skip
     """`launch.backward` without counts.
 
     Args:
-        batch: What the addresses hold.
+        descriptor: What the addresses hold.
         dy, x, residual: Addresses of contiguous data. Any address if there is no residual; that of `y` if it is
             `OUTPUT`.
-        dx, d_residual: Likewise. Written; `dx` is `dy` if the batch is `in_place`.
+        dx, d_residual: Likewise. Written; `dx` is `dy` if the descriptor is `in_place`.
         tables, statistics: From `forward`.
         d_weight, d_bias: Addresses of `(C,)`, of the type of the arithmetic. Written.
         count: The number of values behind the statistics; infinity if they are constants.
     """
-    parallel = _is_parallel(batch)
-    sums = np.empty((2, batch.shape[1]))
+    parallel = _is_parallel(descriptor)
+    sums = np.empty((2, descriptor.shape[1]))
     for exact in (0, 1):
         done = threads.run(
-            _backward(), parallel, *_backward_of(batch, parallel, exact), dy, x, residual, dx, d_residual, tables,
+            _backward(), parallel, *_backward_of(descriptor, parallel, exact), dy, x, residual, dx, d_residual, tables,
             statistics, d_weight, d_bias, float(count), sums,
         )  # fmt: skip
         if done:
@@ -336,7 +331,7 @@ def _near(mean: Any, var: Any, shrinkage: float, eps: float, limit: float) -> An
 def _is_near() -> Callable[..., bool]:
     @kernel(False)
     def is_near(mean_: int, var_: int, C: int, like: Any, eps: float, limit: float) -> Any:
-        return _near(_at(mean_, like, (C,)), _at(var_, like, (C,)), 1.0, eps, limit)
+        return _near(array(mean_, like, (C,)), array(var_, like, (C,)), 1.0, eps, limit)
 
     return cast(Callable[..., bool], is_near)
 
@@ -348,7 +343,7 @@ def _accept() -> Callable[..., bool]:
         mean_: int, var_: int, C: int, shrinkage: float, eps: float, limit: float, running_mean_: int,
         running_var_: int, like: Any, rate: float, correction: float, counter_: int,
     ) -> Any:  # fmt: skip
-        mean, var = _at(mean_, like, (C,)), _at(var_, like, (C,))
+        mean, var = array(mean_, like, (C,)), array(var_, like, (C,))
         if not _near(mean, var, shrinkage, eps, limit):
             return False
         return _move(mean, var, running_mean_, running_var_, like, rate, correction, counter_)

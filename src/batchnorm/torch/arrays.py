@@ -6,13 +6,14 @@ as the caller holds the tensor.
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.torch.call import is_plain
+from batchnorm.torch.call import PLAIN
 
 __all__ = ["TYPES", "batch", "channels", "dense", "shape", "tables", "tensor", "view"]
 
@@ -42,24 +43,22 @@ def view(t: Tensor) -> Any:
 
 def dense(t: Tensor, laid: torch.memory_format) -> Tensor:
     """A batch whose memory is as the kernels read it; a copy only if necessary."""
-    if t.is_contiguous(memory_format=laid) and not t.is_neg() and not t._is_zerotensor() and is_plain(t):
+    if t.is_contiguous(memory_format=laid) and not t.is_neg() and not t._is_zerotensor() and type(t) in PLAIN:
         return t
     t = torch.zeros_like(t) if t._is_zerotensor() else t.detach()  # it has no memory
     return t.resolve_neg().contiguous(memory_format=laid)
 
 
-def shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:
+def shape(size: torch.Size, laid: torch.memory_format) -> tuple[int, int, int]:
     """The shape of a batch for the kernels: `(N, C, L)`, or `(N*L, C, 1)` for channels last."""
-    samples, channels, *_ = x.shape
-    size = x.numel()
-    if laid is not torch.contiguous_format:
-        return size // channels, channels, 1
-    return samples, channels, size // (samples * channels)
+    samples, channels, *positions = size
+    length = math.prod(positions)
+    return (samples, channels, length) if laid is torch.contiguous_format else (samples * length, channels, 1)
 
 
 def batch(t: Tensor | None, laid: torch.memory_format) -> Any:
     """A dense batch as an array of that shape."""
-    return None if t is None else _at(t.data_ptr(), shape(t, laid), t.dtype)
+    return None if t is None else _at(t.data_ptr(), shape(t.shape, laid), t.dtype)
 
 
 def tables(weight: Tensor | None, bias: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
@@ -75,7 +74,7 @@ def channels(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of `(C,)` as the kernels read them: dense, of a type; a copy only if necessary."""
     if values._is_zerotensor():
         return torch.zeros_like(values, dtype=dtype)
-    if values.dtype is dtype and values.is_contiguous() and not values.is_neg() and is_plain(values):
+    if values.dtype is dtype and values.is_contiguous() and not values.is_neg() and type(values) in PLAIN:
         return values
     return values.detach().to(dtype).resolve_neg().contiguous()
 

@@ -1,5 +1,6 @@
 """The stages on CPU tensors, by the Numba kernels, which take NumPy arrays."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from batchnorm.kernels.running import move
 from batchnorm.torch import arrays
 from batchnorm.torch.allocator import empty_like
 from batchnorm.torch.call import Call, Part, Plan, is_plain
-from batchnorm.torch.function import Gradients, How, Needs, keeps_output
+from batchnorm.torch.function import Gradients, How, Needs, keeps_output, known
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running, correction
 
@@ -24,8 +25,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
 
-STAY = whole.Move()
-"""Where the forward pass moves nothing."""
+NONE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+"""A tensor of each type of the arithmetic. Its `new_empty` takes half the time of `torch.empty`."""
+
+TABLES = 3 * 8
+"""Bytes before the tables of a whole pass, for each channel: its statistics."""
 
 ZERO = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 """A number of the type of the running statistics, for the kernels."""
@@ -63,12 +67,15 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
-    """`y`, the statistics as in `How`, and weight and bias as `tables`."""
+def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`y`, the statistics as in `How`, and weight and bias as `tables`; None if they follow the statistics."""
     x, laid = call.x, memory_format(call.x)
-    y, statistics = empty_like(x, laid), how.statistics
-    if statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
-        return y, *_forward_whole(call, how, y, laid)
+    y = empty_like(x, laid)
+    if how.statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
+        return y, _forward_whole(call, how, y, laid), None
+    if how.statistics is None and how.plan.constants is not None:
+        how = how._replace(statistics=known(call, *how.plan.constants, STATISTICS))
+    statistics = how.statistics
     if statistics is None:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
     affine = tables(call)
@@ -89,13 +96,11 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor]:
     return y, statistics, affine
 
 
-def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[..., Tensor]:
+def again(call: Call, how: How, statistics: Tensor, kept: Tensor | None) -> Callable[..., Tensor]:
     """What makes `y` again from `x` and the residual, by the stage that made it."""
     laid, activation = memory_format(call.x), call.activation
-    batch = whole.Batch(
-        arrays.shape(call.x, laid), arrays.TYPES[call.x.dtype], activation, int(call.residual is not None)
-    )
-    parts = how.plan.parts
+    descriptor = _descriptor(call.x.shape, laid, call.x.dtype, activation, int(call.residual is not None))
+    parts, affine = how.plan.parts, _affine(statistics, kept)
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y, x = empty_like(x, laid), arrays.dense(x, laid)
@@ -103,7 +108,7 @@ def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[
         if parts is None:
             beside = x if residual is None else residual
             whole.normalize(
-                batch, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
+                descriptor, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
             )
             return y
         data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
@@ -116,26 +121,49 @@ def again(call: Call, how: How, statistics: Tensor, affine: Tensor) -> Callable[
     return make
 
 
-def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> tuple[Tensor, Tensor]:
-    """`forward` by the statistics of a batch without counts: `y` is written, the rest returned."""
+@functools.lru_cache(maxsize=1 << 12)
+def _descriptor(
+    size: torch.Size, laid: torch.memory_format, dtype: torch.dtype, activation: tuple[str, float], residual: int,
+    in_place: bool = False,
+) -> whole.Descriptor:  # fmt: skip
+    """What a whole pass is made for. Layers meet the same ones in every step, and describing one takes a while."""
+    return whole.Descriptor(arrays.shape(size, laid), arrays.TYPES[dtype], activation, residual, in_place)
+
+
+def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -> Tensor:
+    """`forward` of a batch without counts, or by constants: `y` is written, the statistics and tables returned."""
     x, exact, weight, bias, running = arrays.dense(call.x, laid), call.arithmetic, call.weight, call.bias, how.running
-    residual = x if call.residual is None else arrays.dense(call.residual, laid)
+    residual, channels = x if call.residual is None else arrays.dense(call.residual, laid), x.shape[1]
     weight = None if weight is None else arrays.channels(weight, exact)
     bias = None if bias is None else arrays.channels(bias, exact)
-    statistics = torch.empty((3, 1, x.shape[1]), dtype=STATISTICS, device="cpu")
-    affine = torch.empty((2, x.shape[1]), dtype=exact, device="cpu")
+    statistics = NONE[STATISTICS].new_empty((4 if exact is torch.float32 else 5, 1, channels))
+    descriptor = _descriptor(x.shape, laid, x.dtype, call.activation, int(call.residual is not None))
+    at = statistics.data_ptr()
+    affine = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    if how.plan.constants is not None:
+        mean, var = how.plan.constants
+        dtype = mean.dtype if mean.dtype is var.dtype and mean.dtype in ZERO else torch.float64
+        mean, var = arrays.channels(mean, dtype), arrays.channels(var, dtype)
+        constants = *affine, mean.data_ptr(), var.data_ptr(), ZERO[dtype], call.eps
+        whole.normalize(
+            descriptor, x.data_ptr(), residual.data_ptr(), y.data_ptr(), at + TABLES * channels, at, constants
+        )
+        return statistics
     moved = whole.forward(
-        whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, int(call.residual is not None)),
-        x.data_ptr(), residual.data_ptr(), y.data_ptr(),
-        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        affine.data_ptr(), statistics.data_ptr(), call.eps,
-        STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
+        descriptor, x.data_ptr(), residual.data_ptr(), y.data_ptr(), *affine, at + TABLES * channels, at, call.eps,
+        whole.STAY if running is None else _how_to_move(running, how.count, how.plan.unbiased),
     )  # fmt: skip
     if running is not None and not moved:
         running.note(False)
     elif running is not None:
-        torch._C._increment_version([t for t in (running.mean, running.var, running.batches) if t is not None])
-    return statistics, affine
+        torch._C._increment_version([t for t in running[:2] + running[3:4] if t is not None])
+    return statistics
+
+
+def _affine(statistics: Tensor, kept: Tensor | None) -> Tensor:
+    """The tables that `forward` kept, two rows of float64 or two in one."""
+    exact = torch.float32 if len(statistics) == 4 else torch.float64
+    return statistics[3:].view(exact).view(2, -1) if kept is None else kept
 
 
 def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -> bool:
@@ -151,21 +179,22 @@ def _move(running: Running, count: float, mean: Any, var: Any, unbiased: bool) -
 
 def _how_to_move(running: Running, count: float, unbiased: bool) -> whole.Move:
     """How to move running statistics that the kernel `can_move`."""
-    mean, var, _, batches, *_ = running
+    mean, var, momentum, batches, _, _ = running
     assert mean is not None
     assert var is not None
+    rate = running.rate() if momentum is None else momentum
     factor = float(correction(count)) if unbiased else 1.0
     counter = 0 if batches is None else batches.data_ptr()
-    return whole.Move(mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(running.rate()), factor, counter)
+    return mean.data_ptr(), var.data_ptr(), ZERO[mean.dtype], float(rate), factor, counter
 
 
-def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tensor, needs: Needs) -> Gradients:
+def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: Tensor | None, needs: Needs) -> Gradients:
     """The gradients.
 
     Args:
         dy: The gradient of `y`.
         call, how: As in `forward`, with `y` in place of the residual if the call `keeps_output`.
-        statistics, affine: From `forward`.
+        statistics, kept: From `forward`.
         needs: As in `Needs`.
     """
     x, laid = call.x, memory_format(call.x)
@@ -188,24 +217,28 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, affine: Tenso
         held[3] = empty_like(x, laid) if dx is None else dx
         held[4] = empty_like(x, laid) if d_residual is None and call.residual is not None else d_residual
     if held[3] is not None and group is None and how.plan.parts is None and call.counts is None:
-        return dx, *_backward_whole(held, call, how, laid, statistics, affine), d_residual
-    return dx, *_backward_by_parts(held, call, how, laid, statistics, affine), d_residual
+        return dx, *_backward_whole(held, call, how, laid, statistics, kept), d_residual
+    affine = _affine(statistics, kept)
+    return dx, *_backward_by_parts(held, call, how, laid, statistics[:3], affine), d_residual
 
 
 def _backward_whole(
-    held: list[Tensor | None], call: Call, how: How, laid: torch.memory_format, statistics: Tensor, affine: Tensor
-) -> tuple[Tensor, Tensor]:
+    held: list[Tensor | None], call: Call, how: How, laid: torch.memory_format, statistics: Tensor,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`backward` of a batch without counts: what `held` has room for is written, the rest returned."""
     dy, x, residual, dx, d_residual = held
     assert dy is not None
     assert x is not None
     assert dx is not None
-    d_weight, d_bias = (torch.empty(x.shape[1], dtype=call.arithmetic, device="cpu") for _ in range(2))
-    kind = 0 if residual is None else 1 + keeps_output(call)
+    none, channels = NONE[call.arithmetic], x.shape[1]
+    d_weight, d_bias = none.new_empty(channels), none.new_empty(channels)
+    kind, at = 0 if residual is None else 1 + keeps_output(call), statistics.data_ptr()
     whole.backward(
-        whole.Batch(arrays.shape(x, laid), arrays.TYPES[x.dtype], call.activation, kind, dx is dy),
+        _descriptor(x.shape, laid, x.dtype, call.activation, kind, dx is dy),
         dy.data_ptr(), x.data_ptr(), (x if residual is None else residual).data_ptr(), dx.data_ptr(),
-        (dx if d_residual is None else d_residual).data_ptr(), affine.data_ptr(), statistics.data_ptr(),
+        (dx if d_residual is None else d_residual).data_ptr(),
+        at + TABLES * channels if kept is None else kept.data_ptr(), at,
         d_weight.data_ptr(), d_bias.data_ptr(), how.count,
     )  # fmt: skip
     return d_weight, d_bias
@@ -243,9 +276,9 @@ def _backward_by_parts(
     return d_weight, d_bias
 
 
-def old_bias(statistics: Tensor, affine: Tensor) -> Tensor:
+def old_bias(statistics: Tensor, kept: Tensor | None) -> Tensor:
     """The bias as it was in `forward`."""
-    return affine[1]
+    return _affine(statistics, kept)[1]
 
 
 def tables(call: Call) -> Tensor:

@@ -16,7 +16,7 @@ from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "own_residual", "run"]
+__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "known", "own_residual", "run"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """`dx`, `d_weight`, `d_bias` and `d_residual`; None for a gradient that is not needed."""
@@ -42,7 +42,8 @@ class How(NamedTuple):
             and refers to nothing that an optimizer might change.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
-        statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them.
+        statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them, or
+            copies the plan's constants.
         eps: Added to the variance.
         activation: A name and its parameter.
         running: The running statistics that the forward pass must move; None if they are moved afterwards.
@@ -65,22 +66,19 @@ class How(NamedTuple):
 def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
     """Compute a call by any plan that the stages support."""
     count, found, moved = plan.count, None, None
-    if plan.constants is not None:
-        found = _statistics(stages, call, *plan.constants)
-        plan = plan._replace(constants=(found[0, 0], found[1, 0]))
-    elif plan.group is not None or plan.adjust is not None:
+    if plan.group is not None or plan.adjust is not None:
         mean, var = stages.moments(call)
         if plan.group is not None:
             total, mean, var = plan.group.pool(call.x, call.positions(), count, mean, var)
             count = total if total.is_cuda else float(total)  # to read it would be to wait for the GPU
-        found = _statistics(stages, call, mean, var)
+        found = known(call, mean, var, stages.STATISTICS)
         if plan.adjust is not None:
             with torch.no_grad():
                 r, d = plan.adjust(mean, var)
             weight, bias = composed.adjusted(call, r, d)
             call = call._replace(weight=weight, bias=bias)
             plan = plan._replace(adjust=None)
-    elif stages.can_move(running, call.x, plan):
+    elif plan.constants is None and stages.can_move(running, call.x, plan):
         moved = running
     y, statistics = run(call, How(stages, plan, count, found, call.eps, call.activation, moved))
     if running.mean is None or moved is not None:
@@ -124,10 +122,10 @@ def own_residual(call: Call) -> Call:
     return call._replace(residual=call.residual.clone(memory_format=memory_format(call.x)))
 
 
-def _statistics(stages: Any, call: Call, mean: Tensor, var: Tensor) -> Tensor:
+def known(call: Call, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
     """Statistics in the layout of `How`, copied because a later batch may change the originals."""
     with torch.no_grad():
-        found = torch.empty((3, 1, call.x.shape[1]), dtype=stages.STATISTICS, device=call.x.device)
+        found = torch.empty((3, 1, call.x.shape[1]), dtype=dtype, device=call.x.device)
         found[0].copy_(mean)
         found[1].copy_(var)
         torch.rsqrt(found[1] + call.eps, out=found[2])
@@ -201,8 +199,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, call: Call) -> list[Tensor | 
         if bias is not None and ctx.bias_version is not None and bias._version != ctx.bias_version:
             kept = ctx.how.stages.old_bias(ctx.statistics, ctx.kept).to(bias.dtype)
             bias = kept + (bias - bias.detach())  # the values of the forward pass, with the history of the bias
-        named = call._replace(x=x, weight=weight, bias=bias, residual=residual)
-        y, *_ = composed.forward(named, ctx.how.plan)
+        named, plan = call._replace(x=x, weight=weight, bias=bias, residual=residual), ctx.how.plan
+        if plan.constants is not None:
+            plan = plan._replace(constants=(ctx.statistics[0, 0], ctx.statistics[1, 0]))  # as they were
+        y, *_ = composed.forward(named, plan)
     needed = [t is not None and needs for t, needs in zip(inputs, ctx.needs_input_grad, strict=False)]
     wanted = [t for t, is_needed in zip(inputs, needed, strict=True) if t is not None and is_needed]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph) if wanted else ())

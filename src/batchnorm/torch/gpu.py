@@ -148,32 +148,33 @@ def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
     if how.statistics is not None:
         return _normalize(call, how.statistics, how)
     x, residual, counts, (weight, bias) = call.x, call.residual, _counts(call), _dense_vectors(call)
-    size, stride, device, moved = tuple(x.shape), x.stride(), x.device, _moved(how)
-    channels, groups = size[1], 1 if how.plan.parts is None else len(how.plan.parts)
+    size, stride, dtype, device, parts = tuple(x.shape), x.stride(), x.dtype, x.device, how.plan.parts
+    channels, groups = size[1], 1 if parts is None else len(parts)
+    constant, running = how.plan.constants is not None, _running(how)
     key = (
-        size, stride, x.dtype, device, call.activation, groups,
+        size, stride, dtype, device, call.activation, groups, constant,
         None if weight is None else weight.dtype, None if bias is None else bias.dtype,
         None if residual is None else residual.stride(), counts is None,
-        None if moved is None else (
-            moved.mean.dtype, moved.var.dtype, moved.update_rate is None, moved.unbiased,
-            moved.batches_tracked is None, moved.batches_skipped is None,
+        None if running is None else (
+            running.mean.dtype, running.var.dtype, running.update_rate is None, running.unbiased,
+            running.batches_tracked is None, running.batches_skipped is None,
         ),
     )  # fmt: skip
-    if moved is not None:
-        torch.autograd.graph.increment_version((moved.mean, moved.var))
+    if running is not None and not constant:
+        torch._C._increment_version((running.mean, running.var))
     room = _room(device)
     statistics = room((4, groups, channels), (groups * channels, channels, 1), STATISTICS)
     again, at_x, at_residual, at_counts = _forwards.get(key), _at(x), _at(residual), _at(counts)
     if again is not None and (at_x | at_residual | at_counts) % VECTOR == 0:
-        y = room(size, stride, x.dtype)
-        again.forward(at_x, at_residual or None, at_counts or None, weight, bias, call.eps, y, statistics, moved)
+        y = room(size, stride, dtype)
+        again.forward(at_x, at_residual or None, at_counts or None, weight, bias, call.eps, y, statistics, running)
         return y, statistics, None
     laid = memory_format(x)
     dense, beside = _dense(x, laid), None if residual is None else _dense(residual, laid)
     y = torch.empty_like(dense)
     again = _kernels().forward_packed(
         dense, beside, counts, weight, bias, call.eps, call.activation, y, statistics,
-        shape=_shape(x, laid), running=moved, groups=groups, samples=len(x),
+        shape=_shape(x, laid), running=running, constant=constant, groups=groups, samples=len(x),
     )  # fmt: skip
     if again is not None and dense is x and beside is residual:
         _keep(_forwards, key, again)
@@ -193,8 +194,11 @@ def again(call: Call, how: How, statistics: Tensor, kept: None) -> Callable[...,
     return make
 
 
-def _moved(how: How) -> Any:
-    """The running statistics that the kernel moves."""
+def _running(how: How) -> Any:
+    """The running statistics that the kernel moves, or normalizes by if they are constants."""
+    if how.plan.constants is not None:
+        constants = [_vector(t) for t in how.plan.constants]
+        return _kernels().Running(*constants, 0.0, False, None, None)
     if how.running is None:
         return None
     mean, var, momentum, batches, skipped, _ = how.running
@@ -227,16 +231,17 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
         kept: None; nothing else is kept.
         needs: As in `Needs`; `dy` is never overwritten.
     """
-    x, residual, counts, (weight, _) = call.x, call.residual, _counts(call), _dense_vectors(call)
+    x, residual, counts, weight = call.x, call.residual, _counts(call), _dense_vectors(call)[0]
     if counts is not None and how.plan.group is None:  # the other processes would wait for one that fails here
         deferred.tell()
     if x.numel() == 0 or (how.plan.group is not None and needs.dx):
         return _backward_in_stages(dy, call, how, statistics, needs)
-    size, stride, device, (_, groups, channels) = tuple(x.shape), x.stride(), x.device, statistics.shape
+    size, stride, dtype, device = tuple(x.shape), x.stride(), x.dtype, x.device
+    _, groups, channels = statistics.shape
     count, of_output = _count(call, how), keeps_output(call)
     of_each = isinstance(count, Tensor)
     key = (
-        size, stride, dy.stride(), x.dtype, device, call.activation, groups,
+        size, stride, dy.stride(), dtype, device, call.activation, groups,
         None if weight is None else weight.dtype, None if residual is None else residual.stride(), counts is None,
         needs[:2], of_output, of_each, not of_each and count == math.inf,
     )  # fmt: skip
@@ -246,8 +251,8 @@ def backward(dy: Tensor, call: Call, how: How, statistics: Tensor, kept: None, n
     again, at_x, at_dy = _backwards.get(key), _at(x), _at(dy)
     at_residual, at_counts = _at(residual), _at(counts)
     if again is not None and (at_x | at_dy | at_residual | at_counts) % VECTOR == 0:
-        dx = room(size, stride, x.dtype) if needs.dx else None
-        d_residual = room(size, stride, x.dtype) if needs.d_residual and residual is not None else None
+        dx = room(size, stride, dtype) if needs.dx else None
+        d_residual = room(size, stride, dtype) if needs.d_residual and residual is not None else None
         again.backward(
             at_dy, at_x, at_residual or None, at_counts or None, weight, statistics, count, d_bias, d_weight, dx,
             d_residual,
@@ -320,7 +325,18 @@ def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
 def _dense_vectors(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias without gaps, because kernels get addresses only."""
     weight, bias = call.weight, call.bias
-    return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    return weight, bias
+
+
+def _vector(t: Tensor) -> Tensor:
+    """A constant of each channel as the kernels read it."""
+    if t.dtype in DTYPES and t.is_contiguous() and not t.is_neg():
+        return t
+    return t.detach().resolve_neg().contiguous().to(STATISTICS)
 
 
 def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:

@@ -235,10 +235,6 @@ class _Layer(_Base):
                 per channel.
             RuntimeError: If the number of channels or the floating-point types do not match.
         """
-        if isinstance(input, torch.fx.Proxy):  # like a layer of torch.nn, ours is one call in a symbolic trace
-            tracer: Any = input.tracer
-            given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
         return self._run(input, residual, mask, self.activation)
 
     def _run(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: Activation) -> Tensor:
@@ -248,6 +244,10 @@ class _Layer(_Base):
                 y = plain.compute(self, input, residual, activation)
                 if y is not None:
                     return y
+            if isinstance(input, torch.fx.Proxy):  # like a layer of torch.nn, ours is one call in a symbolic trace
+                tracer: Any = input.tracer
+                given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
             return self._normalize(input, residual, mask, activation)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             if type(error) not in (ValueError, TypeError, RuntimeError, NotImplementedError):

@@ -72,7 +72,7 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
     z = _batch_norm(call, batch.mean, batch.var, True, 1.0)
     if asks:
         count, places = float(plan.count), (batch.mean.data_ptr(), batch.var.data_ptr())
-        stay = whole.Move(like=LIKE[batch.mean.dtype])
+        stay = 0, 0, LIKE[batch.mean.dtype], 0.0, 1.0, 0
         if not whole.accept(*places, len(batch.mean), (count - 1) / count, call.eps, NEAR, stay):
             return None
     return Outcome(_follow(call, z), batch)
@@ -97,8 +97,8 @@ def by_batch(
     mean, var, mean_at, var_at, like = _local.scratch.get((channels, x.dtype)) or _make_scratch(channels, x.dtype)
     z = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, False)
     count = x.numel() / channels
-    places = (0, 0) if running is None else (running[0].data_ptr(), running[1].data_ptr())
-    move = whole.Move(*places, like, rate, 1.0, 0 if batches is None else batches.data_ptr())
+    mean_, var_ = (0, 0) if running is None else (running[0].data_ptr(), running[1].data_ptr())
+    move = mean_, var_, like, rate, 1.0, 0 if batches is None else batches.data_ptr()
     if not whole.accept(mean_at, var_at, channels, (count - 1) / count, eps, NEAR, move):
         del _local.scratch[channels, x.dtype]  # what is not finite would stay in it
         return None
@@ -133,8 +133,8 @@ def _make_scratch(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, in
 def by_constants(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor | None:
-    """A CPU tensor normalized by constants; None if the kernels are more exact."""
-    if not _is_near(mean, var, eps):
+    """A CPU tensor normalized by constants, dense ones of its type; None if the kernels are more exact."""
+    if not whole.is_near(mean.data_ptr(), var.data_ptr(), x.shape[1], LIKE[x.dtype], eps, NEAR):
         return None
     if torch.is_grad_enabled():
         # Copies: a later batch changes the running statistics, and the backward pass must not see that.

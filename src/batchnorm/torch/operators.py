@@ -60,7 +60,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return _like_forward(*arguments)[0], call.x.new_zeros((3, call.x.shape[1]), dtype=cpu.STATISTICS)
     with torch.no_grad():
         y, statistics, _ = cpu.forward(call, how)
-    return y, statistics[:, 0]
+    return y, statistics[:3, 0]
 
 
 def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Route(NamedTuple):
 
 
 SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 16, 1 << 20, 1 << 15
-"""The numbers of values from which the CPU kernels pay: in training (16 times as many for matrices and for strides that
+"""The numbers of values from which the CPU kernels pay: in training (8 times as many for matrices and for strides that
 are not those of channels-first), in evaluation, and in training in a compiled graph.
 
 Forward and backward, an autograd function in Python takes longer than PyTorch's operation in C++, above all when it
@@ -65,7 +65,7 @@ def _native_pays(call: Call, plan: Plan) -> bool:
 def is_small(x: Tensor, training: bool) -> bool:
     """Whether calling our kernels for a CPU tensor costs more than they gain."""
     if training:
-        return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 16 * SMALL)
+        return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 8 * SMALL)
     return x.numel() < SMALL_EVALUATION or (x.nbytes < FRESH and not torch.is_grad_enabled())
 
 

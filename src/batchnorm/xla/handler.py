@@ -21,8 +21,8 @@ from numba import types
 from numpy.typing import NDArray
 
 from batchnorm.kernels.compilation import c_function, inlined, pointer
+from batchnorm.kernels.memory import BYTE, INTEGER, WORD, address_of, call, read, record
 from batchnorm.xla.call_frame import BUFFER, EXECUTE, STRING, TYPES, Attributes, Buffer, CallFrame, Many, Span
-from batchnorm.xla.memory import BYTE, INTEGER, WORD, address_of, call, read, record
 from batchnorm.xla.prepared import ARGUMENTS, RESULTS, Made, data
 
 __all__ = ["prepare", "start"]

@@ -33,10 +33,10 @@ from batchnorm.kernels.calls import (
 from batchnorm.kernels.compilation import Kernel, c_function, inlined, pointer
 from batchnorm.kernels.formats import arithmetic
 from batchnorm.kernels.formulas import is_finite
+from batchnorm.kernels.memory import WORD, array, call, read, record
 from batchnorm.kernels.tiling import SERIAL, tiling
 from batchnorm.xla.call_frame import HUGE, HUGE_PAGES, Buffer, CallFrame, Many, large_pages
 from batchnorm.xla.formula import How
-from batchnorm.xla.memory import WORD, call, like, read, record
 
 __all__ = ["ARGUMENTS", "RESULTS", "Made", "backward", "data", "forward"]
 
@@ -96,31 +96,45 @@ def _set_threads(entry: Any, threads: int) -> int:
     return before
 
 
+@inlined
+def _read(frame: int, entry: Any, i: int, values: Any, numbers: Any) -> Any:
+    """What both passes read, of all members: x, weights, biases, residuals and counts.
+
+    Args:
+        frame, entry, values, numbers: As in the passes.
+        i: The place of `x` among the arguments. Those that may be absent come after it.
+    """
+    batch, table = (entry.members, entry.N, entry.C, entry.L), (entry.members, entry.C)
+    arguments = read(frame + ARGUMENTS, WORD)
+    x = array(data(arguments, i), values, batch)
+    weights, biases = array(entry.ones, numbers, table), array(entry.zeros, numbers, table)
+    residuals, counts = x, array(entry.ones, numbers, (entry.members, 0, 0))
+    if entry.weight:
+        i += 1
+        weights = array(data(arguments, i), numbers, table)
+    if entry.bias:
+        i += 1
+        biases = array(data(arguments, i), numbers, table)
+    if entry.residual:
+        i += 1
+        residuals = array(data(arguments, i), values, batch)
+    if entry.counts:
+        i += 1
+        counts = array(data(arguments, i), numbers, (entry.members, entry.N, entry.L))
+    return x, weights, biases, residuals, counts
+
+
 @functools.cache
 def _forward() -> Callable[..., Any]:
     @c_function
     def forward(frame: int, where: int, values: Any, numbers: Any) -> int:
         entry = record(where, ENTRY)
-        N, C, L, members = entry.N, entry.C, entry.L, entry.members
-        arguments, results = read(frame + ARGUMENTS, WORD), read(frame + RESULTS, WORD)
-        batch, table, positions = (members, N, C, L), (members, C), (members, N, L)
-        x, y = like(data(arguments, 0), batch, values), like(data(results, 0), batch, values)
-        high, low = like(data(results, 1), table, numbers), like(data(results, 2), table, numbers)
-        found = like(data(results, 3), table, numbers)
-        weights, biases = like(entry.ones, table, numbers), like(entry.zeros, table, numbers)
-        residuals, all_counts = x, like(entry.ones, (members, 0, 0), numbers)
-        i = 1
-        if entry.weight:
-            weights = like(data(arguments, i), table, numbers)
-            i += 1
-        if entry.bias:
-            biases = like(data(arguments, i), table, numbers)
-            i += 1
-        if entry.residual:
-            residuals = like(data(arguments, i), batch, values)
-            i += 1
-        if entry.counts:
-            all_counts = like(data(arguments, i), positions, numbers)
+        C, members, table = entry.C, entry.members, (entry.members, entry.C)
+        x, weights, biases, residuals, all_counts = _read(frame, entry, 0, values, numbers)
+        results = read(frame + RESULTS, WORD)
+        y = array(data(results, 0), values, x.shape)
+        high, low = array(data(results, 1), numbers, table), array(data(results, 2), numbers, table)
+        found = array(data(results, 3), numbers, table)
         _ask_for_large_pages(entry.advise, data(results, 0), y.nbytes)
         threads_before = _set_threads(entry, entry.threads)
         parameter = weights.dtype.type(entry.parameter)
@@ -151,31 +165,21 @@ def _backward() -> Callable[..., Any]:
     @c_function
     def backward(frame: int, where: int, values: Any, numbers: Any) -> int:
         entry = record(where, ENTRY)
-        N, C, L, members = entry.N, entry.C, entry.L, entry.members
+        N, C, L, members, table = entry.N, entry.C, entry.L, entry.members, (entry.members, entry.C)
+        x, weights, biases, residuals, all_counts = _read(frame, entry, 4, values, numbers)
         arguments, results = read(frame + ARGUMENTS, WORD), read(frame + RESULTS, WORD)
-        batch, table, positions = (members, N, C, L), (members, C), (members, N, L)
-        dy, x = like(data(arguments, 0), batch, values), like(data(arguments, 4), batch, values)
-        high, low = like(data(arguments, 1), table, numbers), like(data(arguments, 2), table, numbers)
-        var = like(data(arguments, 3), table, numbers)
-        weights, biases = like(entry.ones, table, numbers), like(entry.zeros, table, numbers)
-        residuals, all_counts = x, like(entry.ones, (members, 0, 0), numbers)
-        dx = like(data(results, 0), batch, values)
+        dy, dx = array(data(arguments, 0), values, x.shape), array(data(results, 0), values, x.shape)
+        high, low = array(data(arguments, 1), numbers, table), array(data(arguments, 2), numbers, table)
+        var = array(data(arguments, 3), numbers, table)
         d_weights, d_biases, d_residuals = weights[:0], biases[:0], dx
-        i, j = 5, 1
         if entry.weight:
-            weights, d_weights = like(data(arguments, i), table, numbers), like(data(results, j), table, numbers)
-            i += 1
-            j += 1
+            d_weights = array(data(results, 1), numbers, table)
         if entry.bias:
-            biases, d_biases = like(data(arguments, i), table, numbers), like(data(results, j), table, numbers)
-            i += 1
-            j += 1
+            d_biases = array(data(results, 1 + entry.weight), numbers, table)
         if entry.residual:
-            residuals, d_residuals = like(data(arguments, i), batch, values), like(data(results, j), batch, values)
-            _ask_for_large_pages(entry.advise, data(results, j), dx.nbytes)
-            i += 1
-        if entry.counts:
-            all_counts = like(data(arguments, i), positions, numbers)
+            place = data(results, 1 + entry.weight + entry.bias)
+            d_residuals = array(place, values, x.shape)
+            _ask_for_large_pages(entry.advise, place, dx.nbytes)
         if not entry.in_place:
             _ask_for_large_pages(entry.advise, data(results, 0), dx.nbytes)
         threads_before = _set_threads(entry, entry.threads)

@@ -244,6 +244,15 @@ def _update_running(
 
 
 @triton.jit
+def _constants(walk: tl.tuple, unit: tensor, mean: tensor, var: tensor, eps: tensor, S: tl.tuple) -> tl.tuple:
+    """Mean, variance and `1/std` of a unit's channels where they are constants."""
+    _place, channel, there = channels(walk, unit, S)
+    center = tl.load(mean + channel, mask=there, other=0.0).to(tl.float32)
+    spread = tl.load(var + channel, mask=there, other=1.0).to(tl.float32)
+    return center, spread, (1.0 / tl.sqrt(spread.to(tl.float64) + eps)).to(tl.float32)
+
+
+@triton.jit
 def _write_tile(
     x: tensor, residual: tensor, center: tensor, scale: tensor, shift: tensor, parameter: tensor, y: tensor,
     walk: tl.tuple, unit: tensor, row: tensor, end: tensor, ACT: constexpr, STREAM: constexpr, LAST: constexpr,
@@ -300,7 +309,11 @@ def forward_kernel(
     ROWS: constexpr, COLUMNS: constexpr, SLICES: constexpr, VEC: constexpr, CHANNELS: constexpr, POSITIONS: constexpr,
     WHOLE: constexpr, GROUPED: constexpr, WIDE: constexpr,
 ) -> None:  # fmt: skip
-    """`MEASURE` and `WRITE` say which stages to do; `ALONE`, that a unit is one part, for one program to do whole."""
+    """`MEASURE` and `WRITE` say which stages to do; `ALONE`, that a unit is one part, for one program to do whole.
+
+    If nothing is measured, the running statistics are constants to normalize by, and the first part of each unit keeps
+    them as if they had been measured. Without running statistics, `mean` and `rstd` are given.
+    """
     walk = Walk(
         C, L, width, row_vectors, width_vectors, run_factor, blocks, small, larger, extra, part_tiles, part_count,
         units, wave_units, waves, wave_factor, stage_factor,
@@ -355,7 +368,16 @@ def forward_kernel(
         if writes:
             if ORDERED:
                 wait(state, unit, launch)
-            at, _channel, exists = columns(walk, unit, S)
-            center = tl.load(mean + at, mask=exists, other=0.0, volatile=True)
-            std = tl.load(rstd + at, mask=exists, other=0.0, volatile=True)
+            if running_mean is not None and not MEASURE:
+                middle, spread, deviation = _constants(walk, unit, running_mean, running_var, eps, S)
+                if number == 0:
+                    nothing = tl.zeros_like(middle)
+                    _store_moments(
+                        walk, unit, nothing, middle, spread, deviation, bias, mean, var, rstd, kept_bias, counted, S
+                    )  # fmt: skip
+                center, std = to_columns(middle, walk, S), to_columns(deviation, walk, S)
+            else:
+                at, _channel, exists = columns(walk, unit, S)
+                center = tl.load(mean + at, mask=exists, other=0.0, volatile=True)
+                std = tl.load(rstd + at, mask=exists, other=0.0, volatile=True)
             _write(x, residual, weight, bias, center, std, parameter, y, walk, unit, number, ACT, STREAM, S)

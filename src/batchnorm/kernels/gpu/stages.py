@@ -63,7 +63,7 @@ training networks have little of it, and PyTorch's own operators do."""
 
 
 class Running(NamedTuple):
-    """The running statistics that `forward` moves towards the batch's, all groups together.
+    """The running statistics, which `forward` moves towards the batch's, all groups together, or normalizes by.
 
     `running += update_rate * (batch - running)` in float32, unless a mean or variance of the batch is not finite, or
     the batch has no values.
@@ -152,10 +152,9 @@ def forward(
 ) -> None:
     """`moments`, `rstd = 1/sqrt(var + eps)`, `normalize` and the running update, in one launch."""
     statistics = (mean, var, rstd, None)
-    variant, tensors, rate = _forward_variant(
-        x, residual, counts, weight, bias, activation, y, statistics, count, running, _shape(x, shape), groups,
-        samples, tuning,
-    )  # fmt: skip
+    about = Variant(True, True, activation, _shape(x, shape), groups, samples, tuning)
+    given = x, residual, counts, y, weight, bias, *statistics, count
+    variant, tensors, rate = _with_running(about, given, running)
     _forward(variant, tensors, eps, rate, scratch)
 
 
@@ -357,16 +356,19 @@ def forward_packed(
     *,
     shape: Shape,
     running: Running | None = None,
+    constant: bool = False,
     groups: int = 1,
     samples: int | None = None,
     tuning: Tuning | None = None,
     scratch: Scratch | None = None,
 ) -> Again | None:
-    """`forward`, with `mean`, `var`, `rstd` and a copy of the bias written into `statistics`, `(4, groups, C)`."""
-    variant, tensors, rate = _forward_variant(
-        x, residual, counts, weight, bias, activation, y, tuple(statistics), count, running, _shape(x, shape), groups,
-        samples, tuning,
-    )  # fmt: skip
+    """`forward`, with `mean`, `var`, `rstd` and a copy of the bias written into `statistics`, `(4, groups, C)`.
+
+    If `constant`, the running statistics take the place of the batch's, and do not move.
+    """
+    about = Variant(not constant, True, activation, _shape(x, shape), groups, samples, tuning)
+    given = x, residual, counts, y, weight, bias, *statistics, count
+    variant, tensors, rate = _with_running(about, given, running)
     launch, parameter, aligned = _forward(variant, tensors, eps, rate, scratch)
     ready = aligned and count is None and launch.takes_addresses
     return Again(launch, parameter, x.device, 4 * groups * shape[1]) if ready else None
@@ -435,19 +437,16 @@ class Variant(NamedTuple):
     of_output: bool = False
 
 
-def _forward_variant(
-    x: Tensor, residual: Tensor | None, counts: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    activation: ActivationSpec, y: Tensor, statistics: tuple[Tensor | None, ...], count: Tensor | None,
-    running: Running | None, shape: Shape, groups: int, samples: int | None, tuning: Tuning | None,
-) -> tuple[Variant, tuple[Tensor | None, ...], float]:  # fmt: skip
-    """What both passes are made for, the kernel's tensors, and the update rate."""
-    tensors = (x, residual, counts, y, weight, bias, *statistics, count)
+def _with_running(
+    variant: Variant, tensors: tuple[Tensor | None, ...], running: Running | None
+) -> tuple[Variant, tuple[Tensor | None, ...], float]:
+    """What a forward pass is made for, and all the kernel's tensors, with its running statistics; the update rate."""
     if running is None:
-        return Variant(True, True, activation, shape, groups, samples, tuning), (*tensors, None, None, None, None), 0.0
+        return variant, (*tensors, None, None, None, None), 0.0
     mean, var, rate, unbiased, tracked, skipped = running
     if rate is None and tracked is None:
         raise ValueError("update_rate=None averages over all batches, and needs batches_tracked to know how many")
-    variant = Variant(True, True, activation, shape, groups, samples, tuning, rate is None, unbiased)
+    variant = variant._replace(cumulative=rate is None, unbiased=unbiased)
     return variant, (*tensors, mean, var, tracked, skipped), 0.0 if rate is None else rate
 
 
@@ -516,7 +515,7 @@ def forward_launch(variant: Variant, tensors: tuple[Tensor | None, ...], aligned
     }  # fmt: skip
     integers = (*_walk(shape, cut, variant.first and variant.second and not alone), variant.groups)
     numbers = 32 * -(-variant.groups // 32) + 4 * cut.units * cut.part_count * cut.channels
-    counters = 0 if alone and tensors[11] is None else 2 + 2 * cut.units
+    counters = 0 if not variant.first or (alone and tensors[11] is None) else 2 + 2 * cut.units
     passes, residual = variant.first + variant.second, tensors[1] is not None
     return Launch(forward_kernel, cut, passes, integers, constants, counters, numbers, residual), parameter
 

@@ -1,17 +1,18 @@
 """Memory by its address, and C functions by theirs, in compiled code."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
+import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import extending, types
 from numba.core import cgutils
-from numba.np.numpy_support import carray
 
 from batchnorm.kernels.compilation import inlined
 
-__all__ = ["BYTE", "INTEGER", "WORD", "address_of", "call", "like", "read", "record"]
+__all__ = ["BYTE", "INTEGER", "WORD", "address_of", "array", "call", "read", "record"]
 
 WORD, INTEGER, BYTE = np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint8)
 
@@ -29,24 +30,6 @@ def read(_: Any, address: Any, dtype: Any) -> Any:
         return builder.load(builder.inttoptr(values[0], context.get_value_type(dtype.dtype).as_pointer()))
 
     return dtype.dtype(address, dtype), generate
-
-
-@_intrinsic
-def _pointer(_: Any, address: Any, dtype: Any) -> Any:
-    to = types.CPointer(dtype.dtype)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(to))
-
-    return to(address, dtype), generate
-
-
-@_intrinsic
-def _pointer_like(_: Any, address: Any, pointer: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(pointer))
-
-    return pointer(address, pointer), generate
 
 
 @_intrinsic
@@ -76,15 +59,41 @@ def address_of(symbol: str) -> Callable[..., int]:
     return find
 
 
+# --- Arrays -----------------------------------------------------------------------------------------------------------
+
+
+def _pointer_in_python(address: int, like: Any) -> Any:
+    return ctypes.cast(address, ctypes.POINTER(np.ctypeslib.as_ctypes_type(np.asarray(like).dtype)))
+
+
+@_intrinsic
+def _pointer_in_compiled_code(_: Any, address: Any, like: Any) -> Any:
+    to = types.CPointer(like.dtype if isinstance(like, types.DType | types.CPointer) else like)
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(to))
+
+    return to(address, like), generate
+
+
+_pointer: Any = _pointer_in_python if numba.config.DISABLE_JIT else _pointer_in_compiled_code  # type: ignore[attr-defined]
+"""`(address, like)`: an address as a pointer."""
+
+
+@inlined
+def array(address: int, like: Any, shape: Any) -> Any:
+    """The array of a shape at an address.
+
+    Args:
+        address: Its address.
+        like: What says the type of its values: a number of that type, or, in compiled code only, a pointer to such
+            numbers or the dtype.
+        shape: Its shape.
+    """
+    return numba.carray(_pointer(address, like), shape)  # type: ignore[attr-defined]
+
+
 @inlined
 def record(address: int, dtype: Any) -> Any:
     """The record at an address."""
-    pointer: Any = _pointer(address, dtype)
-    return carray(pointer, (1,))[0]
-
-
-@inlined
-def like(address: int, shape: Any, pointer: Any) -> Any:
-    """The array at an address whose values are of the type of a pointer's."""
-    own: Any = _pointer_like(address, pointer)
-    return carray(own, shape)
+    return array(address, dtype, (1,))[0]
