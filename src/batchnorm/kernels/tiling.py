@@ -118,21 +118,30 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
     fits = n * width * length * itemsize * tensors <= cache and (length > 1 or n <= ROW_WIDTH)
     if fits:
         return Tiling(False, n, max(1, width // 2) if width == c else width)
-    blocks = -(-c // max(1, TABLE_LENGTH // length))
-    width = -(-c // blocks)
-    rows, samples = _even_share(n, width * length * itemsize, cache), samples_per_row(shape, width)
-    return Tiling(False, -(-rows // samples) * samples, width)
+    return _long_rows(shape, itemsize, cache)
 
 
+@functools.lru_cache(maxsize=1024)
 def along_memory(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
-    """As `tiling`, for a stage on its own that takes no sums: by channel, tiles have whole samples if there are enough.
+    """As `tiling`, for a stage on its own that takes no sums: tiles have whole samples if there are enough.
 
     Such tiles are read in the order of memory. The results have the same bits as with any other tiles.
     """
     cut, (n, c, length) = tiling(shape, itemsize, tensors, cache), shape
-    if not cut.by_channel or n < BLOCKS:
+    if not cut.by_channel:
+        return _long_rows(shape, itemsize, cache)
+    if n < BLOCKS:
         return cut
     return Tiling(True, min(_even_share(n, c * length * itemsize, cache), n // BLOCKS), c)
+
+
+def _long_rows(shape: tuple[int, int, int], itemsize: int, cache: int) -> Tiling:
+    """Tiles of some samples, as wide as tables are long, by row."""
+    n, c, length = shape
+    blocks = -(-c // max(1, TABLE_LENGTH // length))
+    width = -(-c // blocks)
+    rows, samples = _even_share(n, width * length * itemsize, cache), samples_per_row(shape, width)
+    return Tiling(False, -(-rows // samples) * samples, width)
 
 
 def _even_share(n: int, sample: int, cache: int) -> int:

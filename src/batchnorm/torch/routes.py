@@ -31,21 +31,15 @@ class Route(NamedTuple):
     compute: Callable[[Call, Plan, Running], Outcome | None]
 
 
-SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 16, 1 << 20, 1 << 15
+SMALL, SMALL_EVALUATION, SMALL_COMPILED = 1 << 16, 1 << 18, 1 << 15
 """The numbers of values from which the CPU kernels pay: in training (8 times as many for matrices and for strides that
 are not those of channels-first), in evaluation, and in training in a compiled graph.
 
 Forward and backward, an autograd function in Python takes longer than PyTorch's operation in C++, above all when it
 finds nothing in the caches. From about these sizes on, on two cores, the kernels make up for it. They have less to gain
-where channels are adjacent, because PyTorch's operation is faster there. They also have less to gain in evaluation,
-where PyTorch's operation reads once and writes once. In a compiled graph, an operator in Python takes longer than the
-graph's own loops, which are several times slower.
-"""
-
-FRESH = 1 << 25
-"""Bytes from which the CPU kernels pay in evaluation without autograd, where PyTorch applies the activation in place.
-
-Memory of so many bytes and more comes from the system each time (glibc), and ours comes in huge pages.
+where channels are adjacent, because PyTorch's operation is faster there, and in evaluation, where each of PyTorch's
+operations reads once and writes once. In a compiled graph, an operator in Python takes longer than the graph's own
+loops, which are several times slower.
 """
 
 
@@ -66,7 +60,7 @@ def is_small(x: Tensor, training: bool) -> bool:
     """Whether calling our kernels for a CPU tensor costs more than they gain."""
     if training:
         return x.numel() < (SMALL if x.dim() > 2 and x.is_contiguous() else 8 * SMALL)
-    return x.numel() < SMALL_EVALUATION or (x.nbytes < FRESH and not torch.is_grad_enabled())
+    return x.numel() < SMALL_EVALUATION
 
 
 def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
