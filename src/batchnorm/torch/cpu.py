@@ -100,19 +100,18 @@ def again(call: Call, how: How, statistics: Tensor, kept: Tensor | None) -> Call
     """What makes `y` again from `x` and the residual, by the stage that made it."""
     laid, activation = memory_format(call.x), call.activation
     descriptor = _descriptor(call.x.shape, laid, call.x.dtype, activation, int(call.residual is not None))
-    parts, affine = how.plan.parts, _affine(statistics, kept)
+    parts, channels = how.plan.parts, call.x.shape[1]
 
     def make(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y, x = empty_like(x, laid), arrays.dense(x, laid)
         residual = None if residual is None else arrays.dense(residual, laid)
         if parts is None:
-            beside = x if residual is None else residual
-            whole.normalize(
-                descriptor, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine.data_ptr(), statistics.data_ptr()
-            )
+            beside, at = x if residual is None else residual, statistics.data_ptr()
+            affine = at + TABLES * channels if kept is None else kept.data_ptr()
+            whole.normalize(descriptor, x.data_ptr(), beside.data_ptr(), y.data_ptr(), affine, at)
             return y
         data = tuple(arrays.batch(t, laid) for t in (y, x, residual))
-        weight, bias = arrays.view(affine)
+        weight, bias = arrays.view(_affine(statistics, kept))
         for part, mean, _, rstd in zip(parts, *arrays.view(statistics), strict=True):
             y_, x_, residual_ = _of_part(part, x, data)
             launch.normalize(x_, residual_, mean, rstd, weight, bias, activation, y_)

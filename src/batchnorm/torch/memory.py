@@ -30,7 +30,7 @@ def save_memory(model: M, on: bool = True) -> M:
     the module that you call. An output that leaves this module is kept by what uses it outside. So is an output that
     was changed in place, for example by `nn.ReLU(inplace=True)` or `y += x`, unless `convert` computes these together
     with the layer. A layer with a residual names its residual if a recipe makes that as well, or if another operation
-    keeps it. On the CPU, an output of less than 3 MB is kept, because Python would take longer than the kernel.
+    keeps it. On the CPU, an output of less than 3.5 MB is kept, because Python would take longer than the kernel.
 
     It has no effect where it could not help: in evaluation without gradients; in a compiled graph, whose compiler
     decides what to keep; inside an activation checkpoint or `save_on_cpu`, which handle what is kept themselves; and in

@@ -89,7 +89,7 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         return None
     layer._check_input_dim(x)
     named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
-    saves = layer.save_memory and torch.is_grad_enabled() and (x.nbytes >= recipes.LEAST or stages is gpu)
+    saves = layer.save_memory and torch.is_grad_enabled() and recipes.pays(x)
     y: Tensor | None = None
     if stages is cpu and dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
         if saves or (1 in x.shape and not x.is_contiguous()):

@@ -10,11 +10,11 @@ check every tensor and raise PyTorch's error if it was changed in place.
 """
 
 import functools
+import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ __all__ = ["Recipe", "Recipes", "active", "close_after", "follow_registrations",
 
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
-LEAST = 3 << 20
+LEAST = 3_500_000
 """Bytes from which an output on the CPU is computed again rather than kept.
 
-A recipe costs about 0.25 ms of Python from its note to its last user. In that time a kernel makes 3 MB (12 GB/s; all on
-two cores of an AMD EPYC, Zen 4, between the convolutions of EfficientNet-B0). So a smaller output costs more than twice
-as much time for each byte as a large one. On a GPU, Python runs ahead of the kernels, and every output is computed
-again.
+A recipe costs about 0.29 ms of Python from its note to its last user, the memory for the output included. In that time
+a kernel makes 3.5 MB (12 GB/s; all on two cores of an AMD EPYC, Zen 4, between the convolutions of EfficientNet-B0). So
+a smaller output costs more than twice as much time for each byte as a large one. On a GPU, Python runs ahead of the
+kernels, and every output is computed again.
 """
 
 LONGEST = 12
@@ -55,7 +55,7 @@ class Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because an operation that keeps its own output would be part of a reference cycle.
-        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
 
     def get(self) -> Tensor:
@@ -133,7 +133,10 @@ class Recipe:
         self.witness.data = _nothing(y.dtype, y.device)
         self.version = y._version
         self.dtype = y.dtype
-        self.depth = 1 + max((each.recipe.depth for each in inputs if isinstance(each, Named)), default=0)
+        self.depth = 1
+        for each in inputs:
+            if type(each) is Named and each.recipe.depth >= self.depth:
+                self.depth = each.recipe.depth + 1
         self.lock = threading.RLock()
         self.users = 0
         self._make, self._inputs = make, inputs
@@ -246,7 +249,7 @@ class Recipes:
         it, so that PyTorch would not allow changing it either, unless that keeper's own backward pass is not run.
         Otherwise `y` is kept: the residual would take as much memory.
         """
-        inputs: list[Kept | Named] = [self._find(x, x.untyped_storage()._cdata) or Kept(x)]
+        inputs: list[Kept | Named] = [self._keep(x, x.untyped_storage()._cdata)]
         if residual is not None:
             found = self._find(residual, residual.untyped_storage()._cdata)
             if found is None:
@@ -259,14 +262,16 @@ class Recipes:
         self._found[storage._cdata] = StorageWeakRef(storage), recipe
         return True
 
-    @contextmanager
-    def expecting(self, make: Callable[..., Tensor], z: Tensor) -> Iterator[None]:
-        """Announce how to compute the output of one operation on `z`, which may keep that output."""
+    def follow(self, make: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        """Return `make(z)`, and note once how to compute it: `make` is one operation, which may keep its output."""
         self._expected = make, z
         try:
-            yield
+            y = make(z)
+            if self._expected is not None:
+                self.note(y, make, z)
         finally:
             self._expected = None
+        return y
 
     def close(self) -> None:
         """Forget what was noted: every tensor that is kept refers to `pack`, and so to this object."""
@@ -278,15 +283,19 @@ class Recipes:
         if type(t) is not Tensor or t.layout is not torch.strided:
             return Kept(t)
         key = t.untyped_storage()._cdata
-        found = self._find(t, key)
-        if found is not None:
-            return found
         if self._expected is not None and t._version == 0:
             make, z = self._expected
             if t.shape == z.shape and t.dtype is z.dtype and key != z.untyped_storage()._cdata:
                 self._expected = None
                 self.note(t, make, z)
-                return self._find(t, key) or Kept(t)
+        return self._keep(t, key)
+
+    def _keep(self, t: Tensor, key: int) -> Kept | Named:
+        """What computes or keeps this tensor, whose storage is that of this key; from now on something does."""
+        if key in self._found or key in self._kept:  # most tensors are in neither
+            found = self._find(t, key)
+            if found is not None:
+                return found
         kept = Kept(t)
         self._kept[key] = weakref.ref(kept)
         return kept
@@ -308,9 +317,8 @@ class Recipes:
         return kept if place == (same.size(), same.stride(), same.storage_offset()) else None
 
 
-def unpack(kept: Kept | Named) -> Tensor:
-    """The tensor that `Recipes.pack` was given."""
-    return kept.get()
+unpack: Callable[[Kept | Named], Tensor] = operator.methodcaller("get")
+"""The tensor that `Recipes.pack` was given."""
 
 
 # --- While a model runs -----------------------------------------------------------------------------------------------
@@ -327,9 +335,32 @@ class _Local(threading.local):
 _local = _Local()
 
 
+def pays(y: Tensor) -> bool:
+    """Whether an output like `y` should be computed again rather than kept, where there are recipes.
+
+    Where there are none, it is said here for an output that would be kept in any case. `wanted` says it for others.
+    """
+    if y.nbytes >= LEAST or not y.is_cpu:
+        return True
+    if _local.recipes is None:
+        _warn_outside()
+    return False
+
+
 def active(y: Tensor) -> Recipes | None:
     """The recipes to which the current layer should add its output; None if there are none, or if it should be kept."""
-    return _local.recipes if _local.wanted and (y.nbytes >= LEAST or not y.is_cpu) else None
+    return _local.recipes if _local.wanted and pays(y) else None
+
+
+def _warn_outside() -> None:
+    """Warn that there are no recipes, unless something else handles what is kept."""
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None and torch._C._current_graph_task_id() == -1 and is_eager():
+        warnings.warn(
+            "a layer with save_memory=True was called outside the forward pass of its model, where it cannot save "
+            "memory: call batchnorm.torch.save_memory(model) with the module that you call",
+            stacklevel=3,
+        )
 
 
 class wanted:
@@ -339,16 +370,12 @@ class wanted:
     """
 
     def __enter__(self) -> None:
-        hooks = _autograd._top_saved_tensors_default_hooks(True)
         recipes = _local.recipes
-        if recipes is not None and hooks is not None and hooks[0] == recipes.pack:
-            _local.wanted = True
-        elif recipes is None and hooks is None and torch._C._current_graph_task_id() == -1 and is_eager():
-            warnings.warn(
-                "a layer with save_memory=True was called outside the forward pass of its model, where it cannot save "
-                "memory: call batchnorm.torch.save_memory(model) with the module that you call",
-                stacklevel=2,
-            )
+        if recipes is None:
+            _warn_outside()
+            return
+        hooks = _autograd._top_saved_tensors_default_hooks(True)
+        _local.wanted = hooks is not None and hooks[0] == recipes.pack
 
     def __exit__(self, *error: object) -> None:
         _local.wanted = False
