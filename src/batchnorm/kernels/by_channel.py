@@ -4,8 +4,7 @@ This suits long runs of positions: the channel's numbers stay in registers. The 
 over channels, because the runs of adjacent channels are adjacent in memory.
 
 Sums are taken over four samples at a time. To enter a loop, to add up the parts of a vector and to go through what is
-left of a run that is no multiple of a vector costs about as much for four runs as for one; and memory is read at four
-places at once, even where the runs are long.
+left of a run that is no multiple of a vector costs about as much for four runs as for one.
 
 `float(total)` marks where a sum leaves the data's type for float64. Compiled code needs no such word: Numba's `float`
 leaves a float32 as it is. In plain Python, NumPy would add a float32 to a Python float in float32.

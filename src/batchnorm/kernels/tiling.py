@@ -127,9 +127,9 @@ def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int 
 def along_memory(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
     """As `tiling`, for a stage on its own that takes no sums: tiles have whole samples if there are enough.
 
-    Such tiles are read in the order of memory. The results have the same bits as with the tiles of `tiling`. By channel,
-    runs of positions are the same. By row, what is left after a row's last vector may be rounded otherwise, so rows
-    become longer only if nothing is left.
+    Such tiles are read in the order of memory. The results have the same bits as with the tiles of `tiling`. By
+    channel, runs of positions are the same. By row, rows become longer only if vectors leave nothing over, which might
+    be rounded otherwise.
     """
     cut, (n, c, length) = tiling(shape, itemsize, tensors, cache), shape
     if not cut.by_channel:
