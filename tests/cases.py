@@ -42,9 +42,11 @@ KERNEL_SHAPES = [
     (3, 5, 48),
     (9, 5, 48),  # by channel: four samples, four samples, and one
     (3, 70, 49),  # 7 x 7 images, a block of several channels
-    (5, 2, 1100),  # four samples whose runs are longer than RUN
+    (5, 2, 1100),  # four samples whose runs are longer than RUN, for the sums of the backward pass
     (2, 3, 5000),  # a run longer than BLOCK
     (300, 2, 33),
+    (4, 64, 16),  # by row: a stage on its own takes whole samples
+    (33, 65, 16),  # it does not, because vectors would leave something over
     (4100, 3, 1),  # more rows than a block of rows
     (3, 2500, 1),  # more channels than a table is wide
 ]

@@ -19,7 +19,7 @@ from batchnorm.kernels import by_channel, by_row, calls, launch, running, thread
 from batchnorm.kernels.activations import CODES
 from batchnorm.kernels.compilation import OPTIONS
 from batchnorm.kernels.formats import arithmetic
-from batchnorm.kernels.tiling import CACHE, SERIAL, tiling
+from batchnorm.kernels.tiling import CACHE, SERIAL, along_memory, tiling
 
 FLAGS = [(False, False), (True, False), (False, True), (True, True)]
 
@@ -210,6 +210,14 @@ def test_a_gradient_may_be_written_over_the_one_that_came(shape: Any, cache: int
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_every_activation(activation: Any, shape: Any, dtype: Any) -> None:
     assert_exact(problem(shape, dtype, residual=True, mask=True), activation)
+
+
+@pytest.mark.parametrize(("shape", "longer"), [((4, 64, 16), True), ((33, 65, 16), False)])
+def test_stages_along_memory_have_the_same_bits(shape: Any, longer: bool) -> None:
+    """`assert_exact` computes `y` in both ways."""
+    assert (along_memory(shape, 4, 1) != tiling(shape, 4, 1)) is longer
+    for activation in "relu", "silu", "gelu":
+        assert_exact(problem(shape, np.float32, residual=True, mask=True), activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -378,6 +378,75 @@ class WithoutCheck(bn.Statistics):
         return Plan(call.total())
 
 
+class Constants(bn.Statistics):
+    """Some numbers, in the place of a batch's."""
+
+    def __init__(self, mean: Tensor, var: Tensor, adjust: Any = None) -> None:
+        self.given = Plan(torch.inf, (mean, var), adjust=adjust)
+
+    def plan(self, call: Call, running: Running) -> Plan:
+        return self.given
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (64,)], ids=str)
+@pytest.mark.parametrize("name", ["native", "numba", "composed"])
+def test_constants_of_all_channels_or_of_each(name: str, shape: tuple[int, ...]) -> None:
+    x, dy = (torch.from_numpy(np.random.default_rng(seed).normal(size=(9, 64, 3, 3))) for seed in (0, 1))
+    for laid in torch.contiguous_format, torch.channels_last:
+        given = x.clone(memory_format=laid).requires_grad_()
+        layer = bn.BatchNorm2d(64, dtype=x.dtype, statistics=Constants(*(torch.full(shape, v).to(x) for v in (0.5, 2))))
+        with bn.route(name):
+            y = layer(given)
+        (dx,) = torch.autograd.grad(y, given, dy)
+        rstd = definition.reciprocal_std(2.0, layer.eps)
+        bound = tolerance(np.float64, 1)
+        assert relative_error(y.detach().numpy(), (x.numpy() - 0.5) * rstd) < bound
+        assert relative_error(dx.numpy(), dy.numpy() * rstd) < bound
+
+
+def test_constants_of_some_channels() -> None:
+    layer = bn.BatchNorm1d(3, statistics=Constants(torch.zeros(2), torch.ones(3)))
+    with pytest.raises(
+        ValueError, match=r"shapes \(2,\) and \(3,\) for x with 3 channels: each must be of shape \(3,\)"
+    ):
+        layer(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("name", ["numba", "composed"])
+def test_constants_are_adjusted(name: str) -> None:
+    source = Constants(torch.tensor(0.5), torch.tensor(2.0), lambda mean, var: (2 + 0 * mean, 1 + 0 * var))
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with bn.route(name):
+        y = bn.BatchNorm1d(3, statistics=source)(x)
+    want = (x.double().numpy() - 0.5) * definition.reciprocal_std(2.0) * 2 + 1
+    assert relative_error(y.detach().numpy(), want) < tolerance(np.float32, 1)
+
+
+@pytest.mark.parametrize("samples", [4, 1 << 12])
+def test_gradients_of_constants(samples: int) -> None:
+    """By the formula: no kernel computes them."""
+    mean, var = (torch.full((128,), value, dtype=torch.float64, requires_grad=True) for value in (0.5, 2.0))
+    layer = bn.BatchNorm1d(128, dtype=torch.float64, statistics=Constants(mean, var))
+    x = torch.randn(samples, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with bn.route():
+        found = torch.autograd.grad(layer(x).sum(), (mean, var))
+    rstd = definition.reciprocal_std(2.0, layer.eps)
+    exact = -samples * rstd * np.ones(128), -0.5 * rstd**3 * (x.numpy() - 0.5).sum(0)
+    for value, want in zip(found, exact, strict=True):
+        assert relative_error(value.numpy(), want) < tolerance(np.float64, samples)
+
+
+@pytest.mark.parametrize("samples", [4, 1 << 13])
+@pytest.mark.parametrize("training", [True, False])
+def test_eps_as_a_tensor(samples: int, training: bool) -> None:
+    x = torch.randn(samples, 128, generator=torch.Generator().manual_seed(0))
+    found = []
+    for eps in 0.25, torch.tensor(0.25):
+        with bn.route():
+            found.append(bn.batch_norm(x, torch.zeros(128), torch.ones(128), training=training, eps=eps))  # type: ignore[arg-type]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", ["numba", "composed"])
 def test_a_batch_of_which_nothing_counts_moves_nothing(name: str) -> None:
     layer = bn.BatchNorm1d(3, statistics=WithoutCheck())

@@ -289,6 +289,20 @@ def test_what_is_like_no_pass_before(started: list[str]) -> None:
     assert started[0] == "tensors"
 
 
+def test_views_that_are_negated() -> None:
+    """Their memory holds the values with the other sign."""
+    x, dy = drawn((6, 8, 3, 3), 0), drawn((6, 8, 3, 3), 1)
+    layer = bt.BatchNorm2d(8, activation="silu", device=DEVICE)
+    for each in layer.weight, layer.bias:
+        each.data = torch._neg_view(drawn((8,), 2))
+    for _ in range(2):
+        assert_step(layer, x, dy, None, None, step(layer, x, dy))
+    layer.running_mean, layer.running_var = torch._neg_view(drawn((8,), 3)), torch._neg_view(-drawn((8,), 4).square())
+    mean, var, weight, bias = (array(t) for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias))
+    exact = definition.normalize(array(x), mean, definition.reciprocal_std(var, layer.eps), weight, bias, None, "silu")
+    assert relative_error(array(layer.eval()(x)), exact) <= tolerance(np.float32, 54)
+
+
 def test_gradients_that_nobody_wants() -> None:
     x, dy = drawn((6, 8, 3, 3), 0), drawn((6, 8, 3, 3), 1)
     layer = bt.BatchNorm2d(8, activation="silu", device=DEVICE)

@@ -3,8 +3,9 @@
 This suits long runs of positions: the channel's numbers stay in registers. The loop over samples is outside the loop
 over channels, because the runs of adjacent channels are adjacent in memory.
 
-Sums are taken over four samples at a time. To enter a loop, to add up the parts of a vector and to go through what is
-left of a run that is no multiple of a vector costs about as much for four runs as for one.
+Sums are taken over four samples at a time; moments only where runs are short, and without counts. To enter a loop, to
+add up the parts of a vector and to go through what is left of a run that is no multiple of a vector costs about as much
+for four runs as for one.
 
 `float(total)` marks where a sum leaves the data's type for float64. Compiled code needs no such word: Numba's `float`
 leaves a float32 as it is. In plain Python, NumPy would add a float32 to a Python float in float32.
@@ -87,20 +88,18 @@ def moments(COUNTED: int) -> Stage:
                         center[c] = T(center[c] + sum_d[c] / near_size)
                 sum_d[:], sum_d2[:] = 0.0, 0.0
                 n = g0
-                while not COUNTED and n + 4 <= g1:
+                while not COUNTED and n + 4 <= g1:  # then `L` is at most `BLOCK // 4`, a single run
                     for c in range(channels):
-                        center_c = center[c]
-                        for r0 in range(l0, l1, RUN):
-                            r1, total, total_d2 = min(r0 + RUN, l1), T(0), T(0)
-                            row_0, row_1 = x[n, c0 + c, r0:r1], x[n + 1, c0 + c, r0:r1]
-                            row_2, row_3 = x[n + 2, c0 + c, r0:r1], x[n + 3, c0 + c, r0:r1]
-                            for i in range(row_0.size):
-                                d_0, d_1 = load(row_0[i]) - center_c, load(row_1[i]) - center_c
-                                d_2, d_3 = load(row_2[i]) - center_c, load(row_3[i]) - center_c
-                                total += (d_0 + d_1) + (d_2 + d_3)
-                                total_d2 += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
-                            sum_d[c] += float(total)
-                            sum_d2[c] += float(total_d2)
+                        center_c, total, total_d2 = center[c], T(0), T(0)
+                        row_0, row_1 = x[n, c0 + c], x[n + 1, c0 + c]
+                        row_2, row_3 = x[n + 2, c0 + c], x[n + 3, c0 + c]
+                        for i in range(row_0.size):
+                            d_0, d_1 = load(row_0[i]) - center_c, load(row_1[i]) - center_c
+                            d_2, d_3 = load(row_2[i]) - center_c, load(row_3[i]) - center_c
+                            total += (d_0 + d_1) + (d_2 + d_3)
+                            total_d2 += (d_0 * d_0 + d_1 * d_1) + (d_2 * d_2 + d_3 * d_3)
+                        sum_d[c] += float(total)
+                        sum_d2[c] += float(total_d2)
                     n += 4
                 for last in range(n, g1):
                     for c in range(channels):

@@ -65,7 +65,7 @@ def concurrent() -> bool:
 def run(kernel: Callable[..., Any], parallel: bool, *arguments: Any) -> Any:
     """Call a kernel, on `available()` threads if it is a parallel one, and return what it returns.
 
-    Numba is told that number when it changes. Who tells Numba another one in the same thread gets that until then.
+    Numba is told that number when it changes. Until then, what the same thread has told Numba otherwise holds.
     """
     global _layer
     if not parallel:

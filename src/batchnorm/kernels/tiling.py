@@ -30,12 +30,12 @@ BLOCK = 4096
 
 STRETCH = 1 << 13
 """By channel: a block of channels has at most this many adjacent values of a sample: 32 KB of float32. Memory is
-fetched ahead along a stretch: of 6 to 12 KB, they took 1.1 times as long (AMD EPYC, Zen 4). Longer ones leave fewer
-blocks for threads."""
+fetched ahead along a stretch: with stretches of 6 to 12 KB, the passes took 1.1 times as long (AMD EPYC, Zen 4). Longer
+ones leave fewer blocks for threads."""
 
 BLOCKS = 8
-"""By channel: a tensor with as many channels is cut into this many blocks, or into about a multiple of it, so that
-threads share them evenly."""
+"""By channel: a tensor with at least as many channels is cut into this many blocks, or into about a multiple of it, so
+that threads share them evenly."""
 
 BLOCK_CACHES = 4
 """By channel: a block may occupy this many times `CACHE`. Then the second stage reads a part of it from the L3 cache,
@@ -57,7 +57,7 @@ ROW_WIDTH = 512
 are as wide as tables are long, because memory is read fastest in its order."""
 
 VECTORS = 64
-"""By row: a loop reads at most this many values at once, four vectors of 16."""
+"""By row: a loop reads this many values at once at most, if the compiler takes four vectors of 16."""
 
 PAIRS_UP_TO = 1 << 23
 """By row: sums are taken over two rows at a time if a stage reads at most this many bytes, or if rows are short. From
@@ -129,7 +129,7 @@ def along_memory(shape: tuple[int, int, int], itemsize: int, tensors: int, cache
 
     Such tiles are read in the order of memory. The results have the same bits as with the tiles of `tiling`. By
     channel, runs of positions are the same. By row, rows become longer only if vectors leave nothing over, which might
-    be rounded otherwise.
+    be rounded differently.
     """
     cut, (n, c, length) = tiling(shape, itemsize, tensors, cache), shape
     if not cut.by_channel:

@@ -279,7 +279,7 @@ def forward(
 def normalize(
     descriptor: Descriptor, x: int, residual: int, y: int, tables: int, statistics: int, constants: Constants = KEPT
 ) -> None:
-    """`launch.normalize`, by constants; or `y` again, the same bits by the same stage.
+    """Write `y` by constants, or make `y` again: the same stage gives the same bits.
 
     Args:
         descriptor: What the addresses hold.

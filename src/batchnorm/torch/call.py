@@ -78,6 +78,8 @@ class Call(NamedTuple):
         if eager or not is_tracing():
             _check(x, weight, bias, residual)
         counts = None if mask is None else _expand(mask, x)
+        if eager and type(eps) is not float:  # the kernels take no tensors
+            eps = float(eps)
         return Call(x, weight, bias, residual, counts, eps, named, eager, arithmetic(x.dtype), then)
 
     @property
@@ -129,7 +131,7 @@ class Plan(NamedTuple):
 
     Attributes:
         count: The total count of each channel's values in this process; infinity if the statistics are constants.
-        constants: Mean and variance, if they do not depend on `x`.
+        constants: Mean and variance, `(C,)`, if they do not depend on `x`; a source may also give one number each.
         parts: Groups of samples, each normalized by its own statistics; None for all samples together.
         group: The processes that pool their statistics; None if there are no others.
         adjust: `(mean, var) -> (r, d)`: constants that turn `xhat` into `xhat * r + d`; None for 1 and 0.
@@ -142,6 +144,11 @@ class Plan(NamedTuple):
     group: Group | None = None
     adjust: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     unbiased: bool = True
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of the constants are wanted, which the formula alone gives."""
+        return self.constants is not None and torch.is_grad_enabled() and any(t.requires_grad for t in self.constants)
 
     @property
     def is_simple(self) -> bool:

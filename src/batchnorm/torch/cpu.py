@@ -13,7 +13,7 @@ from batchnorm.kernels.running import move
 from batchnorm.torch import arrays
 from batchnorm.torch.allocator import empty_like
 from batchnorm.torch.call import Call, Part, Plan, is_plain
-from batchnorm.torch.function import Gradients, How, Needs, keeps_output, known
+from batchnorm.torch.function import Gradients, How, Needs, keeps_output
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running, correction
 
@@ -29,7 +29,8 @@ NONE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.flo
 """A tensor of each type of the arithmetic. Its `new_empty` takes half the time of `torch.empty`."""
 
 TABLES = 3 * 8
-"""Bytes before the tables of a whole pass, for each channel: its statistics."""
+"""Bytes before the tables of a whole pass, for each channel: those of its statistics. Behind their three rows, a fourth
+row holds two tables of float32, or a fourth and a fifth row two of float64."""
 
 ZERO = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 """A number of the type of the running statistics, for the kernels."""
@@ -53,6 +54,7 @@ def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
         and not (mean.is_inference() or var.is_inference())
         and not (mean.is_neg() or var.is_neg() or mean._is_zerotensor() or var._is_zerotensor())
         and (batches is None or (type(batches) is Tensor and batches.is_cpu and batches.dtype is torch.int64))
+        and (batches is None or not batches.is_inference())
     )
 
 
@@ -68,13 +70,11 @@ def moments(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`y`, the statistics as in `How`, and weight and bias as `tables`; None if they follow the statistics."""
+    """`y`, the statistics (their first rows as in `How`), and weight and bias as `tables`; None if they are behind."""
     x, laid = call.x, memory_format(call.x)
     y = empty_like(x, laid)
     if how.statistics is None and how.plan.parts is None and call.counts is None and x.numel() > 0:
         return y, _forward_whole(call, how, y, laid), None
-    if how.statistics is None and how.plan.constants is not None:
-        how = how._replace(statistics=known(call, *how.plan.constants, STATISTICS))
     statistics = how.statistics
     if statistics is None:
         statistics = torch.empty((3, len(how.parts), x.shape[1]), dtype=STATISTICS, device="cpu")
@@ -155,12 +155,13 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
     if running is not None and not moved:
         running.note(False)
     elif running is not None:
-        torch._C._increment_version([t for t in running[:2] + running[3:4] if t is not None])
+        moving = running.mean, running.var, running.batches
+        torch._C._increment_version([t for t in moving if t is not None])
     return statistics
 
 
 def _affine(statistics: Tensor, kept: Tensor | None) -> Tensor:
-    """The tables that `forward` kept, two rows of float64 or two in one."""
+    """Weight and bias as `(2, C)`: kept apart, or behind the statistics."""
     exact = torch.float32 if len(statistics) == 4 else torch.float64
     return statistics[3:].view(exact).view(2, -1) if kept is None else kept
 

@@ -16,7 +16,7 @@ from batchnorm.torch.call import Batch, Call, Outcome, Part, Plan, arithmetic
 from batchnorm.torch.layout import memory_format
 from batchnorm.torch.running import Running
 
-__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "known", "own_residual", "run"]
+__all__ = ["Gradients", "How", "Needs", "compute", "keeps_output", "own_residual", "run"]
 
 Gradients = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """`dx`, `d_weight`, `d_bias` and `d_residual`; None for a gradient that is not needed."""
@@ -42,8 +42,8 @@ class How(NamedTuple):
             and refers to nothing that an optimizer might change.
         plan: The plan.
         count: The total count behind the statistics, over all processes; infinity for constants.
-        statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them, or
-            copies the plan's constants.
+        statistics: `(3, parts, C)`: mean, variance and `1/sqrt(var + eps)`; None if the forward pass computes them or,
+            by constants, copies them.
         eps: Added to the variance.
         activation: A name and its parameter.
         running: The running statistics that the forward pass must move; None if they are moved afterwards.
@@ -66,12 +66,14 @@ class How(NamedTuple):
 def compute(stages: Any, call: Call, plan: Plan, running: Running) -> Outcome:
     """Compute a call by any plan that the stages support."""
     count, found, moved = plan.count, None, None
+    if plan.constants is not None:
+        plan = plan._replace(group=None)
     if plan.group is not None or plan.adjust is not None:
-        mean, var = stages.moments(call)
+        mean, var = plan.constants or stages.moments(call)
         if plan.group is not None:
             total, mean, var = plan.group.pool(call.x, call.positions(), count, mean, var)
             count = total if total.is_cuda else float(total)  # to read it would be to wait for the GPU
-        found = known(call, mean, var, stages.STATISTICS)
+        found = _known(call, mean, var, stages.STATISTICS)
         if plan.adjust is not None:
             with torch.no_grad():
                 r, d = plan.adjust(mean, var)
@@ -122,7 +124,7 @@ def own_residual(call: Call) -> Call:
     return call._replace(residual=call.residual.clone(memory_format=memory_format(call.x)))
 
 
-def known(call: Call, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
+def _known(call: Call, mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
     """Statistics in the layout of `How`, copied because a later batch may change the originals."""
     with torch.no_grad():
         found = torch.empty((3, 1, call.x.shape[1]), dtype=dtype, device=call.x.device)

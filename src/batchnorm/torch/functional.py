@@ -151,7 +151,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
             running = running._replace(is_recomputed=True)
         plan = source.plan(call, running)
         if plan.constants is not None:
-            call = call._replace(counts=None)
+            call, plan = call._replace(counts=None), _per_channel(plan, plan.constants, call.x.shape[1], source)
         elif call.is_opaque and isinstance(plan.count, Tensor) and not is_symbolic() and not is_tracing():
             call, plan = _without_unsound(call, plan, plan.count > 0)
         if not call.is_eager and (plan.parts is not None or plan.group is not None) and is_tracing():
@@ -183,6 +183,20 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
         with unseen():
             _record(running, outcome.batch, plan, is_mapped=transforms.active())
     return outcome.y if call.then is None else call.then(outcome.y), chosen.name
+
+
+def _per_channel(plan: Plan, constants: tuple[Tensor, Tensor], channels: int, source: Statistics) -> Plan:
+    """The same plan, with constants of `(C,)`: a source may give one number for all channels."""
+    if all(t.dim() == 1 and t.shape[0] == channels for t in constants):
+        return plan
+    if any(t.numel() != 1 for t in constants if tuple(t.shape) != (channels,)):
+        shapes = " and ".join(str(tuple(t.shape)) for t in constants)
+        raise ValueError(
+            f"{source!r} gives a mean and a variance of shapes {shapes} for x with {channels} channels: "
+            f"each must be of shape ({channels},), or one number"
+        )
+    mean, var = (t.reshape(1).expand(channels) if t.numel() == 1 else t for t in constants)
+    return plan._replace(constants=(mean, var))
 
 
 def _without_unsound(call: Call, plan: Plan, sound: Tensor) -> tuple[Call, Plan]:

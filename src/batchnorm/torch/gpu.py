@@ -61,6 +61,7 @@ def can_move(running: Running, x: Tensor, plan: Plan) -> bool:
         is_plain(x, mean, var, batches, skipped)
         and mean.is_contiguous()
         and var.is_contiguous()
+        and not (mean.is_neg() or var.is_neg() or mean._is_zerotensor() or var._is_zerotensor())
         and (batches is None or (batches.dtype is torch.int64 and batches.is_contiguous()))
         and (skipped is None or (skipped.dtype is torch.int64 and skipped.is_contiguous()))
     )
@@ -144,7 +145,7 @@ def _room(device: torch.device) -> Callable[..., Tensor]:
 
 
 def forward(call: Call, how: How) -> tuple[Tensor, Tensor, None]:
-    """`y` and the statistics: mean, variance, `1/sqrt(var + eps)`, and a copy of the bias, which may change later."""
+    """`y` and the statistics: mean, variance, `1/sqrt(var + eps)`, and the bias; copies, if they are constants."""
     if how.statistics is not None:
         return _normalize(call, how.statistics, how)
     x, residual, counts, (weight, bias) = call.x, call.residual, _counts(call), _dense_vectors(call)
@@ -197,7 +198,7 @@ def again(call: Call, how: How, statistics: Tensor, kept: None) -> Callable[...,
 def _running(how: How) -> Any:
     """The running statistics that the kernel moves, or normalizes by if they are constants."""
     if how.plan.constants is not None:
-        constants = [_vector(t) for t in how.plan.constants]
+        constants = [_vector(t if t.dtype in DTYPES else t.to(STATISTICS)) for t in how.plan.constants]
         return _kernels().Running(*constants, 0.0, False, None, None)
     if how.running is None:
         return None
@@ -323,20 +324,16 @@ def _dense(x: Tensor, laid: torch.memory_format) -> Tensor:
 
 
 def _dense_vectors(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias without gaps, because kernels get addresses only."""
+    """Weight and bias as the kernels read them."""
     weight, bias = call.weight, call.bias
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    return weight, bias
+    return None if weight is None else _vector(weight), None if bias is None else _vector(bias)
 
 
 def _vector(t: Tensor) -> Tensor:
-    """A constant of each channel as the kernels read it."""
-    if t.dtype in DTYPES and t.is_contiguous() and not t.is_neg():
+    """Values of `(C,)` whose memory the kernels may read by its address: a copy only if necessary."""
+    if t.is_contiguous() and not t.is_neg() and not t._is_zerotensor():
         return t
-    return t.detach().resolve_neg().contiguous().to(STATISTICS)
+    return (torch.zeros_like(t) if t._is_zerotensor() else t.detach()).resolve_neg().contiguous()
 
 
 def _shape(x: Tensor, laid: torch.memory_format) -> tuple[int, int, int]:

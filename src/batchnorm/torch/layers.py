@@ -254,7 +254,7 @@ class _Layer(_Base):
                 raise
             raise type(error)(self._explain(str(error), input)) from error
         except AttributeError:
-            if isinstance(input, Tensor):
+            if isinstance(input, Tensor | torch.fx.Proxy):
                 raise
             problem = f"the input must be a tensor, got {type(input).__name__}"
             raise TypeError(self._explain(problem, input)) from None

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,14 +22,13 @@ NEAR = 8.0
 """The distance of a mean from 0, in standard deviations, up to which PyTorch's operation on the CPU is as exact as our
 kernels: values are as far from their mean, too."""
 
-LIKE = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
-"""A number of each type that it computes as exactly."""
-
 
 def takes(call: Call, plan: Plan) -> bool:
     """Whether PyTorch's operation gives the same result."""
     x = call.x
     if call.counts is not None or plan.parts is not None or plan.group is not None or plan.adjust is not None:
+        return False
+    if plan.has_gradients:
         return False
     if (not isinstance(plan.count, Tensor) and plan.count == 0) or (
         call.residual is not None and call.residual.dtype is not x.dtype
@@ -72,7 +70,7 @@ def compute(call: Call, plan: Plan, running: Running, *, strict: bool = False) -
     z = _batch_norm(call, batch.mean, batch.var, True, 1.0)
     if asks:
         count, places = float(plan.count), (batch.mean.data_ptr(), batch.var.data_ptr())
-        stay = 0, 0, LIKE[batch.mean.dtype], 0.0, 1.0, 0
+        stay = 0, 0, cpu.ZERO[batch.mean.dtype], 0.0, 1.0, 0  # `whole.STAY`, for statistics of this type
         if not whole.accept(*places, len(batch.mean), (count - 1) / count, call.eps, NEAR, stay):
             return None
     return Outcome(_follow(call, z), batch)
@@ -125,7 +123,7 @@ _local = _Local()
 def _make_scratch(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int, Any]:
     with torch.inference_mode(False):
         mean, var = (torch.zeros(channels, dtype=dtype, device="cpu") for _ in range(2))
-    made = mean, var, mean.data_ptr(), var.data_ptr(), LIKE[dtype]
+    made = mean, var, mean.data_ptr(), var.data_ptr(), cpu.ZERO[dtype]
     _local.scratch[channels, dtype] = made
     return made
 
@@ -134,7 +132,7 @@ def by_constants(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor | None:
     """A CPU tensor normalized by constants, dense ones of its type; None if the kernels are more exact."""
-    if not whole.is_near(mean.data_ptr(), var.data_ptr(), x.shape[1], LIKE[x.dtype], eps, NEAR):
+    if not whole.is_near(mean.data_ptr(), var.data_ptr(), x.shape[1], cpu.ZERO[x.dtype], eps, NEAR):
         return None
     if torch.is_grad_enabled():
         # Copies: a later batch changes the running statistics, and the backward pass must not see that.
@@ -151,7 +149,7 @@ def _of_momentum_one(call: Call, plan: Plan) -> Batch:
 
 def _is_near(mean: Tensor, var: Tensor, eps: float) -> bool:
     """Whether `|mean| <= NEAR * sqrt(var + eps)` in every channel."""
-    like = LIKE.get(mean.dtype)
+    like = cpu.ZERO.get(mean.dtype)
     if like is None or var.dtype is not mean.dtype or not (is_plain(mean, var) and mean.is_cpu):
         return mean.numel() == 0 or bool(torch.addcmul(var, mean, mean, value=-1 / NEAR**2).min() >= -eps)
     mean, var = arrays.channels(mean, mean.dtype), arrays.channels(var, var.dtype)
@@ -190,6 +188,9 @@ def _follow_and_note(
 ) -> Tensor:
     """`_follow`, with a recipe for each value on the way: PyTorch keeps that before or after the activation."""
     name, parameter = call.activation
+    if any(t is not None and not t.is_contiguous() for t in (call.weight, call.bias)):
+        # With gaps, PyTorch rounds in a different order than with the copies that a recipe would own.
+        return follow(z, call.residual, name, parameter, False)
 
     def activate(z: Tensor) -> Tensor:
         y: Tensor = ACTIVATIONS[name](z, parameter)
@@ -218,7 +219,7 @@ def _again(call: Call, z: Tensor, constants: tuple[Tensor | None, Tensor | None]
         and call.x.is_contiguous(memory_format=memory_format(call.x))
     ):
         # PyTorch computes `x*scale + shift`. With the statistics that it has kept as constants, the bits are the same,
-        # in one pass instead of three. (With gaps in memory, it rounds in another order.)
+        # in one pass instead of three. (With gaps in memory, it rounds in a different order.)
         mean, rstd = node._saved_result1, node._saved_result2
         bare = bare._replace(weight=rstd if weight is None else rstd * weight, eps=0.0)
         var = torch.ones_like(mean)

@@ -82,6 +82,7 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         or (mean.requires_grad or var.requires_grad or mean.is_inference() or var.is_inference())
         or (mean.is_neg() or var.is_neg() or mean.data_ptr() == 0 or var.data_ptr() == 0)  # or without memory
         or not (type(batches) is Tensor and batches.dtype is torch.int64 and batches.device == device)
+        or batches.is_inference()
         or not (type(skipped) is Tensor and skipped.dtype is torch.int64 and skipped.device == device)
         or (residual is not None and not _is_like(x, residual))
         or (stages is gpu and not (gpu.takes(x) and size >= cards.smallest(device)))
@@ -89,10 +90,13 @@ def compute(layer: Any, x: Tensor, residual: Tensor | None, activation: Activati
         return None
     layer._check_input_dim(x)
     named, then = (parsed(activation), None) if type(activation) is str else resolve(activation)
+    small = stages is cpu and dtype is exact and (size < routes.SMALL or routes.is_small(x, training))
+    if small and 1 in x.shape and not x.is_contiguous():
+        return None
     saves = layer.save_memory and torch.is_grad_enabled() and recipes.pays(x)
     y: Tensor | None = None
-    if stages is cpu and dtype is exact and (size < routes.SMALL or routes.is_small(x, training)):
-        if saves or (1 in x.shape and not x.is_contiguous()):
+    if small:
+        if saves:
             return None
         in_place = not torch.is_grad_enabled()
         if training:

@@ -338,7 +338,7 @@ _local = _Local()
 def pays(y: Tensor) -> bool:
     """Whether an output like `y` should be computed again rather than kept, where there are recipes.
 
-    Where there are none, it is said here for an output that would be kept in any case. `wanted` says it for others.
+    Without recipes, this warns of an output that would be kept in any case; `wanted` warns of the others.
     """
     if y.nbytes >= LEAST or not y.is_cpu:
         return True

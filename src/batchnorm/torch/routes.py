@@ -67,6 +67,7 @@ def _stages_take(stages: Any, call: Call, plan: Plan) -> bool:
     """Whether the kernels of a device support everything in the call."""
     return (
         call.x.dtype in stages.DTYPES
+        and not plan.has_gradients
         and not call.x.is_mkldnn
         and (call.residual is None or call.residual.dtype is call.x.dtype)
         and (call.x.numel() > 0 or plan.group is not None)

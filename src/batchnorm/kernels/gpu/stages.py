@@ -63,13 +63,13 @@ training networks have little of it, and PyTorch's own operators do."""
 
 
 class Running(NamedTuple):
-    """The running statistics, which `forward` moves towards the batch's, all groups together, or normalizes by.
+    """Running statistics: `forward` moves them towards the batch's, all groups together, or normalizes by them.
 
     `running += update_rate * (batch - running)` in float32, unless a mean or variance of the batch is not finite, or
     the batch has no values.
 
     Attributes:
-        mean, var: `(C,)`, of any floating type. Changed in place.
+        mean, var: `(C,)`, of any floating type. Changed in place, unless they are constants.
         update_rate: The weight of the new batch; None for `1 / (1 + batches_tracked)`, the plain average.
         unbiased: Whether the variance is multiplied by `count / (count - 1)`.
         batches_tracked, batches_skipped: Of one int64 each, or None: one of them is increased by 1.
@@ -308,12 +308,12 @@ class Again(NamedTuple):
             self.launch.start(self.device, (*addresses, None, None, None, None), (eps, self.parameter, 0.0), scratch)
             return
         mean, var, rate, _, tracked, skipped = running
-        moved = (
+        running_at = (
             mean.data_ptr(), var.data_ptr(), None if tracked is None else tracked.data_ptr(),
             None if skipped is None else skipped.data_ptr(),
         )  # fmt: skip
         floats = eps, self.parameter, 0.0 if rate is None else rate
-        self.launch.start(self.device, addresses + moved, floats, scratch)
+        self.launch.start(self.device, addresses + running_at, floats, scratch)
 
     def backward(
         self,
@@ -420,7 +420,7 @@ class Variant(NamedTuple):
         activation: As the user named it.
         shape, groups, samples, tuning: As in all stages.
         cumulative, unbiased: Of the running update.
-        constant: Whether the statistics are constants.
+        constant: Of a backward pass: whether the statistics are constants.
         of_output: As in the backward stages.
     """
 
