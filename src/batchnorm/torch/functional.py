@@ -187,7 +187,7 @@ def normalize(asked: tuple[Any, ...], running: Running, source: Statistics | Non
 
 def _per_channel(plan: Plan, constants: tuple[Tensor, Tensor], channels: int, source: Statistics) -> Plan:
     """The same plan, with constants of `(C,)`: a source may give one number for all channels."""
-    if all(t.dim() == 1 and t.shape[0] == channels for t in constants):
+    if is_tracing() or all(t.dim() == 1 and t.shape[0] == channels for t in constants):
         return plan
     if any(t.numel() != 1 for t in constants if tuple(t.shape) != (channels,)):
         shapes = " and ".join(str(tuple(t.shape)) for t in constants)
