@@ -195,6 +195,19 @@ def test_an_input_with_gaps(gaps: str, packed: list[Any]) -> None:
     assert named(packed) > 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_with_gaps(name: str, training: bool) -> None:
+    """PyTorch's operation rounds differently with one: its output is kept."""
+    one = nn.Sequential(bn.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 2, 1)).train(training)
+    setattr(one[0], name, nn.Parameter(torch.randn(8, 2, generator=torch.Generator().manual_seed(0))[:, 0]))
+    other = bn.save_memory(deepcopy(one))
+    setattr(other[0], name, nn.Parameter(torch.stack([getattr(one[0], name).detach()] * 2, 1)[:, 0]))
+    x = batch(8)
+    with bn.route("native"):
+        assert_same(gradients(one, x), gradients(other, x))
+
+
 def test_half_precision() -> None:
     one, other = pair(nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).bfloat16())
     x = batch().bfloat16()
