@@ -582,6 +582,9 @@ def test_a_layer_outside_of_its_model_says_so(least: int, monkeypatch: pytest.Mo
             layer(batch())
         with torch.no_grad():
             layer(batch())
+        with pytest.warns(UserWarning, match="called outside") as told:
+            layer(batch()[:, :, :1])  # not a plain call
+        assert len(told) == 1
         bn.save_memory(nn.Sequential(layer))(batch())
 
 

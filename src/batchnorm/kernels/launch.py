@@ -5,7 +5,8 @@ Arrays are contiguous and have three axes, `(N, C, L)`: samples, channels, posit
 set of stages, in two walking orders: `by_channel` for long runs of positions, `by_row` for short ones.
 
 `forward` and `backward` run all stages on one block of channels before they go on to the next, so that a block is read
-from memory once and from the cache after that. If blocks do not fit the cache, the stages run one after the other.
+from memory once and from the caches after that, as far as it fits. Where `tiling` makes no such blocks, the stages run
+one after the other.
 
 Statistics are float64, whatever the type of the data. Sums run in the data's type over at most a few thousand values,
 then in float64. Values are summed relative to a `center` near the mean, so that even a mean of a million standard
@@ -435,7 +436,7 @@ def forward(
     *,
     cache: int = CACHE,
 ) -> None:
-    """`moments`, then `normalize`, on one block of channels after another if blocks fit the cache.
+    """`moments`, then `normalize`, on one block of channels after another if `tiling` makes blocks.
 
     Args:
         x, residual, counts, weight, bias, activation, cache: As in `moments` and `normalize`.
@@ -474,7 +475,7 @@ def backward(
     of_output: bool = False,
     cache: int = CACHE,
 ) -> None:
-    """`grad_sums`, then `grad_input`, on one block of channels after another if blocks fit the cache.
+    """`grad_sums`, then `grad_input`, on one block of channels after another if `tiling` makes blocks.
 
     Args:
         dy, x, residual, counts, mean, rstd, weight, bias, count, activation, dx, d_residual, of_output, cache: As in

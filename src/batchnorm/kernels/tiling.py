@@ -13,8 +13,9 @@ __all__ = [
 ]  # fmt: skip
 
 CACHE = 1 << 20
-"""Bytes that a block may occupy to stay in the L2 cache between two stages. One limit for all machines: half as much or
-twice as much was no faster on cores with 1 MB of L2 cache (AMD EPYC, Zen 4) or with 2 MB (Intel, Sapphire Rapids)."""
+"""Bytes that a tile may occupy to stay in the L2 cache between two stages; for blocks by channel, see `BLOCK_CACHES`.
+One limit for all machines: half as much or twice as much was no faster on cores with 1 MB of L2 cache (AMD EPYC, Zen 4)
+or with 2 MB (Intel, Sapphire Rapids)."""
 
 SERIAL = 1 << 15
 """Below this many values, one thread is faster than waking the others, which takes a few microseconds."""
@@ -95,7 +96,9 @@ def samples_per_row(shape: tuple[int, int, int], width: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def tiling(shape: tuple[int, int, int], itemsize: int, tensors: int, cache: int = CACHE) -> Tiling:
-    """Cut `(N, C, L)` into blocks of channels if these fit the cache, otherwise into tiles of samples.
+    """Cut `(N, C, L)` into blocks of channels, or into tiles of samples.
+
+    By channel, blocks are made if there are channels enough, or if they fit the cache; by row, if they fit.
 
     The limits were the fastest for forward + backward with ReLU in float32, on two cores of a Sapphire Rapids server or
     of an AMD EPYC (Zen 4).

@@ -1,9 +1,9 @@
 """A whole pass over a batch in one call from Python, by the addresses of its arrays.
 
 `launch` takes arrays, and Python puts its kernels together. To make an array and to read its type costs Python about as
-much time as a kernel needs for a thousand values. So for the most frequent case, the batch's own statistics without
-counts, what Python would do between the kernels is compiled here, and addresses take the place of arrays. The kernels
-are those of `launch`, and so are the bits of the results.
+much time as a kernel needs for a thousand values. So for the most frequent cases, the batch's own statistics without
+counts and constants, what Python would do between the kernels is compiled here, and addresses take the place of arrays.
+The kernels are those of `launch`, and so are the bits of the results.
 """
 
 import functools

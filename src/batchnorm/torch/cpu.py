@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 STATISTICS = torch.float64
 """The type of means, variances and sums."""
 
-NONE = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+EMPTY = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 """A tensor of each type of the arithmetic. Its `new_empty` takes half the time of `torch.empty`."""
 
 TABLES = 3 * 8
@@ -135,7 +135,7 @@ def _forward_whole(call: Call, how: How, y: Tensor, laid: torch.memory_format) -
     residual, channels = x if call.residual is None else arrays.dense(call.residual, laid), x.shape[1]
     weight = None if weight is None else arrays.channels(weight, exact)
     bias = None if bias is None else arrays.channels(bias, exact)
-    statistics = NONE[STATISTICS].new_empty((4 if exact is torch.float32 else 5, 1, channels))
+    statistics = EMPTY[STATISTICS].new_empty((4 if exact is torch.float32 else 5, 1, channels))
     descriptor = _descriptor(x.shape, laid, x.dtype, call.activation, int(call.residual is not None))
     at = statistics.data_ptr()
     affine = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
@@ -231,8 +231,8 @@ def _backward_whole(
     assert dy is not None
     assert x is not None
     assert dx is not None
-    none, channels = NONE[call.arithmetic], x.shape[1]
-    d_weight, d_bias = none.new_empty(channels), none.new_empty(channels)
+    empty, channels = EMPTY[call.arithmetic], x.shape[1]
+    d_weight, d_bias = empty.new_empty(channels), empty.new_empty(channels)
     kind, at = 0 if residual is None else 1 + keeps_output(call), statistics.data_ptr()
     whole.backward(
         _descriptor(x.shape, laid, x.dtype, call.activation, kind, dx is dy),

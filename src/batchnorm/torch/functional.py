@@ -69,7 +69,7 @@ def batch_norm(
             per channel in training; if a mask is negative, not finite, or keeps fewer than two values (a GPU tells
             this late, so that nobody waits: this call or a later one raises it, and meanwhile the running statistics
             skip the batch); if the activation is unknown; if `eps` is negative, or 0 in training; if a group of
-            `GhostStatistics` has fewer than two values.
+            `GhostStatistics` has fewer than two values; if a constant of a source is neither of `(C,)` nor one number.
         TypeError: If an argument is of the wrong kind: `x`, `residual`, `mask` or values per channel no tensor, `eps`
             no number, `statistics` no source of statistics; if `x` is missing; if the activation is a class.
         RuntimeError: If `weight`, `bias`, or a running statistic is not of shape `(C,)`, or has another floating-point
